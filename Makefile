@@ -1,0 +1,40 @@
+# `make` prints what there is. Everything installs into $(VENV), made at the first call.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-all lint fmt clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sample,dev]'
+	touch $@
+
+install: $(STAMP) ## make the virtual environment and install the package with its tools
+
+demo: $(STAMP) ## compress the bundled teacher and repair it by distillation (about ten minutes on two cores)
+	$(BIN)/python -m kncompress train +experiment=wikitext_ilkd
+
+test: $(STAMP) ## run the tests that need neither a GPU nor the hub nor long
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## run every test that this machine can run
+	$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(STAMP) ## put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches, not the runs
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

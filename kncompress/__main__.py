@@ -1,0 +1,62 @@
+"""The command line: ``python -m kncompress VERB [overrides]``. Imports nothing heavy."""
+
+import sys
+from collections.abc import Sequence
+
+from kncompress import __version__
+from kncompress.commands.overrides import split_flags, unknown_verb
+from kncompress.commands.usage import overview, verb_help
+from kncompress.commands.verbs import Verb
+from kncompress.config import CompressConfig, EvaluateConfig, TrainConfig
+from kncompress.errors import UserError
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb("train", TrainConfig, "kncompress.commands.train", "Factor a model and repair it by distillation."),
+        Verb("compress", CompressConfig, "kncompress.commands.compress", "Factor a model, without training."),
+        Verb("evaluate", EvaluateConfig, "kncompress.commands.evaluate", "Measure a model's perplexity."),
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` is what follows the program's name.
+
+    Returns the exit code: 0 done, 1 failed, 2 the user's to fix, 130 after SIGINT, 143 after SIGTERM.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(words)
+    except UserError as error:
+        print(f"kncompress: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # SIGTERM before a job began
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _command(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(VERBS))
+        return 0
+    if words[0] == "--version":
+        print(f"kncompress {__version__}")
+        return 0
+    # A flag may stand before the verb too.
+    position = next((index for index, word in enumerate(words) if not word.startswith("-")), 0)
+    name = words.pop(position)
+    if name not in VERBS:
+        raise unknown_verb(name, list(VERBS))
+    line = split_flags(words)
+    if line.help:
+        print(verb_help(VERBS[name]))
+        return 0
+    from kncompress.commands.dispatch import dispatch
+
+    return dispatch(VERBS[name], line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

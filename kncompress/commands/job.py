@@ -1,0 +1,178 @@
+"""One job as Hydra's launchers call it: its environment, its outcome, and what is written when it fails.
+
+``run_job`` never raises an ordinary exception, so that one failing job does not stop a sweep. Its outcome is
+in ``result.json``: ``status``, ``metrics`` and, where it failed, ``error`` and ``exit_code``.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from kncompress.commands import signals
+from kncompress.commands.compose import typed
+from kncompress.commands.run_folder import RUN_DIR, inherited
+from kncompress.commands.sweep_table import write_sweep_table
+from kncompress.commands.verbs import Verb
+from kncompress.errors import UserError
+from kncompress.tracking.process import outcome as outcome_of
+from kncompress.tracking.process import process_rank
+from kncompress.tracking.whole_file import write_text
+
+_DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
+_OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every job of one command has in common; plain data, so that launchers can send it elsewhere."""
+
+    verb: Verb
+    spoken: dict[str, str] = field(default_factory=dict)
+    """``{Hydra's override: the user's word}`` for presets that stand for paths."""
+    sweep_dir: Path | None = None
+    sweep_jobs: tuple[tuple[str, ...], ...] = ()
+    """The words of every job of the sweep; empty where the sweeper chooses as it goes."""
+    words_of_all: tuple[str, ...] | None = None
+    """The user's words where Hydra's overrides do not tell them (``resume=``)."""
+
+    def words(self, overrides: list[str]) -> list[str]:
+        """``overrides`` of Hydra as the user would type them for this job alone."""
+        if self.words_of_all is not None:
+            return list(self.words_of_all)
+        return [self.spoken.get(word.lstrip("+"), word.removeprefix("++")) for word in overrides]
+
+    def __call__(self, composed: DictConfig) -> dict[str, Any]:
+        """Hydra's task function: returns the outcome."""
+        return run_job(self, composed)
+
+
+class Interrupted(BaseException):
+    """A signal ended a job, and with it the command; carries the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
+    """Run one job in the folder that Hydra has made; return ``{"status", "exit_code", ...}``.
+
+    Raises Interrupted after a signal, when the outcome is written.
+    """
+    hydra = HydraConfig.get()
+    folder = inherited() or Path(hydra.runtime.output_dir)
+    words = job.words(list(hydra.overrides.task))
+    _one_handler()
+    if job.sweep_dir is not None:
+        print(f"job {hydra.job.num}: {' '.join(words)}", flush=True)
+    try:
+        config = typed(job.verb.config, composed)
+        config.run_dir = str(folder)
+        with _environment(job, words, folder):
+            module = importlib.import_module(job.verb.module)
+            returned = module.run(config, folder)
+        outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
+        if isinstance(returned, dict):
+            outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
+    except BaseException as error:
+        outcome = _failure(error)
+        if signals.received() is None and outcome["exit_code"] != 2:
+            _log_traceback(error, on_stderr=job.sweep_dir is None)
+    number = signals.received()
+    if number is not None:
+        outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
+    if process_rank() == 0:
+        _record(job, folder, outcome, words)
+    if outcome["status"] == "interrupted":
+        raise Interrupted(outcome["exit_code"])
+    if outcome["exit_code"]:
+        name = f"job {hydra.job.num}: " if job.sweep_dir is not None else ""
+        print(f"kncompress: {name}{outcome['error']}", file=sys.stderr, flush=True)
+    return outcome
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    status, code = outcome_of(error)
+    text = " ".join(str(error).split())
+    if status == "failed" and not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return {"status": status, "exit_code": code} | ({"error": text} if code else {})
+
+
+def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -> None:
+    """Complete ``result.json``, which a verb writes itself when it finishes, and the sweep's table."""
+    if outcome["exit_code"] == 2 and job.sweep_dir is None and not (folder / "run.json").exists():
+        return  # a single run that never began leaves nothing
+    file = folder / "result.json"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        result = {"verb": job.verb.name, "metrics": outcome.get("metrics", {}), "model": None}
+    changes = {key: value for key, value in outcome.items() if key != "metrics"}
+    if outcome["status"] != "finished" or not file.exists():
+        result |= changes
+        write_text(file, json.dumps(result, indent=2) + "\n")
+    hydra_words = folder / ".hydra" / "overrides.yaml"
+    if hydra_words.exists():
+        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(words)))
+    if job.sweep_dir is not None and job.sweep_jobs:
+        write_sweep_table(job.sweep_dir, job.sweep_jobs)
+
+
+@contextlib.contextmanager
+def _environment(job: Job, words: list[str], folder: Path) -> Iterator[None]:
+    """Make this process look as if it ran this job alone, since DDP starts its children by ``sys.argv``.
+
+    Afterwards the process group and the variables of the distributed run are gone: the next job of a sweep
+    would wait for processes that no longer exist.
+    """
+    argv, before = sys.argv, {name: os.environ.get(name) for name in _DISTRIBUTED}
+    single = ["hydra.mode=RUN"] if job.sweep_dir is not None else []
+    sys.argv = [argv[0], job.verb.name, *words, *single]
+    os.environ[RUN_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _one_handler() -> None:
+    """Leave Hydra's handlers alone to write log lines: Lightning's own would write each a second time."""
+    for name in _OWN_HANDLERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _log_traceback(error: BaseException, on_stderr: bool) -> None:
+    """The traceback to the log file of the job, and to standard error in a single run."""
+    info: tuple[type[BaseException], BaseException, TracebackType | None]
+    info = (type(error), error, error.__traceback__)
+    record = logging.getLogger("kncompress").makeRecord(
+        "kncompress", logging.ERROR, __file__, 0, "the job failed", (), info
+    )
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    for handler in files:
+        handler.handle(record)
+    if on_stderr or not files:
+        traceback.print_exception(*info)

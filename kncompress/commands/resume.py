@@ -1,0 +1,104 @@
+"""``resume=<run folder>``: the saved configuration of that run; what is typed beside it must agree."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from kncompress.commands.compose import compose, typed
+from kncompress.commands.presets import existing_path, groups
+from kncompress.commands.spelling import nearest
+from kncompress.commands.verbs import Verb
+from kncompress.errors import UserError
+from kncompress.tracking.config_file import read_config
+
+_OWN = ("run_dir", "resume")
+
+
+def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[str]) -> tuple[Path, str]:
+    """Make the saved config of a run a primary config of Hydra; return the folder and the config's name.
+
+    Raises UserError where the folder holds no run of this verb or an override differs from the saved value.
+    """
+    folder = unfinished_run(verb, folder_text)
+    saved = plain(verb, cast(DictConfig, OmegaConf.create(_literal(read_config(folder / "config.yaml")))))
+    _refuse_differences(hydra, verb, folder_text, overrides, saved)
+    name = f"resumed_{verb.name}"
+    node = _literal(saved) | {"run_dir": _literal(str(folder)), "resume": _literal(str(folder))}
+    ConfigStore.instance().store(name=name, node=node, provider="resume")
+    return folder, name
+
+
+def unfinished_run(verb: Verb, text: str) -> Path:
+    """The folder that ``resume=`` names. Raises UserError where it holds no unfinished run of ``verb``."""
+    folder = existing_path(text)
+    if folder is None or not folder.is_dir():
+        parent = Path(text).expanduser().parent
+        siblings = [str(parent / entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+        near = nearest(text, siblings)
+        raise UserError(f"resume={text}: no such run folder{f'; nearest: {near}' if near else ''}")
+    for name in ("run.json", "config.yaml"):
+        if not (folder / name).is_file():
+            raise UserError(f"resume={text}: not a run folder (no {name} in it)")
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if run["verb"] != verb.name:
+        raise UserError(f"resume={text}: a run of {run['verb']}, not of {verb.name}")
+    if run["status"] == "finished":
+        raise UserError(f"resume={text}: this run is finished; name the folder of an unfinished run")
+    return folder
+
+
+def plain(verb: Verb, composed: DictConfig) -> dict[str, Any]:
+    """``composed`` checked against the verb's schema, with every default, as a nested dict."""
+    config = OmegaConf.structured(typed(verb.config, composed))
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
+def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[str], saved: dict[str, Any]) -> None:
+    names = [override.lstrip("+").partition("=")[0] for override in overrides]
+    names = [name for name in names if name not in _OWN and not name.startswith("hydra")]
+    if not names:
+        return
+    composed = compose(hydra, verb.name, [*overrides])
+    given = plain(verb, composed)
+    touched = []
+    for name in names:
+        if name == "experiment":
+            touched += [path for path in _leaves(composed) if not path.startswith("hydra.")]
+        elif name in groups():
+            touched += [path for path in _leaves(composed) if path.startswith(f"{name}.")]
+        else:
+            touched.append(name)
+    for path in touched:
+        old, new = _at(saved, path), _at(given, path)
+        if old != new and path not in _OWN:
+            raise UserError(f"{path}={new}: the run in {folder} has {path}={old}; leave it out, or start a new run")
+
+
+def _leaves(node: DictConfig) -> list[str]:
+    values: Any = OmegaConf.to_container(node, resolve=False)
+
+    def walk(value: Any, path: str) -> list[str]:
+        if isinstance(value, dict) and value:
+            return [leaf for key, inner in value.items() for leaf in walk(inner, f"{path}.{key}" if path else key)]
+        return [path]
+
+    return walk(values, "")
+
+
+def _at(values: Any, path: str) -> Any:
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _literal(value: Any) -> Any:
+    """``value`` with ``${`` escaped in all its strings: saved values are resolved, and looked up no more."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -1,0 +1,302 @@
+"""The typed schema of every configuration value.
+
+YAML under ``conf/`` holds the values; these dataclasses hold types, meaning and checks. This module imports
+neither torch nor Hydra, so that a config error is answered at once. Field comments are the reference that the
+README points to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.errors import UserError
+
+
+def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value}: not one of {', '.join(allowed)}")
+
+
+def _positive(key: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise UserError(f"{key}={value}: must be greater than 0")
+
+
+def _not_negative(key: str, value: float | None) -> None:
+    if value is not None and value < 0:
+        raise UserError(f"{key}={value}: must be 0 or more")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{key}={value}: must lie between 0 and 1")
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model: one that exists, or one to be trained from random weights."""
+
+    path: str | None = None
+    """Folder, hub id, or ``asset:mini`` for the teacher inside the package."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own where absent."""
+    architecture: dict[str, Any] | None = None
+    """Fields of the transformers config (``model_type`` among them) for a model trained from scratch."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise UserError(f"model.path={self.path}: give model.path or model.architecture, one of the two")
+
+
+@dataclass
+class DataConfig:
+    """Text, and how it becomes token blocks."""
+
+    source: Any = "sample"
+    """``sample``, a text file, a folder of text files, or a list of these."""
+    validation: Any = None
+    """Source of the validation split; null: part of ``source``, split by document."""
+    test: Any = None
+    """Source of the test split; null: part of ``source``, split by document."""
+    context: int | None = None
+    """Tokens in a block; null: the model's own context length."""
+    text_format: str = "auto"
+    """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
+    rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens`` and ``*.raw``, else plain."""
+    split: str = "auto"
+    """``evaluate``: what is scored: ``train``, ``validation``, ``test``, ``all``; ``auto``: the test split where the
+    source names one (the sample, a folder with a test file), the whole text otherwise."""
+    seed: int = 0
+    """Seeds the split by document and the order of the blocks."""
+    cache_dir: str | None = None
+    """Token caches; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
+
+    def __post_init__(self) -> None:
+        _positive("data.context", self.context)
+        _choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
+        _choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
+
+
+@dataclass
+class FactorConfig:
+    """Factors of one group of maps: ``terms`` products whose right factor is ``right`` = [rows, columns]."""
+
+    right: list[int] = field(default_factory=lambda: [1, 2])
+    """Shape of the right factor, out x in; for ``mlp`` [hidden side, model side]: mirrored in the map back."""
+    terms: int = 1
+    """Number of summed Kronecker products."""
+    layers: Any = None
+    """Layers of this group where they differ from ``factors.layers``."""
+
+
+@dataclass
+class FactorsConfig:
+    """Which map becomes which Kronecker sum. A group that is null stays dense."""
+
+    layers: Any = "all"
+    """``all``, ``odd`` (1, 3, 5, ... counted from 0), ``even``, or a list of layer numbers."""
+    embedding: FactorConfig | None = None
+    """Token embedding, and the head tied to it."""
+    qkv: FactorConfig | None = None
+    """Query, key and value maps, each by itself."""
+    o: FactorConfig | None = None
+    """Attention output map."""
+    mlp: FactorConfig | None = None
+    """Feed-forward maps; ``right`` is that of the map into the hidden layer, mirrored for the map out of it."""
+    maps: dict[str, str] = field(default_factory=dict)
+    """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the training loss; 0 leaves a term out. All terms are means, logits in nats per token."""
+
+    embedding: float = 0.0
+    """MSE of the embedding outputs."""
+    attention: float = 0.0
+    """Attention of every layer: KL(teacher || student) of the maps, or MSE of the scores."""
+    attention_form: str = "kl"
+    """``kl`` (KnGPT2) or ``mse`` (KroneckerBERT: pre-softmax scores)."""
+    hidden: float = 0.0
+    """MSE of the hidden states after every layer."""
+    feed_forward: float = 0.0
+    """MSE of the feed-forward outputs of every layer."""
+    logits: float = 0.0
+    """KL(teacher || student) of the next-token distributions, times temperature squared."""
+    temperature: float = 1.0
+    """Softmax temperature of the logits term."""
+    cross_entropy: float = 1.0
+    """Next-token cross-entropy on the text."""
+
+    TERMS = ("embedding", "attention", "hidden", "feed_forward", "logits", "cross_entropy")
+
+    def __post_init__(self) -> None:
+        for name in self.TERMS:
+            _not_negative(f"objective.{name}", getattr(self, name))
+        if not any(getattr(self, name) for name in self.TERMS):
+            raise UserError(f"objective: every weight is 0; give at least one of {', '.join(self.TERMS)}")
+        _choice("objective.attention_form", self.attention_form, ("kl", "mse"))
+        _positive("objective.temperature", self.temperature)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(getattr(self, name) for name in self.TERMS if name != "cross_entropy")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its schedule: linear warm-up, then cosine."""
+
+    name: str = "adamw"
+    """``adamw``, or ``muon``: Muon (its step scaled to the size of AdamW's) for the dense matrices inside the
+    layers, AdamW for everything else."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """On matrices; norms, biases and embeddings are exempt."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises."""
+    final: float = 0.1
+    """Rate at the end as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _choice("optimizer.name", self.name, ("adamw", "muon"))
+        _positive("optimizer.lr", self.lr)
+        _not_negative("optimizer.weight_decay", self.weight_decay)
+        for name in ("beta1", "beta2", "warmup", "final"):
+            _share(f"optimizer.{name}", getattr(self, name))
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, in which precision. Batches are counted in tokens."""
+
+    tokens: int | None = None
+    """Training tokens in all; null: one epoch. Rounded up to whole steps."""
+    steps: int | None = None
+    """Optimiser steps in all; overrides ``tokens``."""
+    batch_tokens: int = 8192
+    """Tokens of one optimiser step, over all devices."""
+    micro_batch_tokens: int = 4096
+    """Most tokens in one forward pass of one device; the rest of the batch is accumulated."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+    devices: int = 1
+    precision: str = "auto"
+    """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 where the hardware multiplies it natively."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 leaves it alone."""
+    dropout: bool = False
+    """Keep the model's dropout while training."""
+    validate_every: int | None = None
+    """Steps between validations; null: ten in a run."""
+    validation_tokens: int | None = 65536
+    """Most tokens of one validation during training; null: all."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: with every validation."""
+    keep: str = "best"
+    """Which weights become ``model/``: ``best`` (lowest validation loss) or ``last``."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tokens",
+            "steps",
+            "batch_tokens",
+            "micro_batch_tokens",
+            "devices",
+            "validate_every",
+            "validation_tokens",
+            "checkpoint_every",
+        ):
+            _positive(f"trainer.{name}", getattr(self, name))
+        _choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("trainer.keep", self.keep, ("best", "last"))
+        _not_negative("trainer.gradient_clip", self.gradient_clip)
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides ``metrics.csv``."""
+
+    name: str = "wandb"
+    """``wandb``, ``csv`` (the file alone) or ``none``."""
+    mode: str = "offline"
+    """W&B: ``offline``, ``online`` or ``disabled``; ``WANDB_MODE`` overrides it."""
+    project: str = "kncompress"
+    entity: str | None = None
+    group: str | None = None
+    """W&B group; null: the sweep's folder name in a sweep."""
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _choice("logger.name", self.name, ("wandb", "csv", "none"))
+        _choice("logger.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass
+class RunConfig:
+    """Keys that every verb has."""
+
+    run_dir: str | None = None
+    """Folder of this run; null: ``runs/<verb>-<experiment>-<time>``."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """``train``: teacher and text in, repaired student out."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    start: str = "nearest"
+    """Start of the factors: ``nearest`` (to the weights) or ``random``."""
+    resume: str | None = None
+    """Folder of an unfinished run to continue."""
+    dtype: str = "float32"
+    """Type of the saved weights: float32, float16 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        _choice("start", self.start, ("nearest", "random"))
+        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+
+
+@dataclass
+class CompressConfig(RunConfig):
+    """``compress``: factor a model and save it, without training."""
+
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    start: str = "nearest"
+    """Start of the factors: ``nearest`` (to the weights) or ``random``."""
+    dtype: str = "float32"
+    """Type of the saved weights: float32, float16 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        _choice("start", self.start, ("nearest", "random"))
+        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+
+
+@dataclass
+class EvaluateConfig(RunConfig):
+    """``evaluate``: perplexity of a model on a text source, by both protocols."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    context: int | None = None
+    """Window in tokens; null: the model's context length."""
+    stride: int | None = None
+    """Tokens between windows of the token-weighted protocol; null: the window (no overlap)."""
+    tokens: int | None = None
+    """Score only the first tokens of the text; null: all."""
+    batch_tokens: int = 8192
+    """Tokens in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "stride", "tokens", "batch_tokens"):
+            _positive(name, getattr(self, name))

@@ -1,0 +1,148 @@
+"""Losses on causal attention, from queries and keys: no attention map has to be returned by the model.
+
+Fused attention kernels return no maps, so they are formed again here:
+scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i. The arithmetic
+is float32 whatever the inputs and autocast are (float64 for float64 inputs). Blocks of queries are compared
+with the keys that they may see and no others: about half of the square, never a whole (B, H, T, T) tensor.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kncompress.distill.gradient import full_precision, wants_gradient, with_gradients
+
+
+class QueryKey(Protocol):
+    """What an attention layer compares: query (B, H, T, hd), key (B, Hkv, T, hd), and the scores' factor."""
+
+    @property
+    def query(self) -> Tensor: ...
+    @property
+    def key(self) -> Tensor: ...
+    @property
+    def scaling(self) -> float: ...
+
+
+def attention_kl(student: QueryKey, teacher: QueryKey, mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of the attention maps, in nats per query: mean over batch, heads and queries.
+
+    A map is the softmax of a query's scores over the keys that it may see. The term of KnGPT2
+    (arXiv 2110.08152). Head sizes and numbers of key heads may differ between the two.
+
+    Args:
+        student: one layer's query (B, H, T, hd), key (B, Hkv, T, hd) and scaling.
+        teacher: the same of the teacher, with equal B, H and T; it never receives a gradient.
+        mask: (B, T), true at real tokens: padding is no key, and its queries do not count. Null: all real.
+
+    Raises:
+        ValueError: head counts, batches or lengths differ.
+    """
+    return _compare(student, teacher, mask, _map_kl, per_query=True)
+
+
+def attention_score_mse(student: QueryKey, teacher: QueryKey, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of the scaled pre-softmax scores over the visible (query, key) pairs.
+
+    The term of KroneckerBERT (arXiv 2109.06243). Arguments and errors as in ``attention_kl``.
+    """
+    return _compare(student, teacher, mask, _score_mse, per_query=False)
+
+
+def _map_kl(student: Tensor, teacher: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the KL over all queries, and its gradient by the student's scores; overwrites its inputs."""
+    # A finite fill: the queries of padding see nothing, get uniform maps on both sides, and so add exactly 0.
+    lowest = torch.finfo(student.dtype).min
+    log_q = student.masked_fill_(hidden, lowest).log_softmax(-1)
+    log_p = teacher.masked_fill_(hidden, lowest).log_softmax(-1)
+    p = log_p.exp()
+    total = (p * log_p.sub_(log_q)).sum()
+    return total, log_q.exp_().sub_(p)
+
+
+def _score_mse(student: Tensor, teacher: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the squared differences of visible pairs, and its gradient by the student's scores."""
+    difference = student.sub_(teacher).masked_fill_(hidden, 0)
+    return difference.square().sum(), difference.mul_(2)
+
+
+def _compare(
+    student: QueryKey,
+    teacher: QueryKey,
+    mask: Tensor | None,
+    divergence: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    per_query: bool,
+) -> Tensor:
+    """Mean of ``divergence`` over queries or visible pairs, as a function of the student's query and key."""
+    _check(student, teacher, mask)
+    batch, heads, length, _ = student.query.shape
+    wanted = wants_gradient(student.query, student.key)
+    mask = None if mask is None else mask.bool()
+    block = max(64, length // 8)
+    with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
+        query, key = full_precision(student.query), full_precision(student.key)
+        query_of_teacher, key_of_teacher = full_precision(teacher.query), full_precision(teacher.key)
+        query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
+        total, count = query.new_zeros(()), query.new_zeros((), dtype=torch.int64)
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            visible = _visible(start, stop, mask, query.device)  # (1 or B, 1, block, stop)
+            part, seen = query[:, :, start:stop], key[:, :, :stop]
+            scores_of_teacher = _scores(
+                query_of_teacher[:, :, start:stop], key_of_teacher[:, :, :stop], teacher.scaling
+            )
+            value, gradient = divergence(_scores(part, seen, student.scaling), scores_of_teacher, ~visible)
+            total += value
+            scored = visible.any(-1) if per_query else visible
+            count += scored.sum() * (heads * batch // visible.shape[0])
+            if wanted:
+                grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * block, stop)
+                query_gradient[:, :, start:stop] = (grouped @ seen).reshape_as(part)
+                key_gradient[:, :, :stop] += grouped.mT @ _grouped(part, seen.shape[1])
+        value = total / count
+        if not wanted:
+            return value
+        gradients = [
+            (query_gradient * student.scaling / count).to(student.query.dtype),
+            (key_gradient * student.scaling / count).to(student.key.dtype),
+        ]
+    return with_gradients(value, [student.query, student.key], gradients)
+
+
+def _visible(start: int, stop: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys 0..stop-1 each of the queries start..stop-1 may see: (1 or B, 1, stop - start, stop)."""
+    causal = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)[None, None]
+    if mask is None:
+        return causal
+    return causal & mask[:, None, start:stop, None] & mask[:, None, None, :stop]
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(B, H, Tq, hd) x (B, Hkv, Tk, hd) -> (B, H, Tq, Tk); consecutive query heads share a key head."""
+    batch, heads, queries, _ = query.shape
+    scores = _grouped(query, key.shape[1]) @ key.mT
+    return scores.view(batch, heads, queries, key.shape[2]).mul_(scaling)
+
+
+def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
+    """(B, H, T, X) -> (B, Hkv, H / Hkv * T, X): the rows that meet the same key head, one after the other."""
+    return tensor.reshape(tensor.shape[0], key_heads, -1, tensor.shape[-1])
+
+
+def _check(student: QueryKey, teacher: QueryKey, mask: Tensor | None) -> None:
+    for name, side in (("student", student), ("teacher", teacher)):
+        heads, key_heads = side.query.shape[1], side.key.shape[1]
+        if heads % key_heads:
+            raise ValueError(f"{name}: {key_heads} key heads do not divide {heads} query heads")
+    (batch, heads, length), other = student.query.shape[:3], teacher.query.shape[:3]
+    if heads != other[1]:
+        raise ValueError(f"the student has {heads} attention heads and the teacher {other[1]}; they must be equal")
+    if (batch, length) != (other[0], other[2]):
+        raise ValueError(
+            f"the student's queries are (batch {batch}, length {length}) and the teacher's "
+            f"(batch {other[0]}, length {other[2]}); they must be equal"
+        )
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit (batch {batch}, length {length})")

@@ -1,0 +1,224 @@
+"""Layers whose weight is a Kronecker sum: drop-in for ``nn.Linear`` and ``nn.Embedding``."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kncompress.kron.nearest import nearest_factors
+from kncompress.kron.product import kronecker_linear, kronecker_weight, without_autocast
+from kncompress.kron.shape import KroneckerShape, ShapeError
+
+
+class _Factored(nn.Module):
+    """Left and right factors of ``shape`` as parameters."""
+
+    def __init__(self, shape: KroneckerShape, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.left = nn.Parameter(torch.empty(shape.terms, *shape.left, device=device, dtype=dtype))
+        self.right = nn.Parameter(torch.empty(shape.terms, *shape.right, device=device, dtype=dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The formed weight, (M, N); made anew at each call."""
+        return kronecker_weight(self.left, self.right)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random factors whose formed weight has mean 0 and standard deviation ``std`` (GPT-2's is 0.02).
+
+        The factors of a term have equal norms, as nearest factors have. Left factors are normal. Right
+        factors are orthogonal to each other; a single one has entries of equal size, so that no part of the
+        map starts near 0.
+        """
+        if self.left.is_meta:
+            return
+        terms, size = self.shape.terms, self.right[0].numel()
+        norm = math.sqrt(std * math.sqrt(self.shape.dense_parameters / terms))
+        self.left.normal_(std=norm / math.sqrt(self.left[0].numel()))
+        right = torch.empty(terms, size, device=self.right.device)
+        if terms == 1:
+            right.bernoulli_().mul_(2).sub_(1).mul_(norm / math.sqrt(size))
+        else:
+            nn.init.orthogonal_(right, gain=norm)
+        self.right.copy_(right.view_as(self.right))
+
+    @torch.no_grad()
+    def _fit(self, weight: Tensor) -> None:
+        left, right = nearest_factors(weight, self.shape)
+        self.left = nn.Parameter(left)
+        self.right = nn.Parameter(right)
+
+    def extra_repr(self) -> str:
+        shape = self.shape
+        return (
+            f"{shape}, parameters={shape.parameters:,} of {shape.dense_parameters:,}, "
+            f"multiply_adds={shape.multiply_adds:,} of {shape.dense_multiply_adds:,}"
+        )
+
+
+class KroneckerLinear(_Factored):
+    """y = W x + bias with W = sum_r left[r] (x) right[r]; (..., N) -> (..., M).
+
+    Parameters ``left`` (R, m1, n1), ``right`` (R, m2, n2) and ``bias`` (M,) or None. Starts from
+    ``reset_parameters()``; nothing is drawn on the meta device.
+    """
+
+    def __init__(
+        self,
+        shape: KroneckerShape,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape, device, dtype)
+        self.bias: nn.Parameter | None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape.out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None, shape: KroneckerShape) -> "KroneckerLinear":
+        """The layer nearest to a dense map; type and device are the weight's, the bias is copied.
+
+        Args:
+            weight: (M, N), out x in.
+            bias: (M,) or None.
+            shape: the factors' shape.
+
+        Raises:
+            ShapeError: ``weight`` is not (M, N).
+        """
+        layer = cls(shape, bias=False, device="meta")
+        layer._fit(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    @classmethod
+    def tied_to(cls, embedding: "KroneckerEmbedding") -> "KroneckerLinear":
+        """The language-model head that shares the embedding's factors (the same Parameters), without bias."""
+        head = cls(embedding.shape, bias=False, device="meta")
+        head.left, head.right = embedding.left, embedding.right
+        return head
+
+    @property
+    def in_features(self) -> int:
+        """N."""
+        return self.shape.in_features
+
+    @property
+    def out_features(self) -> int:
+        """M."""
+        return self.shape.out_features
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random factors whose formed weight has standard deviation ``std``, and a null bias."""
+        super().reset_parameters(std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) -> (..., M)."""
+        return kronecker_linear(x, self.left, self.right, self.bias)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The equal ``nn.Linear``."""
+        with without_autocast(self.left.device):
+            weight = self.weight
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+class KroneckerEmbedding(_Factored):
+    """A (V, D) = (M, N) table as a Kronecker sum; a look-up makes only the rows asked for.
+
+    Row i is sum_r left[r, i // m2] (x) right[r, i % m2]. Parameters ``left`` (R, m1, n1) and ``right``
+    (R, m2, n2). Positions that hold ``padding_idx`` give no gradient, as in ``nn.Embedding``; the row itself
+    starts null only where it shares its left factors with no other row (m2 = 1).
+
+    Raises:
+        ShapeError: ``padding_idx`` is not one of the V rows.
+    """
+
+    def __init__(
+        self,
+        shape: KroneckerShape,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape, device, dtype)
+        if padding_idx is not None and not -shape.out_features <= padding_idx < shape.out_features:
+            raise ShapeError(f"padding_idx={padding_idx}: must lie within the {shape.out_features} rows")
+        self.padding_idx = padding_idx if padding_idx is None else padding_idx % shape.out_features
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random factors, the formed table's deviation ``std``; a null padding row where m2 = 1."""
+        super().reset_parameters(std)
+        if self.padding_idx is not None and self.shape.right[0] == 1:
+            self.left[:, self.padding_idx] = 0.0
+
+    @property
+    def num_embeddings(self) -> int:
+        """V, number of rows."""
+        return self.shape.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, numbers in a row."""
+        return self.shape.in_features
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, shape: KroneckerShape, padding_idx: int | None = None) -> "KroneckerEmbedding":
+        """The table nearest to a dense one, (V, D); type and device are the weight's."""
+        layer = cls(shape, padding_idx, device="meta")
+        layer._fit(weight)
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integers (...) in [0, V) -> (..., D).
+
+        Raises:
+            IndexError: an integer outside [0, V), on CPU.
+        """
+        terms, m1, n1 = self.left.shape
+        _, m2, n2 = self.right.shape
+        flat = ids.reshape(-1)
+        # Row i of term r is row r m1 + i of the stacked factors. An i outside [0, m1) cannot pass for a row
+        # of another term: a negative one fails for the first term, one too large for the last.
+        term = torch.arange(terms, device=ids.device, dtype=ids.dtype)[:, None]
+        a = F.embedding(flat // m2 + m1 * term, self.left.reshape(terms * m1, n1))  # (R, L, n1)
+        with without_autocast(a.device):  # as nn.Embedding, which autocast leaves alone
+            if m2 == 1:
+                rows = F.linear(a.reshape(terms, -1).T, self.right.reshape(terms, n2).T)  # (L n1, n2)
+            else:
+                b = F.embedding(flat % m2 + m2 * term, self.right.reshape(terms * m2, n2))  # (R, L, n2)
+                rows = torch.einsum("rli,rlj->lij", a, b)
+        rows = rows.reshape(*ids.shape, n1 * n2)
+        if self.padding_idx is None:
+            return rows
+        return torch.where((ids == self.padding_idx)[..., None], rows.detach(), rows)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Embedding:
+        """The equal ``nn.Embedding``."""
+        with without_autocast(self.left.device):
+            weight = self.weight
+        dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        dense.weight = nn.Parameter(weight)
+        return dense.train(self.training)

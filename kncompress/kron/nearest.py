@@ -1,0 +1,116 @@
+"""Factors nearest to a weight in the Frobenius norm (Van Loan & Pitsianis, 1993).
+
+The rearrangement R(W)[(i1, j1), (i2, j2)] = W[(i1, i2), (j1, j2)] turns a Kronecker sum of R terms into a
+matrix of rank R, so the truncated SVD of R(W) gives the best factors.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kncompress.kron.product import kronecker_weight, without_autocast
+from kncompress.kron.shape import KroneckerShape, ShapeError
+
+_CHUNK = 1 << 22
+"""Numbers of the weight that are held in another type or form at a time."""
+
+
+class Factors(NamedTuple):
+    """Factors of a Kronecker sum."""
+
+    left: Tensor
+    """(R, m1, n1)"""
+    right: Tensor
+    """(R, m2, n2)"""
+
+
+@torch.no_grad()
+def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
+    """The Kronecker sum of ``shape`` nearest to ``weight`` in the Frobenius norm.
+
+    The two factors of a term have equal norms, terms come largest first, and the sign is fixed by the right
+    factor: the first of its largest entries is positive. A term that the weight does not need has one null
+    factor (the larger) and one that is not, so that training can still use it. Weights in half precision are
+    fitted in float32.
+
+    Args:
+        weight: (M, N), out x in.
+        shape: the factors' shape.
+
+    Returns:
+        Factors of the weight's type and device.
+
+    Raises:
+        ShapeError: ``weight`` is not (M, N).
+        ValueError: ``weight`` holds a value that is not finite.
+    """
+    if tuple(weight.shape) != (shape.out_features, shape.in_features):
+        raise ShapeError(f"weight={list(weight.shape)}: {shape} needs {[shape.out_features, shape.in_features]}")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight: holds values that are not finite")
+    (m1, n1), (m2, n2) = shape.left, shape.right
+    matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = matrix.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
+    with without_autocast(matrix.device):
+        left, right = _truncated_svd(matrix, shape.terms)
+    sign = _sign(right)
+    return Factors(
+        (left * sign).reshape(-1, m1, n1).to(weight.dtype).contiguous(),
+        (right * sign).reshape(-1, m2, n2).to(weight.dtype).contiguous(),
+    )
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Rows (rank, rows) and (rank, columns) with matrix ~ sum_r left[r]^T right[r], scale shared evenly."""
+    if matrix.shape[0] < matrix.shape[1]:
+        right, left = _truncated_svd(matrix.T, rank)
+        return left, right
+    if matrix.dtype == torch.float64:
+        basis = torch.linalg.svd(matrix, full_matrices=False).Vh[:rank]
+    else:
+        # The short side's eigenvectors in float64: squaring a float32 matrix loses nothing there, and
+        # projecting on orthonormal vectors keeps float32 accuracy however small a singular value is.
+        gram = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+        for rows in matrix.split(max(1, _CHUNK // matrix.shape[1])):
+            double = rows.double()
+            gram += double.T @ double
+        vectors = torch.linalg.eigh(gram).eigenvectors  # columns, smallest first
+        basis = vectors.flip(1)[:, :rank].T.to(matrix.dtype)
+    image = basis @ matrix.T
+    sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # (rank, 1)
+    most = sigma.max()
+    null = sigma <= 10 * torch.finfo(sigma.dtype).eps * most
+    root = sigma.sqrt()
+    image = torch.where(null, 0.0, image / root)
+    return image, basis * torch.where(null, torch.where(most > 0, most.sqrt(), 1.0), root)
+
+
+def _sign(right: Tensor) -> Tensor:
+    """(R, 1): 1 or -1, so that the first of each row's largest entries becomes positive."""
+    size = right.abs()
+    # Entries within rounding of the largest count as largest, or noise would choose among equals.
+    first = (size >= 0.999 * size.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
+    return torch.where(right.gather(1, first) < 0, -1.0, 1.0)
+
+
+@torch.no_grad()
+def relative_error(weight: Tensor, left: Tensor, right: Tensor) -> float:
+    """||weight - sum_r left[r] (x) right[r]|| / ||weight||, Frobenius; 0 where both are null.
+
+    Formed a few rows at a time, in float32 or better.
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+    m2 = right.shape[1]
+    error, total = 0.0, 0.0
+    right = right.to(dtype)
+    rows = max(1, _CHUNK // (m2 * weight.shape[1]))
+    for start in range(0, left.shape[1], rows):
+        block = weight[start * m2 : (start + rows) * m2].to(dtype)
+        with without_autocast(weight.device):
+            formed = kronecker_weight(left[:, start : start + rows].to(dtype), right)
+        total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        error += float(torch.linalg.vector_norm(block - formed, dtype=torch.float64)) ** 2
+    if error == 0.0:
+        return 0.0
+    return (error / total) ** 0.5 if total > 0 else float("inf")

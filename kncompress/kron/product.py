@@ -1,0 +1,115 @@
+"""Apply a Kronecker sum without forming it, and form it (the dense twin).
+
+Notation: ``left`` (R, m1, n1), ``right`` (R, m2, n2), W = sum_r left[r] (x) right[r], which has shape
+(M, N) = (m1 m2, n1 n2). With X = reshape(x, n1, n2), W x = sum_r left[r] X right[r]^T, reshaped to M. All
+terms go through each of the two products together: concatenated, not one after the other. A right factor with
+one row or one column needs no copy of the vectors, and outer products ((M, 1) (x) (1, N)) become the two
+plain products of a low-rank map.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kncompress.kron.shape import ShapeError, cheaper_order, product_cost
+
+_FORMING = 8
+"""Cost of forming one number of one term, its gradient included, in multiply-adds of a large product."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the tensors' own type: for fits, exports and look-ups, which autocast would round."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def kronecker_weight(left: Tensor, right: Tensor) -> Tensor:
+    """The dense matrix sum_r left[r] (x) right[r].
+
+    Args:
+        left: (R, m1, n1).
+        right: (R, m2, n2).
+
+    Returns:
+        (m1 m2, n1 n2).
+    """
+    _, m1, n1 = left.shape
+    _, m2, n2 = right.shape
+    return torch.einsum("rij,rkl->ikjl", left, right).reshape(m1 * m2, n1 * n2)
+
+
+def kronecker_linear(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    order: Literal["right", "left", "formed"] | None = None,
+) -> Tensor:
+    """W x + bias for W = sum_r left[r] (x) right[r], without forming W where that is cheaper.
+
+    Args:
+        x: (..., N); any leading shape, none and empty ones included.
+        left: (R, m1, n1).
+        right: (R, m2, n2).
+        bias: (M,).
+        order: which factors come first, ``right`` or ``left``, or ``formed`` to multiply by W itself. None
+            picks the cheaper order, and ``formed`` where the factored product costs more multiply-adds than
+            the dense one and there are vectors enough to pay for forming W.
+
+    Returns:
+        (..., M).
+
+    Raises:
+        ShapeError: the last side of ``x`` is not N, or ``order`` is unknown.
+    """
+    terms, m1, n1 = left.shape
+    _, m2, n2 = right.shape
+    if x.dim() == 0 or x.shape[-1] != n1 * n2:
+        raise ShapeError(f"x={list(x.shape)}: last side must be {n1 * n2} for {m1}x{n1}(x){m2}x{n2}")
+    if order is None:
+        order = cheaper_order((m1, n1), (m2, n2), terms)
+        extra = product_cost((m1, n1), (m2, n2), terms, order)[0] - m1 * m2 * n1 * n2
+        if extra > 0 and x.numel() * extra > _FORMING * terms * m1 * m2 * (n1 * n2) ** 2:
+            order = "formed"
+    if order == "right":
+        y = _right_first(x, left, right)
+    elif order == "left":
+        y = _left_first(x, left, right)
+    elif order == "formed":
+        y = F.linear(x.reshape(-1, n1 * n2), kronecker_weight(left, right))
+    else:
+        raise ShapeError(f"order={order}: not one of right, left, formed")
+    y = y.view(*x.shape[:-1], m1 * m2)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _right_first(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x (L n1 n2 numbers) -> (L, M)."""
+    terms, m1, n1 = left.shape
+    _, m2, n2 = right.shape
+    # Right factors on the left-hand side of the product: z comes out with n1 last, ready for the next one.
+    z = F.linear(right.reshape(terms * m2, n2), x.reshape(-1, n2))  # (R m2, L n1)
+    vectors = z.shape[1] // n1
+    if terms > 1 and vectors * m2 < n1:
+        # Few vectors: R outputs to be added are fewer numbers than a concatenated copy of the left factors.
+        y = torch.bmm(z.view(terms, m2 * vectors, n1), left.transpose(1, 2)).sum(0, dtype=z.dtype)
+    else:
+        z = z.view(terms, m2, vectors, n1).permute(1, 2, 0, 3).reshape(m2 * vectors, terms * n1)
+        y = F.linear(z, left.transpose(0, 1).reshape(m1, terms * n1))
+    return y.view(m2, vectors, m1).permute(1, 2, 0).reshape(vectors, m1 * m2)
+
+
+def _left_first(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x (L n1 n2 numbers) -> (L, M)."""
+    terms, m1, n1 = left.shape
+    _, m2, n2 = right.shape
+    x = x.reshape(-1, n1, n2).permute(2, 0, 1)  # (n2, L, n1)
+    vectors = x.shape[1]
+    z = F.linear(x, left.reshape(terms * m1, n1))  # (n2, L, R m1)
+    z = z.view(n2, vectors, terms, m1).transpose(1, 2).reshape(n2 * terms, vectors * m1)
+    y = F.linear(z.T, right.permute(1, 2, 0).reshape(m2, n2 * terms))  # (L m1, m2)
+    return y.view(vectors, m1 * m2)

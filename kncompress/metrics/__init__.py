@@ -1,0 +1,16 @@
+"""Measures of a language model: perplexity, bits per byte, divergence from a teacher."""
+
+from kncompress.metrics.perplexity import Comparison, Perplexity, bits_per_byte, compare, perplexity
+from kncompress.metrics.token_mean import TokenMean
+from kncompress.metrics.windows import Window, sliding_windows
+
+__all__ = [
+    "Comparison",
+    "Perplexity",
+    "TokenMean",
+    "Window",
+    "bits_per_byte",
+    "compare",
+    "perplexity",
+    "sliding_windows",
+]

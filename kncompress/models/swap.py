@@ -1,0 +1,155 @@
+"""Exchange a model's dense modules for factored ones, and back; no weights are fitted here.
+
+Both ways to a compressed model end in the same object: ``compress_`` fills the new modules from the dense
+ones, loading fills them from a file.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape
+from kncompress.models.anatomy import Anatomy, Site, anatomy_of
+
+
+class FusedMaps(nn.Module):
+    """Several maps of one input, (..., N) -> (..., M1 + M2 + ...): their outputs side by side.
+
+    Stands where a model has one dense module for several maps, such as GPT-2's ``c_attn`` for Q, K and V.
+    Each child is a ``KroneckerLinear`` or, where the map stays dense, an ``nn.Linear``.
+    """
+
+    def __init__(self, maps: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in maps.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) -> (..., sum of M)."""
+        return torch.cat([child(x) for child in self.children()], dim=-1)
+
+
+def module_at(model: nn.Module, site: Site) -> nn.Module:
+    """The module that holds a map (with its fused companions, if any)."""
+    return _root(model, site).get_submodule(site.module)
+
+
+def put_module(model: nn.Module, site: Site, module: nn.Module) -> None:
+    """Replace that module."""
+    _root(model, site).set_submodule(site.module, module.train(model.training))
+
+
+def _root(model: Any, site: Site) -> nn.Module:
+    return model if site.group == "head" else model.base_model
+
+
+def site_path(model: Any, site: Site) -> str:
+    """Path of the map in the whole model: the prefix of its parameters' names."""
+    base = "" if site.group == "head" or model.base_model is model else f"{model.base_model_prefix}."
+    return f"{base}{site.module}" + (f".{site.part}" if site.part else "")
+
+
+def dense_weight(module: nn.Module, site: Site) -> Tensor:
+    """The weight of one map of a dense module, (out, in); a view."""
+    weight: Tensor = module.get_parameter("weight").detach()
+    if site.conv1d:
+        weight = weight.T
+    return weight[site.start : site.start + site.out_features]
+
+
+def dense_bias(module: nn.Module, site: Site) -> Tensor | None:
+    """The bias of one map of a dense module, (out,), a view; None without one."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach()[site.start : site.start + site.out_features]
+
+
+def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, KroneckerShape]) -> nn.Module:
+    """What takes the place of a dense module: on the meta device, in the weight's type."""
+    weight = old.get_parameter("weight")
+    bias = getattr(old, "bias", None) is not None
+
+    def one(site: Site) -> nn.Module:
+        shape = shapes.get(site.name)
+        if shape is None:
+            return nn.Linear(site.in_features, site.out_features, bias, "meta", weight.dtype)
+        if site.group == "embedding":
+            padding_idx = getattr(old, "padding_idx", None)
+            return KroneckerEmbedding(shape, padding_idx, device="meta", dtype=weight.dtype)
+        return KroneckerLinear(shape, bias, device="meta", dtype=weight.dtype)
+
+    if sites[0].part is None:
+        return one(sites[0])
+    return FusedMaps({str(site.part): one(site) for site in sites})
+
+
+def swap_(model: Any, shapes: Mapping[str, KroneckerShape]) -> None:
+    """Put empty factored modules, on the meta device, in the place of dense ones."""
+    anatomy = anatomy_of(model)
+    for _, sites in anatomy.modules():
+        if any(site.name in shapes for site in sites):
+            old = module_at(model, sites[0])
+            put_module(model, sites[0], empty_module(old, sites, shapes))
+    tie_head_(model, anatomy)
+
+
+def tie_head_(model: Any, anatomy: Anatomy) -> None:
+    """Where embedding and head are tied and the embedding is factored, give the head its factors.
+
+    transformers learns the names of the tied factors, so that it saves them once and ties them at load.
+    """
+    embedding = model.base_model.get_submodule(anatomy.family.embedding)
+    if not (anatomy.has_head and anatomy.tied and isinstance(embedding, KroneckerEmbedding)):
+        return
+    head = anatomy.family.head
+    setattr(model, head, KroneckerLinear.tied_to(embedding))
+    source = site_path(model, anatomy.sites["embedding"])
+    model._tied_weights_keys = {f"{head}.{side}": f"{source}.{side}" for side in ("left", "right")}
+    model.all_tied_weights_keys = dict(model._tied_weights_keys)
+
+
+def unswap_(model: Any) -> None:
+    """Put equal dense modules back in the place of factored ones."""
+    anatomy = anatomy_of(model)
+    for _, sites in anatomy.modules():
+        old = module_at(model, sites[0])
+        if isinstance(old, (KroneckerLinear, KroneckerEmbedding, FusedMaps)):
+            put_module(model, sites[0], _dense_module(old, sites))
+    if "_tied_weights_keys" in model.__dict__:
+        del model._tied_weights_keys
+        embedding = model.base_model.get_submodule(anatomy.family.embedding)
+        head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        head.weight = embedding.weight
+        setattr(model, anatomy.family.head, head)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _dense_module(old: nn.Module, sites: list[Site]) -> nn.Module:
+    parts = [old] if sites[0].part is None else list(old.children())
+    dense: list[Any] = [
+        part.to_dense() if isinstance(part, (KroneckerLinear, KroneckerEmbedding)) else part for part in parts
+    ]
+    if sites[0].group in ("embedding", "head"):
+        return dense[0]
+    weight = torch.cat([part.weight.detach() for part in dense])
+    biases = [part.bias.detach() for part in dense if part.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if sites[0].conv1d:
+        return _conv1d(weight, bias)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
+
+
+def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """transformers' ``Conv1D`` of a (out, in) weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        module = Conv1D(*weight.shape)
+    module.weight = nn.Parameter(weight.T.contiguous())
+    module.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias)
+    return module

@@ -1,0 +1,158 @@
+"""Teacher-student pre-training on text."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from kncompress.config import ObjectiveConfig, OptimizerConfig
+from kncompress.distill import Objective, Outputs, cross_entropy, layer_mapping
+from kncompress.metrics import TokenMean
+from kncompress.models.taps import Taps
+from kncompress.tasks.optimization import build_optimizer, build_schedule
+
+_TEACHER = "teacher."
+
+
+class ILKDPretraining(L.LightningModule):
+    """Trains a student on text by intermediate-layer knowledge distillation from a frozen teacher.
+
+    (KnGPT2, arXiv 2110.08152.) Without a teacher only the cross-entropy term can be used: ordinary pre-training.
+    The teacher stays in evaluation mode, receives no gradients and is left out of checkpoints. Logged:
+    ``train/loss``, every term as ``train/<term>``, ``train/tokens_per_second``, ``train/tokens``,
+    ``validation/loss`` (cross-entropy of the student, nats per token) and ``validation/perplexity``.
+
+    Args:
+        student: causal language model of transformers, in place.
+        teacher: the model it learns from, or None.
+        objective: weights of the loss.
+        optimizer: optimiser and schedule.
+        steps: optimiser steps of the whole run, for the schedule.
+        dropout: keep the student's dropout while training.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        steps: int,
+        dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student, self.optimizer_config, self.steps = student.train(), optimizer, steps
+        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
+        if teacher is None and objective.needs_teacher:
+            raise ValueError("the objective compares with a teacher, but there is none")
+        layers = None
+        if teacher is not None:
+            layers = layer_mapping(_depth(teacher), _depth(student))
+        self.objective = Objective(objective, layers)
+        if not dropout:
+            switch_off_dropout(student)
+        self.student_taps = Taps(student, self.objective.taps)
+        self.teacher_taps = Taps(teacher, self.objective.taps) if teacher is not None else None
+        self._needs_teacher = objective.needs_teacher
+        self.validation_nll = TokenMean()
+        self._clock: tuple[float, int] | None = None
+        self._tokens = 0
+
+    def train(self, mode: bool = True) -> "ILKDPretraining":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        ids = batch["input_ids"]
+        student = _outputs(self.student, self.student_taps, ids)
+        teacher = None
+        if self.teacher_taps is not None and self._needs_teacher:
+            with torch.no_grad():
+                teacher = _outputs(self.teacher, self.teacher_taps, ids)
+        loss = self.objective(student, teacher, batch["labels"])
+        self.log("train/loss", loss.total.detach(), on_step=True)
+        self.log_dict({f"train/{name}": value for name, value in loss.terms.items()}, on_step=True)
+        self._tokens += ids.numel() * self.trainer.world_size
+        return loss.total
+
+    def on_train_start(self) -> None:
+        self._clock = (time.perf_counter(), self._tokens)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        start, tokens = self._clock or (time.perf_counter(), self._tokens)
+        elapsed = time.perf_counter() - start
+        if elapsed > 0:
+            self.log("train/tokens_per_second", (self._tokens - tokens) / elapsed)
+        self.log("train/tokens", float(self._tokens))
+
+    def on_validation_start(self) -> None:
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        # Validation does not count as training time.
+        if self._clock is not None:
+            start, tokens = self._clock
+            self._clock = (start + time.perf_counter() - self._validation_began, tokens)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        logits = self.student(input_ids=batch["input_ids"], use_cache=False).logits
+        scored = int((batch["labels"][:, 1:] != -100).sum())
+        self.validation_nll.update(cross_entropy(logits, batch["labels"]) * scored, scored)
+
+    def on_validation_epoch_end(self) -> None:
+        nll = self.validation_nll.compute()
+        self.validation_nll.reset()
+        self.log("validation/loss", nll)
+        self.log("validation/perplexity", nll.exp())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.student, self.optimizer_config)
+        schedule = build_schedule(optimizer, self.steps, self.optimizer_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def close(self) -> None:
+        """Takes the taps off both models."""
+        for taps in (self.student_taps, self.teacher_taps):
+            if taps is not None:
+                taps.close()
+
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens so far, over all devices and resumed parts."""
+        return self._tokens
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(_TEACHER)}
+        checkpoint["tokens_seen"] = self._tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._tokens = checkpoint["tokens_seen"]
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a checkpoint, which must lack the teacher's weights and nothing else."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if not key.startswith(_TEACHER)]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {result.unexpected_keys}")
+        return result
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout of ``model`` to 0; the model's config keeps its values."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _outputs(model: Any, taps: Taps, ids: Tensor) -> Outputs:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return Outputs(logits, **{name: getattr(taps, name) for name in taps.names})
+
+
+def _depth(model: Any) -> int:
+    return model.config.num_hidden_layers

@@ -1,0 +1,77 @@
+"""The Lightning trainer that a configuration asks for."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+
+from kncompress.config import TrainerConfig
+from kncompress.tasks.batches import BatchPlan
+
+_VALIDATIONS = 10
+
+
+def build_trainer(
+    config: TrainerConfig,
+    batches: BatchPlan,
+    folder: Path,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    checkpoint_io: CheckpointIO,
+) -> L.Trainer:
+    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times."""
+    every = config.validate_every or max(1, batches.steps // _VALIDATIONS)
+    return L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        precision=precision(config),
+        max_steps=batches.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=batches.accumulate,
+        val_check_interval=every * batches.accumulate,
+        check_val_every_n_epoch=None,
+        gradient_clip_val=config.gradient_clip or None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(10, batches.steps // 20)),
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        plugins=[checkpoint_io],
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's lines about hardware, precision and products, and warnings that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # The loader reads a memory map: workers would only copy.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The frozen teacher is in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+    # The text's sampler goes on where the checkpoint stopped.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
+    # Lightning's own use of a torch function that newer torch deprecates.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def precision(config: TrainerConfig) -> Any:
+    """Lightning's name of the precision; ``auto`` is bf16 where the hardware multiplies bf16 natively."""
+    if config.precision == "auto":
+        return "bf16-mixed" if _multiplies_bf16(config.accelerator) else "32-true"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[config.precision]
+
+
+def _multiplies_bf16(accelerator: str) -> bool:
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AVX-512 alone has bf16 dot products, but no gain over float32 was measured without the tile unit.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))

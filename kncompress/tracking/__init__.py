@@ -1,0 +1,1 @@
+"""What a run leaves behind: its record, metrics, checkpoints, and what a person sees while it goes."""

@@ -1,0 +1,83 @@
+"""The factored product against torch.kron, in each order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kncompress.kron import KroneckerShape, ShapeError, kronecker_linear, kronecker_weight
+
+ORDERS = ("right", "left", "formed", None)
+
+
+def random_factors(shape: KroneckerShape) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.randn(shape.terms, *shape.left, dtype=torch.float64),
+        torch.randn(shape.terms, *shape.right, dtype=torch.float64),
+    )
+
+
+@given(st.tuples(*[st.integers(1, 7)] * 4), st.integers(1, 4), st.integers(0, 9), st.sampled_from(ORDERS))
+def test_product_equals_torch_kron(sides, terms, vectors, order):
+    m1, n1, m2, n2 = sides
+    terms = min(terms, m1 * n1, m2 * n2)
+    left, right = random_factors(KroneckerShape((m1, n1), (m2, n2), terms))
+    dense = sum(torch.kron(a, b) for a, b in zip(left, right, strict=True))
+    torch.testing.assert_close(kronecker_weight(left, right), dense)
+    x, bias = torch.randn(vectors, n1 * n2, dtype=torch.float64), torch.randn(m1 * m2, dtype=torch.float64)
+    torch.testing.assert_close(kronecker_linear(x, left, right, bias, order), F.linear(x, dense, bias))
+
+
+@pytest.mark.parametrize("order", ["right", "left", "formed"])
+@pytest.mark.parametrize("vectors", [1, 9])
+@pytest.mark.parametrize("text", ["3x5(x)2x2*3", "3x7(x)4x1*2", "3x7(x)1x4*2", "6x1(x)1x5*4", "1x6(x)5x1*4"])
+def test_gradients_in_each_order(text, vectors, order):
+    shape = KroneckerShape.parse(text)
+    inputs = [torch.randn(vectors, shape.in_features, dtype=torch.float64), *random_factors(shape)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda *args: kronecker_linear(*args, order=order), inputs)
+
+
+@pytest.mark.parametrize(
+    ("text", "vectors", "formed"),
+    [
+        ("24x6(x)4x4*8", 4096, True),  # twice the dense multiply-adds, many vectors
+        ("24x6(x)4x4*8", 8, False),  # too few to pay for forming
+        ("24x24(x)4x1", 4096, False),  # cheaper than dense
+        ("96x1(x)1x24*9", 4096, False),
+    ],
+)
+def test_weight_is_formed_only_where_it_pays(text, vectors, formed, monkeypatch):
+    calls = []
+
+    def spy(left, right):
+        calls.append(1)
+        return kronecker_weight(left, right)
+
+    monkeypatch.setattr("kncompress.kron.product.kronecker_weight", spy)
+    shape = KroneckerShape.parse(text)
+    left, right = random_factors(shape)
+    kronecker_linear(torch.randn(vectors, shape.in_features, dtype=torch.float64), left, right)
+    assert bool(calls) == formed
+
+
+def test_outer_products_are_a_low_rank_map():
+    shape = KroneckerShape.fit(11, 7, (1, 7), 3)
+    left, right = random_factors(shape)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    low_rank = x @ right.reshape(3, 7).T @ left.reshape(3, 11)
+    torch.testing.assert_close(kronecker_linear(x, left, right), low_rank)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 7), (6, 1)])
+def test_wrong_input_is_named(shape):
+    left, right = random_factors(KroneckerShape((2, 3), (1, 2)))
+    with pytest.raises(ShapeError, match="last side must be 6"):
+        kronecker_linear(torch.randn(shape, dtype=torch.float64), left, right)
+
+
+def test_unknown_order_is_named():
+    left, right = random_factors(KroneckerShape((2, 3), (1, 2)))
+    with pytest.raises(ShapeError, match="order=up: not one of right, left, formed"):
+        kronecker_linear(torch.randn(6, dtype=torch.float64), left, right, order="up")

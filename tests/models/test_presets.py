@@ -1,0 +1,61 @@
+"""The presets in conf/factors have the published sizes on GPT-2 small, and scale to other widths."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from kncompress.config import FactorsConfig
+from kncompress.models.compress import compress_, unique_parameters
+from kncompress.models.plan import plan_from_config
+
+FOLDER = Path(__file__).parents[2] / "conf" / "factors"
+
+PARAMETERS = {
+    "dense": 124_439_808,
+    "kngpt2": 83_907_530,
+    "kngpt2_odd_ffn": 90_985_370,
+    "kronypt_81m": 81_972_576,
+    "kronypt_80m": 80_400_048,
+}
+
+
+def preset(name):
+    merged = OmegaConf.merge(OmegaConf.structured(FactorsConfig), OmegaConf.load(FOLDER / f"{name}.yaml"))
+    return OmegaConf.to_object(merged)
+
+
+def test_every_preset_is_counted():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_unique_parameters_of_gpt2_small(name):
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    report = compress_(model, plan_from_config(preset(name), model))
+    assert report.parameters_after == unique_parameters(model) == PARAMETERS[name]
+    assert report.parameters_before == PARAMETERS["dense"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_presets_fit_other_widths(name, tiny, ids):
+    compress_(tiny, plan_from_config(preset(name), tiny))
+    assert tiny(ids).logits.isfinite().all()
+
+
+def test_kngpt2_is_odd_layers_and_tied_head():
+    shapes = plan_from_config(preset("kngpt2"), GPT2Config()).resolve(GPT2Config())
+    assert {int(name.split(".")[1]) for name in shapes if "." in name} == {1, 3, 5, 7, 9, 11}
+    assert str(shapes["embedding"]) == "50257x384(x)1x2"
+    assert str(shapes["layers.1.mlp.up"]) == "1536x768(x)2x1"
+    assert str(shapes["layers.1.mlp.down"]) == "768x1536(x)1x2"
+    assert len(shapes) == 1 + 6 * 6
+
+
+def test_kronypt_80m_shapes():
+    shapes = plan_from_config(preset("kronypt_80m"), GPT2Config()).resolve(GPT2Config())
+    assert str(shapes["layers.0.mlp.up"]) == "1024x256(x)3x3*2"
+    assert str(shapes["layers.0.mlp.down"]) == "256x1024(x)3x3*2"

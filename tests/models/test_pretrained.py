@@ -1,0 +1,299 @@
+"""Folders: written whole, read by plain transformers, equal to what was saved, or refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from kncompress.errors import UserError
+from kncompress.models.compress import compress_, factored_maps, unique_parameters
+from kncompress.models.plan import Plan, RightFactor
+from kncompress.models.pretrained import load_model, save_model, to_dense
+
+ROOT = Path(__file__).parents[2]
+PLAN = Plan(
+    {
+        "embedding": RightFactor((1, 2)),
+        "layers.1.*": RightFactor((2, 1)),
+        "layers.2.attn.k": RightFactor((2, 2), terms=2),
+    }
+)
+
+
+@pytest.fixture
+def student(tiny):
+    compress_(tiny, PLAN)
+    return tiny
+
+
+@pytest.fixture
+def folder(student, tmp_path):
+    return save_model(student, tmp_path / "model")
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def run_python(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_folder_holds_factors_once(folder):
+    weights = load_file(folder / "model.safetensors")
+    assert "transformer.h.1.attn.c_attn.q.left" in weights
+    assert "transformer.wte.left" in weights
+    assert not [key for key in weights if key.startswith("lm_head")]
+    assert "transformer.wte.weight" not in weights
+    maps = json.loads((folder / "config.json").read_text())["quantization_config"]["maps"]
+    assert maps["embedding"] == "96x12(x)1x2"
+    assert maps["layers.2.attn.k"] == "12x12(x)2x2*2"
+    assert len(maps) == 8
+
+
+def test_plain_from_pretrained_gives_the_same_model(folder, student, ids):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+    assert loaded.lm_head.left is loaded.transformer.wte.left
+    assert unique_parameters(loaded) == unique_parameters(student)
+    assert factored_maps(loaded) == factored_maps(student)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    prompt = ids[:, :4]
+    expected = student.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("order", ["import kncompress, transformers", "import transformers.quantizers, kncompress"])
+def test_another_process_after_import_alone(folder, student, ids, tmp_path, order):
+    """Either import order; logits equal to the bit, and a generated continuation."""
+    code = f"""
+{order}
+import sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor({ids.tolist()})
+torch.save([model(ids).logits.detach(), model.generate(ids, max_new_tokens=3, do_sample=False)], sys.argv[2])
+"""
+    run_python(code, folder, tmp_path / "out.pt")
+    logits, continued = torch.load(tmp_path / "out.pt", weights_only=True)
+    torch.testing.assert_close(logits, student(ids).logits.detach(), atol=1e-6, rtol=1e-6)
+    assert torch.equal(continued, student.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+def test_save_load_save_again(folder, student, tmp_path, ids):
+    """Through save_model and through plain save_pretrained, fresh and loaded."""
+    student.save_pretrained(tmp_path / "fresh")
+    once = AutoModelForCausalLM.from_pretrained(folder)
+    once.save_pretrained(tmp_path / "plain")
+    save_model(load_model(tmp_path / "plain"), tmp_path / "again")
+    first = load_file(folder / "model.safetensors")
+    for name in ("fresh", "plain", "again"):
+        weights = load_file(tmp_path / name / "model.safetensors")
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(weights[key], first[key]) for key in first)
+        assert torch.equal(load_model(tmp_path / name)(ids).logits, student(ids).logits)
+
+
+def test_classifier_from_a_language_model_folder(folder, student, tmp_path, ids):
+    """A new head, everything else loaded; and back again from the classifier's own folder."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    states = classifier.transformer(ids).last_hidden_state
+    assert torch.equal(states, student.transformer(ids).last_hidden_state)
+    save_model(classifier, tmp_path / "classifier")
+    again = load_model(tmp_path / "classifier", "sequence-classification")
+    assert torch.equal(again(ids).logits, classifier(ids).logits)
+    model = load_model(tmp_path / "classifier")
+    assert torch.equal(model(ids).logits, student(ids).logits)
+
+
+def test_untied_factored_head(tiny_config, tmp_path, ids):
+    tiny_config.tie_word_embeddings = False
+    model = GPT2LMHeadModel(tiny_config).eval()
+    compress_(model, Plan({"head": RightFactor((1, 2)), "embedding": RightFactor((1, 2))}))
+    save_model(model, tmp_path / "untied")
+    assert torch.equal(load_model(tmp_path / "untied")(ids).logits, model(ids).logits)
+    assert load_model(tmp_path / "untied", "sequence-classification")(ids).logits.shape == (2, 2)
+    torch.testing.assert_close(to_dense(model)(ids).logits, model(ids).logits)
+
+
+def test_base_model_class_loads(folder, student, ids):
+    base = AutoModel.from_pretrained(folder)
+    assert torch.equal(base(ids).last_hidden_state, student.transformer(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_model, AutoModel.from_pretrained])
+def test_a_missing_factor_is_an_error(folder, load):
+    edit_weights(folder, lambda weights: weights.pop("transformer.h.1.attn.c_attn.q.left"))
+    with pytest.raises(UserError, match=r"lacks weights: .*h\.1\.attn\.c_attn\.q\.left"):
+        load(folder)
+
+
+def test_a_dense_checkpoint_under_a_factored_config_is_an_error(folder, tmp_path, tiny_config):
+    GPT2LMHeadModel(tiny_config).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(UserError, match="lacks weights"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_model])
+def test_an_unknown_weight_is_an_error(folder, load):
+    edit_weights(folder, lambda weights: weights.update({"transformer.h.0.extra": torch.zeros(1)}))
+    with pytest.raises(UserError, match=r"has unknown weights: transformer\.h\.0\.extra"):
+        load(folder)
+
+
+def test_load_model_checks_dense_folders_too(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "dense")
+    edit_weights(tmp_path / "dense", lambda weights: weights.pop("transformer.h.2.mlp.c_fc.weight"))
+    with pytest.raises(UserError, match=r"lacks weights: transformer\.h\.2\.mlp\.c_fc\.weight"):
+        load_model(tmp_path / "dense")
+
+
+def test_wrong_map_names_and_missing_folders_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["maps"]["layers.9.mlp.up"] = "48x24(x)2x1"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantization_config of .*layers\.9\.mlp\.up"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"model\.path=.*nowhere"):
+        load_model(folder / "nowhere")
+    with pytest.raises(UserError, match="task=chess: not one of causal-lm"):
+        load_model(folder, "chess")
+
+
+def test_dtype_of_the_file_and_of_the_model(student, tmp_path, ids):
+    """float32 unless asked otherwise, whatever the model's own type; the model in hand is not touched."""
+    save_model(student, tmp_path / "half", dtype="float16")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert not [key for key in weights if key.startswith("lm_head")]
+    half = load_model(tmp_path / "half")
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    save_model(half, tmp_path / "full")
+    full = load_model(tmp_path / "full")
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    torch.testing.assert_close(full(ids).logits, student(ids).logits, atol=0.05, rtol=0.05)
+
+
+def test_half_and_float_work_on_a_loaded_model(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = model(ids).logits
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+    assert model.lm_head.left is model.transformer.wte.left
+    torch.testing.assert_close(model.float()(ids).logits, expected, atol=0.05, rtol=0.05)
+    assert model.to(torch.bfloat16)(ids).logits.dtype == torch.bfloat16
+
+
+def test_tokenizer_travels_with_the_model(student, tmp_path):
+    tokens = Tokenizer(WordLevel({"<unk>": 0, "kron": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>")
+    save_model(student, tmp_path / "model", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("kron")["input_ids"] == [1]
+
+
+def test_a_failed_save_leaves_the_old_folder_whole(folder, student, monkeypatch, ids):
+    def fail(*_):
+        raise RuntimeError("disk full")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        student.transformer.ln_f.weight.mul_(2)
+
+    class BrokenTokenizer:
+        save_pretrained = fail
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_model(student, folder, BrokenTokenizer())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    save_model(student, folder)
+    assert torch.equal(load_model(folder)(ids).logits, student(ids).logits)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_other_peoples_folders_are_not_replaced(student, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match="no model folder"):
+        save_model(student, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_to_dense_is_plain_gpt2(student, tmp_path, ids):
+    dense = to_dense(student)
+    assert type(dense) is GPT2LMHeadModel
+    torch.testing.assert_close(dense(ids).logits, student(ids).logits, atol=1e-5, rtol=1e-5)
+    assert dense.lm_head.weight is dense.transformer.wte.weight
+    assert factored_maps(student)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    expected = set(GPT2LMHeadModel(dense.config).state_dict()) - {"lm_head.weight"}
+    assert set(load_file(tmp_path / "dense" / "model.safetensors")) == expected
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "kncompress" not in sys.modules
+torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits.detach(), sys.argv[2])
+"""
+    torch.save(ids, tmp_path / "tensor.pt")
+    run_python(code, tmp_path / "dense", tmp_path / "tensor.pt")
+    logits = torch.load(tmp_path / "tensor.pt", weights_only=True)
+    torch.testing.assert_close(logits, student(ids).logits.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_to_dense_of_a_loaded_model_can_be_factored_again(folder, ids):
+    dense = to_dense(load_model(folder))
+    expected = dense(ids).logits
+    compress_(dense, PLAN)
+    torch.testing.assert_close(dense(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_trainer_takes_a_step_on_a_loaded_folder(folder, tmp_path, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    assert trainer.train().global_step == 1
+    for name in (
+        "transformer.wte.left",
+        "transformer.h.1.attn.c_attn.q.right",
+        "transformer.h.2.attn.c_attn.q.weight",
+    ):
+        assert not torch.equal(model.get_parameter(name), before[name])
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(load_model(tmp_path / "saved")(ids).logits, model.eval()(ids).logits)

@@ -1,0 +1,157 @@
+"""Taps record what transformers itself would show, and leave no trace."""
+
+import pytest
+import torch
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from kncompress.models.compress import compress_
+from kncompress.models.plan import Plan, RightFactor
+from kncompress.models.taps import Taps, capture
+
+
+@pytest.fixture(params=["dense", "factored"])
+def model(request, tiny):
+    if request.param == "factored":
+        compress_(tiny, Plan({"layers.*": RightFactor((2, 1)), "embedding": RightFactor((1, 2))}))
+    return tiny
+
+
+@pytest.fixture
+def mask(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return mask
+
+
+def test_logits_equal_plain_sdpa(model, ids, mask):
+    """With and without padding: the mask of the tapped attention is sdpa's."""
+    assert model.config._attn_implementation == "sdpa"
+    plain, padded = model(ids).logits, model(ids, attention_mask=mask).logits
+    with capture(model):
+        assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids, attention_mask=mask).logits, padded)
+    assert not torch.allclose(plain, padded)
+
+
+def test_attention_agrees_with_eager_maps(model, ids):
+    with capture(model, {"attention"}) as taps:
+        model(ids)
+    model.set_attn_implementation("eager")
+    maps = model(ids, output_attentions=True).attentions
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    assert len(taps.attention) == len(maps) == 3
+    for tap, expected in zip(taps.attention, maps, strict=True):
+        assert tap.query.shape == tap.key.shape == (2, 2, 7, 12)
+        scores = tap.query @ tap.key.transpose(-1, -2) * tap.scaling
+        torch.testing.assert_close(scores.masked_fill(future, -torch.inf).softmax(-1), expected)
+
+
+def test_scaling_by_layer_is_recorded(tiny_config, ids):
+    tiny_config.scale_attn_by_inverse_layer_idx = True
+    model = GPT2LMHeadModel(tiny_config)
+    with capture(model, {"attention"}) as taps:
+        model(ids)
+    assert [tap.scaling for tap in taps.attention] == pytest.approx([12**-0.5 / n for n in (1, 2, 3)])
+
+
+def test_embedding_hidden_and_feed_forward(model, ids):
+    with capture(model) as taps:
+        states = model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(taps.embedding, states[0])
+    for layer in (0, 1):
+        torch.testing.assert_close(taps.hidden[layer], states[layer + 1])
+    torch.testing.assert_close(model.transformer.ln_f(taps.hidden[2]), states[3])
+    assert len(taps.hidden) == len(taps.feed_forward) == 3
+    block = model.transformer.h[1]
+    after_attention = taps.hidden[1] - taps.feed_forward[1]
+    torch.testing.assert_close(block.mlp(block.ln_2(after_attention)), taps.feed_forward[1], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_flow_through_every_tap(model, ids):
+    with capture(model) as taps:
+        model(ids)
+        first = next(model.transformer.wte.parameters())
+        for tensor in (taps.embedding, taps.attention[2].query, taps.hidden[1], taps.feed_forward[2]):
+            (gradient,) = torch.autograd.grad(tensor.square().sum(), first, retain_graph=True)
+            assert gradient.abs().sum() > 0
+
+
+def test_a_new_forward_starts_new_records(model, ids):
+    with Taps(model, {"hidden", "attention"}) as taps:
+        model(ids)
+        first, hidden = taps.records, taps.hidden[0].clone()
+        model(ids.flip(0)[:, :4])
+        assert taps.hidden[0].shape == (2, 4, 24)
+        assert taps.attention[0].query.shape == (2, 2, 4, 12)
+        assert taps.records is not first
+        assert torch.equal(first.hidden[0], hidden)
+    assert taps.hidden[0].shape == (2, 4, 24)
+
+
+def test_generation_with_cache_under_taps(model, ids):
+    plain = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with capture(model, {"attention"}) as taps:
+        assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False), plain)
+    assert taps.attention[0].query.shape == (2, 2, 1, 12)
+    assert taps.attention[0].key.shape == (2, 2, 10, 12)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_nothing_is_left_behind(tiny, ids, implementation):
+    tiny.set_attn_implementation(implementation)
+    taps = Taps(tiny)
+    tiny(ids)
+    taps.close()
+    taps.close()
+    assert tiny.config._attn_implementation == implementation
+    hooks = [m for m in tiny.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == []
+    before = taps.hidden[0]
+    tiny(ids[:, :3])
+    assert taps.hidden[0] is before
+    with Taps(tiny):
+        tiny(ids)
+
+
+def test_closed_after_an_error_in_the_block(tiny):
+    with pytest.raises(KeyError), capture(tiny):
+        raise KeyError
+    assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_bypasses_the_taps_is_an_error(tiny, ids):
+    with capture(tiny, {"attention"}):
+        tiny.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match="attention recorded 0 times in a forward pass, not 3"):
+            tiny(ids)
+
+
+def test_reading_before_a_forward_or_without_a_tap_is_an_error(tiny, ids):
+    with capture(tiny, {"hidden"}) as taps:
+        with pytest.raises(RuntimeError, match="hidden recorded 0 times"):
+            _ = taps.hidden
+        tiny(ids)
+        with pytest.raises(RuntimeError, match="not among the tapped names: hidden"):
+            _ = taps.feed_forward
+    with pytest.raises(ValueError, match="names=scores"):
+        Taps(tiny, {"scores"})
+
+
+def test_two_models_side_by_side_and_one_tapped_twice(tiny, ids):
+    """Teacher and student made from one config object share its attention setting."""
+    other = GPT2LMHeadModel(tiny.config).eval()
+    with capture(tiny) as taps:
+        tiny(ids)
+        query = taps.attention[0].query
+        other(ids)
+        assert taps.attention[0].query is query
+        with pytest.raises(RuntimeError, match="tapped already"):
+            Taps(tiny)
+        tiny(ids)
+
+
+def test_classifier_can_be_tapped(tiny_config, ids):
+    model = GPT2ForSequenceClassification(tiny_config)
+    with capture(model) as taps:
+        model(ids)
+    assert len(taps.attention) == 3

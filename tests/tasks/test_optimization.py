@@ -1,0 +1,113 @@
+"""Optimisers, their schedule, and the sizes of batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kncompress.config import OptimizerConfig, TrainerConfig
+from kncompress.kron import KroneckerEmbedding, KroneckerShape
+from kncompress.tasks.batches import plan_batches
+from kncompress.tasks.optimization import OptimizerPair, build_optimizer, build_schedule, warmup_cosine
+
+
+class Model(nn.Module):
+    """One of each kind of parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.factored_table = KroneckerEmbedding(KroneckerShape((10, 4), (1, 2)))
+        self.map = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.map(self.table(ids) + self.factored_table(ids))).square().mean()
+
+
+def names(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
+    ids = {id(p) for p in parameters}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def test_only_matrices_decay() -> None:
+    model = Model()
+    decayed, kept = build_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+    assert names(model, decayed["params"]) == {"map.weight"}
+    assert names(model, kept["params"]) == set(dict(model.named_parameters())) - {"map.weight"}
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    model = Model()
+    pair = build_optimizer(model, OptimizerConfig(name="muon"))
+    assert isinstance(pair, OptimizerPair)
+    assert names(model, pair.parts[0].param_groups[0]["params"]) == {"map.weight"}
+    trained = [p for group in pair.param_groups for p in group["params"]]
+    assert names(model, trained) == set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_schedule_reaches_every_parameter_also_after_loading(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=0.01, warmup=0.0, final=0.0)
+    model = Model()
+    optimizer = build_optimizer(model, config)
+    optimizer.load_state_dict(build_optimizer(Model(), config).state_dict())
+    schedule = build_schedule(optimizer, 2, config)
+    model(torch.arange(10)).backward()
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), "the rate is 0 by now"
+
+
+def test_a_pair_steps_with_a_closure() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=0.01))
+    losses = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(torch.arange(10))
+        loss.backward()
+        return loss.item()
+
+    for _ in range(20):
+        losses.append(optimizer.step(closure))
+    assert losses[-1] < losses[0]
+
+
+def test_warmup_then_cosine() -> None:
+    factor = warmup_cosine(100, OptimizerConfig(warmup=0.1, final=0.2))
+    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert factor(55) == pytest.approx(0.6)
+    assert factor(100) == factor(1000) == pytest.approx(0.2)
+    assert all(factor(s) >= factor(s + 1) for s in range(10, 100))
+
+
+@given(
+    batch=st.integers(1, 100_000),
+    micro=st.integers(1, 20_000),
+    context=st.integers(2, 2048),
+    devices=st.integers(1, 8),
+    blocks=st.integers(1, 10_000),
+)
+def test_batches_add_up(batch: int, micro: int, context: int, devices: int, blocks: int) -> None:
+    config = TrainerConfig(batch_tokens=batch, micro_batch_tokens=micro, devices=devices)
+    plan = plan_batches(config, context, blocks)
+    assert plan.micro_batch * plan.accumulate * devices == plan.step_blocks
+    assert plan.micro_batch == 1 or plan.micro_batch * context <= micro
+    assert plan.steps == math.ceil(blocks / plan.step_blocks)
+    assert abs(plan.step_tokens - batch) <= max(context * devices, batch)
+
+
+def test_tokens_and_steps_set_the_length() -> None:
+    assert plan_batches(TrainerConfig(tokens=100_000, batch_tokens=8192), 512, 7).steps == 13
+    assert plan_batches(TrainerConfig(tokens=100_000, steps=5), 512, 7).steps == 5

@@ -1,0 +1,158 @@
+"""The distillation task: what it trains, what it leaves alone, what its checkpoints hold."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from kncompress.config import FactorConfig, FactorsConfig, ObjectiveConfig, OptimizerConfig
+from kncompress.tasks.pretraining import ILKDPretraining, switch_off_dropout
+from kncompress.tasks.student import make_student
+
+ALL_TERMS = ObjectiveConfig(embedding=1, attention=1, hidden=1, feed_forward=1, logits=1, cross_entropy=1)
+FACTORS = FactorsConfig(layers="odd", embedding=FactorConfig(), mlp=FactorConfig(right=[2, 1]))
+
+
+class Ids(Dataset[dict[str, torch.Tensor]]):
+    """Fixed random blocks."""
+
+    def __init__(self, blocks: int = 64) -> None:
+        self.ids = torch.randint(0, 64, (blocks, 16), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@pytest.fixture
+def teacher() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def train(module: ILKDPretraining, steps: int, folder: Path, **options: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        default_root_dir=folder,
+        **options,
+    )
+    trainer.fit(module, DataLoader(Ids(), batch_size=4), DataLoader(Ids(8), batch_size=4))
+    return trainer
+
+
+class TestTraining:
+    def test_every_term_is_logged_and_the_loss_falls(self, teacher: Any, tmp_path: Path) -> None:
+        student, _ = make_student(teacher, FACTORS, "random")
+        module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30)
+        before = copy.deepcopy(student.state_dict())
+        first = train(module, 1, tmp_path).callback_metrics["train/loss"]
+        metrics = train(module, 30, tmp_path).callback_metrics
+        assert {f"train/{name}" for name in ObjectiveConfig.TERMS} <= metrics.keys()
+        assert all(metrics[f"train/{name}"] > 0 for name in ObjectiveConfig.TERMS)
+        assert metrics["train/loss"] < 0.8 * first
+        assert metrics["validation/perplexity"] == pytest.approx(float(metrics["validation/loss"].exp()))
+        changed = [k for k, v in student.state_dict().items() if not torch.equal(v, before[k])]
+        assert any(k.endswith(".left") for k in changed) and any(k.endswith(".right") for k in changed)
+
+    def test_the_teacher_stays_as_it_was(self, teacher: Any, tmp_path: Path) -> None:
+        before = copy.deepcopy(teacher.state_dict())
+        student, _ = make_student(teacher, FACTORS, "nearest")
+        module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(), steps=3)
+        train(module, 3, tmp_path)
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+        module.train()
+        assert module.student.training and not any(m.training for m in teacher.modules())
+        assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+    def test_validation_is_the_cross_entropy_over_all_blocks(self, teacher: Any, tmp_path: Path) -> None:
+        student, _ = make_student(teacher, FactorsConfig(), "nearest")
+        module = ILKDPretraining(student, None, ObjectiveConfig(), OptimizerConfig(lr=1e-12), steps=1)
+        loss = train(module, 1, tmp_path, val_check_interval=1).callback_metrics["validation/loss"]
+        with torch.no_grad():
+            expected = teacher(input_ids=Ids(8).ids, labels=Ids(8).ids).loss
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+    def test_tokens_are_counted(self, teacher: Any, tmp_path: Path) -> None:
+        module = ILKDPretraining(copy.deepcopy(teacher), None, ObjectiveConfig(), OptimizerConfig(), steps=3)
+        trainer = train(module, 3, tmp_path, accumulate_grad_batches=2)
+        assert module.tokens_seen == 3 * 2 * 4 * 16
+        assert trainer.callback_metrics["train/tokens_per_second"] > 0
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    def test_checkpoints_lack_the_teacher_and_restore_the_rest(self, teacher: Any, tmp_path: Path, name: str) -> None:
+        def module() -> ILKDPretraining:
+            student, _ = make_student(teacher, FACTORS, "nearest")
+            return ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(name=name), steps=4)
+
+        straight = module()
+        train(straight, 2, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        straight.close()
+        saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+        assert not any(key.startswith("teacher.") for key in saved["state_dict"])
+        assert saved["tokens_seen"] == 2 * 4 * 16
+
+        resumed = module()
+        resumed.load_state_dict(saved["state_dict"])
+        resumed.on_load_checkpoint(saved)
+        assert resumed.tokens_seen == straight.tokens_seen
+        for key, value in straight.student.state_dict().items():
+            assert torch.equal(value, resumed.student.state_dict()[key])
+        first, second = (m.configure_optimizers()["optimizer"] for m in (straight, resumed))
+        for optimizer in (first, second):
+            # Loading shares tensors with what is loaded: one copy each.
+            optimizer.load_state_dict(copy.deepcopy(saved["optimizer_states"][0]))
+        for m, optimizer in ((straight, first), (resumed, second)):
+            torch.manual_seed(1)
+            m.student.zero_grad()
+            m.student(input_ids=Ids().ids[:2], labels=Ids().ids[:2]).loss.backward()
+            optimizer.step()
+        for key, value in straight.student.state_dict().items():
+            assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_a_checkpoint_that_lacks_student_weights_is_refused(teacher: Any) -> None:
+    module = ILKDPretraining(copy.deepcopy(teacher), teacher, ALL_TERMS, OptimizerConfig(), steps=1)
+    state = {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
+    module.load_state_dict(dict(state))
+    state.pop("student.transformer.wpe.weight")
+    with pytest.raises(RuntimeError, match=r"missing \['student\.transformer\.wpe\.weight'\]"):
+        module.load_state_dict(state)
+
+
+def test_distillation_without_a_teacher_is_refused(teacher: Any) -> None:
+    with pytest.raises(ValueError, match="there is none"):
+        ILKDPretraining(teacher, None, ALL_TERMS, OptimizerConfig(), steps=1)
+
+
+def test_dropout_is_off_unless_asked(teacher: Any) -> None:
+    ids = Ids().ids[:2]
+    teacher.train()
+    assert not torch.equal(teacher(input_ids=ids).logits, teacher(input_ids=ids).logits)
+    switch_off_dropout(teacher)
+    assert torch.equal(teacher(input_ids=ids).logits, teacher(input_ids=ids).logits)
+    assert teacher.config.resid_pdrop == 0.1

@@ -1,0 +1,101 @@
+"""``compress`` and ``evaluate`` on real folders."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from verbs.conftest import read
+
+from kncompress.models.pretrained import to_dense
+
+
+def test_compress_needs_no_text_and_no_tokenizer(command: Any, tiny: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    code, out, err = command("compress", f"model={bare}", "factors=kngpt2", "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    model = AutoModelForCausalLM.from_pretrained("run/model")
+    assert metrics["parameters/student"] == sum(p.numel() for p in model.parameters())
+    assert metrics["parameters/teacher"] == GPT2LMHeadModel.from_pretrained(tiny).num_parameters()
+    assert 0 < metrics["error/mean"] < 1 and metrics["seconds/fit"] > 0
+    assert "layers.1.mlp.up" in out and "layers.0.mlp.up" not in out
+
+
+def test_the_written_type_is_the_one_asked_for(command: Any, tiny: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert command("compress", f"model={tiny}", f"dtype={dtype}", f"run_dir={dtype}")[0] == 0
+        model = AutoModelForCausalLM.from_pretrained(f"{dtype}/model")
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_random_and_nearest_starts_differ_as_they_should(command: Any, tiny: Path) -> None:
+    for start in ("random", "nearest"):
+        assert command("compress", f"model={tiny}", f"start={start}", f"run_dir={start}")[0] == 0
+    assert "error/mean" not in read(Path("random"), "result.json")["metrics"]
+    dense = GPT2LMHeadModel.from_pretrained(tiny).transformer.h[1].mlp.c_fc.weight
+    errors = {
+        start: (
+            to_dense(AutoModelForCausalLM.from_pretrained(f"{start}/model")).transformer.h[1].mlp.c_fc.weight - dense
+        ).norm()
+        for start in ("random", "nearest")
+    }
+    assert errors["nearest"] < dense.norm() < errors["random"]
+
+
+def test_the_dense_preset_changes_nothing(command: Any, tiny: Path) -> None:
+    assert command("compress", f"model={tiny}", "factors=dense", "run_dir=run")[0] == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (tiny, "run/model"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_factored_model_is_not_factored_again(command: Any, tiny: Path) -> None:
+    assert command("compress", f"model={tiny}", "run_dir=once")[0] == 0
+    code, _, err = command("compress", "model=once/model", "run_dir=twice")
+    assert code == 2 and "factored already" in err
+
+
+def test_evaluate_scores_by_both_protocols(command: Any, tiny: Path, text: Path, tmp_path: Path) -> None:
+    words = ["evaluate", f"model={tiny}", f"data.source={text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    code, out, err = command(*words, "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    from kncompress.data.tokenizer import load_tokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), load_tokenizer(tiny)
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"] + [0])
+    windows = [ids[i : i + 32] for i in range(0, len(ids), 32)]
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.double() for w in windows if len(w) > 1]
+    sizes = [len(w) - 1 for w in windows if len(w) > 1]
+    assert metrics["tokens"] == sum(sizes)
+    weighted = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / sum(sizes)
+    assert metrics["perplexity"] == pytest.approx(math.exp(weighted), rel=1e-5)
+    assert metrics["perplexity_window_mean"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(
+        float(weighted) * sum(sizes) / math.log(2) / len(text.read_text().encode()), rel=1e-5
+    )
+    assert "window mean" in out
+
+    assert command(*words, "stride=8", "tokens=500", "run_dir=strided")[0] == 0
+    strided = read(Path("strided"), "result.json")["metrics"]
+    assert strided["tokens"] == 499 and "perplexity_window_mean" not in strided
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["context=64"], "context=64: the model has 32 positions"),
+        (["stride=33"], "stride=33: larger than the window"),
+        (["data.source=nowhere"], "data.source=nowhere: no such file or folder"),
+        (["data.split=dev"], "data.split=dev: not one of"),
+    ],
+)
+def test_evaluate_refuses(command: Any, tiny: Path, text: Path, words: list[str], message: str) -> None:
+    given = [] if any(word.startswith("data.source") for word in words) else [f"data.source={text}"]
+    code, _, err = command("evaluate", f"model={tiny}", *given, *words, "run_dir=run")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not Path("run").exists()

@@ -1,0 +1,219 @@
+"""``train``: what it leaves, what it refuses, how it is stopped and resumed, and sweeps."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verbs.conftest import read
+
+
+def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[str], tiny: Path) -> None:
+    code, out, err = command("train", *small, "run_dir=run", "logger=wandb", "factors.qkv.right=[1,2]")
+    assert code == 0, err
+    result = read(Path("run"), "result.json")
+    assert result["verb"] == "train" and result["status"] == "finished" and result["model"] == "model"
+    metrics = result["metrics"]
+    for name in ("perplexity/teacher", "perplexity/start", "perplexity/student", "kl/start", "kl/student",
+                 "parameters/teacher", "parameters/student", "tokens_per_second", "error/mean"):  # fmt: skip
+        assert metrics[name] > 0, name
+    assert metrics["tokens"] == 4 * 128 and metrics["steps"] == 4
+
+    run = read(Path("run"), "run.json")
+    assert run["status"] == "finished" and run["wandb_id"] and run["wall_seconds"] > 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["factors"]["qkv"]["right"] == [1, 2] and config["model"]["path"] == str(tiny)
+    with Path("run/metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert any(row["train/loss"] for row in rows) and any(row["validation/loss"] for row in rows)
+    (log,) = Path("run/wandb").rglob("*.wandb")
+    assert run["wandb_id"] in log.name
+
+    student = AutoModelForCausalLM.from_pretrained("run/model")
+    assert sum(p.numel() for p in student.parameters()) == metrics["parameters/student"]
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    ids = tokenizer("The river", return_tensors="pt")["input_ids"]
+    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    for word in ("teacher", "student at the start", "student, trained", "gap"):
+        assert word in out
+    assert "step 4/4" in err
+
+
+def test_distillation_brings_the_student_closer(command: Any, small: list[str]) -> None:
+    code, _, err = command(
+        "train", *small, "run_dir=run", "trainer.steps=60", "optimizer.lr=1e-2", "objective.cross_entropy=0"
+    )
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    assert metrics["kl/student"] < 0.9 * metrics["kl/start"]
+
+
+def test_a_model_from_scratch_learns_and_gets_its_own_tokenizer(command: Any, small: list[str]) -> None:
+    words = [word for word in small if not word.startswith("model=")]
+    architecture = "{model_type: gpt2, vocab_size: 300, n_embd: 16, n_layer: 2, n_head: 2, n_positions: 32}"
+    code, _, err = command(
+        "train", *words, "model.path=null", f"model.architecture={architecture}", "factors=dense",
+        "objective=cross_entropy", "optimizer=muon", "optimizer.lr=1e-2", "trainer.steps=40", "run_dir=run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert read(Path("run"), "result.json")["metrics"]["perplexity/student"] < 200
+    assert len(AutoTokenizer.from_pretrained("run/model")) == 300
+
+
+def test_best_weights_are_kept_where_asked(command: Any, small: list[str]) -> None:
+    # A rate that is far too high: the first validation is the best.
+    words = [*small, "optimizer.lr=1", "optimizer.warmup=0.9", "trainer.validate_every=1", "trainer.steps=6"]
+    perplexities = {}
+    for keep in ("best", "last"):
+        code, _, err = command("train", *words, f"run_dir={keep}", f"trainer.keep={keep}")
+        assert code == 0, err
+        perplexities[keep] = read(Path(keep), "result.json")["metrics"]["perplexity/student"]
+    assert perplexities["best"] < perplexities["last"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["factors.mlp.right=[7,1]"], "factors.mlp.right=[7, 1]: 7 does not divide 64"),
+        (["factors.layers=[5]"], "factors.layers=[5]: the model has layers 0 to 1"),
+        (["data.source=nowhere.txt"], "data.source=nowhere.txt: no such file or folder"),
+        (["model=nowhere/at/all"], "nowhere/at/all"),
+        (["data.context=64"], "data.context=64: the model has 32 positions"),
+        (["trainer.stepss=3"], "steps"),
+        (["++trainer.stepss=3"], "steps"),
+        (["objective.logits=0", "objective.cross_entropy=0", "objective.embedding=0", "objective.attention=0",
+          "objective.feed_forward=0"], "every weight is 0"),
+        (["trainer.steps=-1"], "trainer.steps=-1: must be greater than 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(
+    command: Any, small: list[str], words: list[str], message: str
+) -> None:
+    replaced = {word.partition("=")[0] for word in words}
+    kept = [word for word in small if word.partition("=")[0] not in replaced]
+    code, _, err = command("train", *kept, *words, "run_dir=run")
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not Path("run").exists()
+
+
+def test_a_plan_that_matches_nothing(command: Any, small: list[str], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("maps:\n  layers.9.*: keep\n")
+    code, _, err = command("train", *small, f"factors={plan}", "run_dir=run")
+    assert code == 2 and "factors.maps.layers.9.*: matches no map of the model" in err
+    assert len(err.strip().splitlines()) == 1 and not Path("run").exists()
+
+
+def test_empty_text_and_a_misfit_tokenizer(command: Any, small: list[str], tmp_path: Path, text: Path) -> None:
+    from kncompress.data.tokenizer import train_tokenizer
+
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    kept = [word for word in small if not word.startswith("data.source")]
+    code, _, err = command("train", *kept, f"data.source={blank}", "run_dir=blank")
+    assert code == 2 and "no text in the" in err and len(err.strip().splitlines()) == 1
+    train_tokenizer([text.read_text()], 310, context=32).save_pretrained(tmp_path / "tokenizer")
+    code, _, err = command("train", *small, f"model.tokenizer={tmp_path / 'tokenizer'}", "run_dir=misfit")
+    assert code == 2 and "has 310 tokens and the model's embedding only 300 rows" in err
+
+
+def test_a_folder_with_another_run_is_left_alone(command: Any, small: list[str]) -> None:
+    assert command("train", *small, "run_dir=run")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    code, _, err = command("train", *small, "run_dir=run")
+    assert code == 2 and "holds another run" in err
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+    code, _, err = command("train", "resume=run")
+    assert code == 2 and "this run is finished" in err
+
+
+def test_nan_stops_with_exit_1_and_keeps_the_last_good_checkpoint(command: Any, small: list[str]) -> None:
+    words = [*small, "optimizer.lr=1e30", "optimizer.warmup=0", "trainer.gradient_clip=0", "trainer.steps=20"]
+    code, _, err = command("train", *words, "trainer.checkpoint_every=1", "run_dir=run")
+    assert code == 1
+    assert "diverged" in err
+    assert read(Path("run"), "result.json")["status"] == "failed"
+    state = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_sweep_over_shapes_has_a_run_and_a_result_for_each_job(command: Any, small: list[str]) -> None:
+    words = [*small, "trainer.steps=2", "logger=wandb"]
+    code, _, err = command(
+        "train", "-m", *words, "factors.mlp.right=[1,2],[2,1]", "factors.mlp.terms=1,2", "run_dir=sweep"
+    )
+    assert code == 0, err
+    results = sorted(Path("sweep").glob("*/result.json"))
+    assert [path.parent.name for path in results] == ["0", "1", "2", "3"]
+    assert all(json.loads(path.read_text())["status"] == "finished" for path in results)
+    ids = {read(path.parent, "run.json")["wandb_id"] for path in results}
+    logs = {path.name for path in Path("sweep").rglob("*.wandb")}
+    assert len(ids) == len(logs) == 4
+    students = [json.loads(path.read_text())["metrics"]["parameters/student"] for path in results]
+    assert students[0] == students[2] < students[1] == students[3]
+    with Path("sweep/sweep.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 4
+
+
+def test_an_impossible_job_is_told_before_the_first_starts(command: Any, small: list[str]) -> None:
+    code, _, err = command("train", "-m", *small, "factors.mlp.right=[1,2],[7,1],[1,5]", "run_dir=sweep")
+    assert code == 2
+    assert "job 1: factors.mlp.right=[7, 1]" in err and "job 2: factors.mlp.right=[1, 5]" in err
+    assert not Path("sweep").exists()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
+
+
+@pytest.mark.parametrize(("name", "code", "status"), [("SIGTERM", 143, "interrupted"), ("SIGINT", 130, "interrupted")])
+def test_a_stopped_run_resumes_to_the_same_weights(
+    process: Callable[..., Any], small: list[str], tmp_path: Path, name: str, code: int, status: str
+) -> None:
+    words = [*small, "trainer.steps=400", "trainer.validate_every=200", "trainer.checkpoint_every=5"]
+    stopped = process("train", *words, "run_dir=stopped", start=True)
+    checkpoint = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and stopped.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped.send_signal(getattr(signal, name))
+    out, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == code, out
+    assert read(tmp_path / "stopped", "result.json")["status"] == status
+    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 400
+    resumed = process("train", "resume=stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    straight = process("train", *words, "run_dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    first, second = _weights(tmp_path / "stopped"), _weights(tmp_path / "straight")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_saved_model_gives_equal_logits_in_another_process(command: Any, small: list[str], tmp_path: Path) -> None:
+    assert command("train", *small, "run_dir=run")[0] == 0
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        here = AutoModelForCausalLM.from_pretrained("run/model")(input_ids=ids).logits
+    torch.save(here, tmp_path / "logits.pt")
+    program = (
+        "import sys, torch, kncompress\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "with torch.no_grad(): logits = model(input_ids=torch.arange(1, 20)[None]).logits\n"
+        "assert torch.equal(logits, torch.load(sys.argv[2], weights_only=True))\n"
+    )
+    line = [sys.executable, "-c", program, str(Path("run/model").absolute()), str(tmp_path / "logits.pt")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
