@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,8 @@ def process(tmp_path: Path) -> Callable[..., Any]:
         line = [sys.executable, "-m", "kncompress", *words]
         options: dict[str, Any] = {"cwd": tmp_path, "env": environment | variables, "text": True}
         if start:
+            # A shell that starts this in the background has SIGINT ignored, which children inherit.
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
         return subprocess.run(line, capture_output=True, timeout=300, check=False, **options)
 

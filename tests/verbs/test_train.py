@@ -177,28 +177,38 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
 
 
-@pytest.mark.parametrize(("name", "code", "status"), [("SIGTERM", 143, "interrupted"), ("SIGINT", 130, "interrupted")])
-def test_a_stopped_run_resumes_to_the_same_weights(
-    process: Callable[..., Any], small: list[str], tmp_path: Path, name: str, code: int, status: str
-) -> None:
-    words = [*small, "trainer.steps=400", "trainer.validate_every=200", "trainer.checkpoint_every=5"]
-    stopped = process("train", *words, "run_dir=stopped", start=True)
-    checkpoint = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+def _stop(process: Callable[..., Any], words: list[str], folder: Path, number: signal.Signals) -> int:
+    """Start a run, send it a signal after its first checkpoint, return its exit code."""
+    stopped = process("train", *words, f"run_dir={folder}", start=True)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and stopped.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    stopped.send_signal(getattr(signal, name))
-    out, _ = stopped.communicate(timeout=120)
-    assert stopped.returncode == code, out
-    assert read(tmp_path / "stopped", "result.json")["status"] == status
-    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 400
-    resumed = process("train", "resume=stopped")
-    assert resumed.returncode == 0, resumed.stderr
-    straight = process("train", *words, "run_dir=straight")
-    assert straight.returncode == 0, straight.stderr
-    first, second = _weights(tmp_path / "stopped"), _weights(tmp_path / "straight")
+        time.sleep(0.02)
+    stopped.send_signal(number)
+    stopped.communicate(timeout=120)
+    return int(stopped.returncode)
+
+
+def test_a_terminated_run_resumes_to_the_same_weights(
+    process: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    words = [*small, "trainer.steps=120", "trainer.validate_every=60", "trainer.checkpoint_every=5"]
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    assert _stop(process, words, stopped, signal.SIGTERM) == 143
+    assert read(stopped, "result.json")["status"] == read(stopped, "run.json")["status"] == "interrupted"
+    assert 0 < torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 120
+    for line in (["resume=stopped"], [*words, "run_dir=straight"]):
+        done = process("train", *line)
+        assert done.returncode == 0, done.stderr
+    first, second = (AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (stopped, straight))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_ctrl_c_is_130(process: Callable[..., Any], small: list[str], tmp_path: Path) -> None:
+    words = [*small, "trainer.steps=5000", "trainer.checkpoint_every=5"]
+    assert _stop(process, words, tmp_path / "run", signal.SIGINT) == 130
+    assert read(tmp_path / "run", "result.json")["status"] == "interrupted"
 
 
 def test_the_saved_model_gives_equal_logits_in_another_process(command: Any, small: list[str], tmp_path: Path) -> None:
