@@ -247,19 +247,12 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig):
-    """``train``: teacher and text in, repaired student out."""
+class FactoringConfig(RunConfig):
+    """Keys of the verbs that factor a model."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     factors: FactorsConfig = field(default_factory=FactorsConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
     start: str = "nearest"
     """Start of the factors: ``nearest`` (to the weights) or ``random``."""
-    resume: str | None = None
-    """Folder of an unfinished run to continue."""
     dtype: str = "float32"
     """Type of the saved weights: float32, float16 or bfloat16."""
 
@@ -269,18 +262,21 @@ class TrainConfig(RunConfig):
 
 
 @dataclass
-class CompressConfig(RunConfig):
+class TrainConfig(FactoringConfig):
+    """``train``: teacher and text in, repaired student out."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    resume: str | None = None
+    """Folder of an unfinished run to continue."""
+
+
+@dataclass
+class CompressConfig(FactoringConfig):
     """``compress``: factor a model and save it, without training."""
-
-    factors: FactorsConfig = field(default_factory=FactorsConfig)
-    start: str = "nearest"
-    """Start of the factors: ``nearest`` (to the weights) or ``random``."""
-    dtype: str = "float32"
-    """Type of the saved weights: float32, float16 or bfloat16."""
-
-    def __post_init__(self) -> None:
-        _choice("start", self.start, ("nearest", "random"))
-        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
 
 
 @dataclass
