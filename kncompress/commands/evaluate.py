@@ -63,7 +63,8 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
         if score.window_perplexity is not None:
             metrics["perplexity_window_mean"] = score.window_perplexity
         if config.tokens is None or config.tokens >= len(stream):
-            metrics["bits_per_byte"] = bits_per_byte(score.nll_sum, stream.text_bytes)
+            # The few tokens that no window scores count as the mean of the others.
+            metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
         record.finish("finished", metrics)
         Console().print(_table(config, window, metrics))
     return metrics

@@ -16,7 +16,7 @@ from kncompress.data.sources import find_sources, read_split
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import TokenStream, token_stream
 from kncompress.errors import UserError
-from kncompress.metrics import Comparison, Perplexity, compare, perplexity
+from kncompress.metrics import Comparison, Perplexity, bits_per_byte, compare, perplexity
 from kncompress.models.compress import CompressionReport, unique_parameters
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
@@ -74,8 +74,13 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             start = job.scores() if job.teacher is not None else None
             log_facts(loggers, job.facts)
             tokens_per_second = fit(config, job, run_dir, loggers)
-            metrics, model = conclude(config, job, start, tokens_per_second, run_dir)
+            job.student.eval()
+            metrics, rows = conclude(job, start, job.scores())
+            metrics["tokens_per_second"] = tokens_per_second
+            model = save_model(job.student, run_dir / "model", job.tokenizer, config.dtype)
             record.finish("finished", metrics, model)
+            write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
+            print(f"model: {model}", flush=True)
             code = 0
         except BaseException as error:
             code = outcome(error)[1]
@@ -175,21 +180,10 @@ def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, be
 
 
 def conclude(
-    config: TrainConfig,
-    job: TrainingJob,
-    start: "Comparison | Perplexity | None",
-    tokens_per_second: float,
-    run_dir: Path,
-) -> tuple[dict[str, float], Path]:
-    """Score the trained student, save it, print and write the summary."""
-    job.student.eval()
-    end = job.scores()
-    metrics = dict(job.facts)
-    metrics |= {
-        "tokens": job.batches.tokens,
-        "steps": job.batches.steps,
-        "tokens_per_second": tokens_per_second,
-    }
+    job: TrainingJob, start: "Comparison | Perplexity | None", end: "Comparison | Perplexity"
+) -> tuple[dict[str, float], dict[str, ModelScores]]:
+    """The metrics of ``result.json`` and the rows of the table, from the scores before and after training."""
+    metrics = job.facts | {"tokens": job.batches.tokens, "steps": job.batches.steps}
     rows: dict[str, ModelScores] = {}
     if isinstance(start, Comparison) and isinstance(end, Comparison):
         rows["teacher"] = _row("teacher", metrics["parameters/teacher"], start.teacher, job.test)
@@ -205,13 +199,12 @@ def conclude(
     for name, row in rows.items():
         assert row.perplexity is not None and row.bits_per_byte is not None
         metrics |= {f"perplexity/{name}": row.perplexity, f"bits_per_byte/{name}": row.bits_per_byte}
-    model = save_model(job.student, run_dir / "model", job.tokenizer, config.dtype)
-    write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
-    return metrics, model
+    return metrics, rows
 
 
 def _row(name: str, parameters: float, score: Perplexity, text: TokenStream, kl: float | None = None) -> ModelScores:
-    bits = score.nll * len(text) / math.log(2) / text.text_bytes
+    # The few tokens that no window scores count as the mean of the others.
+    bits = bits_per_byte(score.nll * len(text), text.text_bytes)
     return ModelScores(name, int(parameters), score.perplexity, kl, bits)
 
 
