@@ -81,7 +81,8 @@ def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], embeddings: set[int],
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for p in trained if id(p) not in kept], "weight_decay": 0.0},
     ]
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    # Not fused: Lightning refuses to clip gradients for a fused optimiser under mixed precision, bf16 included.
+    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def _embeddings(model: nn.Module) -> set[int]:

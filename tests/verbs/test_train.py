@@ -48,10 +48,10 @@ def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[s
     assert "step 4/4" in err
 
 
-def test_distillation_brings_the_student_closer(command: Any, small: list[str]) -> None:
-    code, _, err = command(
-        "train", *small, "run_dir=run", "trainer.steps=60", "optimizer.lr=1e-2", "objective.cross_entropy=0"
-    )
+def test_distillation_in_bf16_brings_the_student_closer(command: Any, small: list[str]) -> None:
+    words = [word for word in small if not word.startswith("trainer.precision")]
+    words += ["trainer.precision=bf16", "trainer.steps=60", "optimizer.lr=1e-2", "objective.cross_entropy=0"]
+    code, _, err = command("train", *words, "run_dir=run")
     assert code == 0, err
     metrics = read(Path("run"), "result.json")["metrics"]
     assert metrics["kl/student"] < 0.9 * metrics["kl/start"]
