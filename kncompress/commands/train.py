@@ -23,7 +23,7 @@ from kncompress.models.pretrained import save_model
 from kncompress.tasks.batches import BatchPlan, plan_batches
 from kncompress.tasks.pretraining import ILKDPretraining
 from kncompress.tasks.student import load_teacher, make_student, model_config, new_model
-from kncompress.tasks.training import build_trainer, quiet_lightning
+from kncompress.tasks.training import build_trainer, keep_freed_memory, quiet_lightning
 from kncompress.tracking.checkpoints import BEST, LAST, BestCheckpoint, WholeFileCheckpointIO, checkpoint_callbacks
 from kncompress.tracking.divergence import NonFiniteLoss
 from kncompress.tracking.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
@@ -64,6 +64,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
     """Train in ``run_dir``; returns the metrics that ``result.json`` holds."""
     check(config)
     quiet_lightning()
+    keep_freed_memory()
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
         L.seed_everything(config.seed, verbose=False)
         job = prepare(config)

@@ -1,6 +1,8 @@
 """The Lightning trainer that a configuration asks for."""
 
+import ctypes
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from kncompress.config import TrainerConfig
 from kncompress.tasks.batches import BatchPlan
 
 _VALIDATIONS = 10
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def build_trainer(
@@ -60,6 +63,19 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
     # Lightning's own use of a torch function that newer torch deprecates.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what it frees instead of handing it back to the system.
+
+    Activations of a training step are large blocks that are freed and asked for again at every step; by default each
+    is mapped anew and its pages are cleared, which took a third of the time of a step on two cores. Elsewhere than on
+    Linux with glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def precision(config: TrainerConfig) -> Any:
