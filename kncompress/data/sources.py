@@ -124,11 +124,11 @@ def carve(documents: list[str], held_out: Sequence[str], seed: int) -> dict[str,
 
 
 def _passages(document: str, parts: int = 40) -> list[str]:
-    """A document cut at paragraph (else line) ends into about ``parts`` passages."""
-    pieces = document.split("\n\n")
-    glue = "\n\n"
-    if len(pieces) < parts:
-        pieces, glue = document.splitlines(), "\n"
+    """A document cut at paragraph (else line, else word) ends into about ``parts`` passages."""
+    for glue in ("\n\n", "\n", " "):
+        pieces = document.split(glue)
+        if len(pieces) >= parts:
+            break
     size = max(1, len(document) // parts)
     passages, current, length = [], [], 0
     for piece in pieces:
