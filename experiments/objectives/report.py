@@ -17,21 +17,23 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 RUNS = {
     "ilkd": "factored, ILKD",
-    "logits": "factored, KL of the logits",
     "cross_entropy": "factored, cross-entropy",
     "dense": "dense control, cross-entropy",
 }
 COLUMNS = (
     "parameters/student", "tokens", "perplexity/teacher", "perplexity/start", "perplexity/student", "kl/start",
-    "kl/student", "gap_closed", "tokens_per_second",
+    "kl/student", "gap_closed",
 )  # fmt: skip
 
 
 def curve(run: Path) -> tuple[list[float], list[float]]:
-    """Training tokens and validation perplexity."""
+    """Training tokens and validation perplexity. Steps in the file count from 0."""
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    step_tokens = metrics["tokens"] / metrics["steps"]
     with (run / "metrics.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("validation/loss")]
-    return [float(row["train/tokens"]) for row in rows], [math.exp(float(row["validation/loss"])) for row in rows]
+    tokens = [(float(row["step"]) + 1) * step_tokens for row in rows]
+    return tokens, [math.exp(float(row["validation/loss"])) for row in rows]
 
 
 def main(folder: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same factors, tokens and data under three objectives, and the teacher itself trained on those tokens.
+# The same factors, tokens and data under two objectives, and the teacher itself trained on those tokens.
 # Usage: experiments/objectives/run.sh [folder for the runs] [further overrides for every run]
 set -euo pipefail
 out="${1:-runs/objectives}"
@@ -7,7 +7,6 @@ shift || true
 train() { python -m kncompress train +experiment=wikitext_ilkd "run_dir=$out/$1" "${@:2}"; }
 
 train ilkd "$@"
-train logits objective=logits "$@"
 train cross_entropy objective=cross_entropy "$@"
 train dense objective=cross_entropy factors=dense "$@"
 python experiments/objectives/report.py "$out"
