@@ -36,15 +36,20 @@ class ModelConfig:
     """A causal language model: one that exists, or one to be trained from random weights."""
 
     path: str | None = None
-    """Folder, hub id, or ``asset:mini`` for the teacher inside the package."""
+    """Folder, hub id, ``asset:mini`` for the teacher inside the package, or ``package:NAME`` for the folder of an
+    installed Python package, which is not imported. Weights are read from safetensors, never unpickled."""
+    gguf_file: str | None = None
+    """GGUF file in that folder, with the model's weights, configuration and tokenizer; taken as float32."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the model's own where absent."""
     architecture: dict[str, Any] | None = None
-    """Fields of the transformers config (``model_type`` among them) for a model trained from scratch."""
+    """Fields of the transformers config (``model_type`` among them) of a model to inspect or to train from scratch."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
             raise UserError(f"model.path={self.path}: give model.path or model.architecture, one of the two")
+        if self.gguf_file is not None and self.path is None:
+            raise UserError(f"model.gguf_file={self.gguf_file}: needs model.path, the folder that the file lies in")
 
 
 @dataclass
@@ -52,7 +57,8 @@ class DataConfig:
     """Text, and how it becomes token blocks."""
 
     source: Any = "sample"
-    """``sample``, a text file, a folder of text files, or a list of these."""
+    """``sample``; a text file, or a folder of text, parquet, jsonl or arrow files; ``hub:ID``, ``hub:ID:CONFIGURATION``
+    for a data set of the Hugging Face hub (its column ``text``, its own splits); or a list of these."""
     validation: Any = None
     """Source of the validation split; null: part of ``source``, split by document."""
     test: Any = None
@@ -61,17 +67,22 @@ class DataConfig:
     """Tokens in a block; null: the model's own context length."""
     text_format: str = "auto"
     """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
-    rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens`` and ``*.raw``, else plain."""
+    rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens``, ``*.raw`` and data sets of
+    that name, else plain. A row of a data set is a document, except of WikiText, whose rows are lines."""
     split: str = "auto"
     """``evaluate``: what is scored: ``train``, ``validation``, ``test``, ``all``; ``auto``: the test split where the
     source names one (the sample, a folder with a test file), the whole text otherwise."""
+    fraction: float = 1.0
+    """Share of the training documents that is used, chosen by a hash of their text and ``seed``."""
     seed: int = 0
-    """Seeds the split by document and the order of the blocks."""
+    """Seeds the split by document, the choice of ``fraction`` and the order of the blocks."""
     cache_dir: str | None = None
     """Token caches; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
 
     def __post_init__(self) -> None:
         _positive("data.context", self.context)
+        _positive("data.fraction", self.fraction)
+        _share("data.fraction", self.fraction)
         _choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
         _choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
 
@@ -92,16 +103,20 @@ class FactorConfig:
 class FactorsConfig:
     """Which map becomes which Kronecker sum. A group that is null stays dense."""
 
+    depth: Any = None
+    """Layers that the student keeps: null (all), a number, a share such as 0.5 (halves rounded up), evenly spread as in
+    DistilGPT2; or a list of the teacher's layers, counted from 0."""
     layers: Any = "all"
-    """``all``, ``odd`` (1, 3, 5, ... counted from 0), ``even``, or a list of layer numbers."""
+    """``all``, ``odd`` (1, 3, 5, ... counted from 0), ``even``, or a list of layer numbers; after ``depth``."""
     embedding: FactorConfig | None = None
-    """Token embedding, and the head tied to it."""
+    """Token embedding, and the head where it is tied to it; an untied head is the map ``head`` of ``maps``."""
     qkv: FactorConfig | None = None
     """Query, key and value maps, each by itself."""
     o: FactorConfig | None = None
     """Attention output map."""
     mlp: FactorConfig | None = None
-    """Feed-forward maps; ``right`` is that of the map into the hidden layer, mirrored for the map out of it."""
+    """Feed-forward maps; ``right`` is that of the maps into the hidden layer (up, and a Llama's gate), mirrored for
+    the map out of it."""
     maps: dict[str, str] = field(default_factory=dict)
     """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
 
@@ -178,12 +193,19 @@ class TrainerConfig:
     steps: int | None = None
     """Optimiser steps in all; overrides ``tokens``."""
     batch_tokens: int = 8192
-    """Tokens of one optimiser step, over all devices."""
+    """Tokens of one optimiser step, over all devices: more of them share the same batch."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward pass of one device; the rest of the batch is accumulated."""
     accelerator: str = "auto"
     """``cpu``, ``gpu`` or ``auto``."""
-    devices: int = 1
+    strategy: str = "auto"
+    """``ddp``: a copy of the model in each process; ``fsdp``: one model in shards over GPUs; ``auto``: one process, or
+    ddp where there are several."""
+    devices: Any = 1
+    """Processes on each node, one a GPU or, on CPUs, one a share of the cores; ``auto``: every GPU of the node, or what
+    torchrun or SLURM has started."""
+    nodes: int = 1
+    """Machines."""
     precision: str = "auto"
     """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 where the hardware multiplies it natively."""
     gradient_clip: float = 1.0
@@ -194,6 +216,8 @@ class TrainerConfig:
     """Steps between validations; null: ten in a run."""
     validation_tokens: int | None = 65536
     """Most tokens of one validation during training; null: all."""
+    test_tokens: int | None = None
+    """Most tokens of the test split that are scored before and after training; null: all."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; null: with every validation."""
     keep: str = "best"
@@ -205,13 +229,19 @@ class TrainerConfig:
             "steps",
             "batch_tokens",
             "micro_batch_tokens",
-            "devices",
+            "nodes",
             "validate_every",
             "validation_tokens",
+            "test_tokens",
             "checkpoint_every",
         ):
             _positive(f"trainer.{name}", getattr(self, name))
+        if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
+            raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
         _choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _choice("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        if self.strategy == "fsdp" and self.accelerator == "cpu":
+            raise UserError("trainer.strategy=fsdp: shards over GPUs; trainer.strategy=ddp also runs on CPUs")
         _choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
         _choice("trainer.keep", self.keep, ("best", "last"))
         _not_negative("trainer.gradient_clip", self.gradient_clip)
@@ -271,12 +301,22 @@ class TrainConfig(FactoringConfig):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     resume: str | None = None
-    """Folder of an unfinished run to continue."""
+    """Folder of an unfinished run to continue; ``auto``: the run in ``run_dir``, or without one the newest in ``runs/``
+    with this configuration, and a new run where there is none; ``never`` or null: a new run."""
 
 
 @dataclass
 class CompressConfig(FactoringConfig):
     """``compress``: factor a model and save it, without training."""
+
+
+@dataclass
+class InspectConfig(RunConfig):
+    """``inspect``: what a model would be after factoring, from its configuration alone; no weights are read."""
+
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    every_map: bool = False
+    """One line for each map; otherwise equal maps of several layers share one."""
 
 
 @dataclass

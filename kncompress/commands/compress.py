@@ -11,6 +11,7 @@ from kncompress.config import CompressConfig
 from kncompress.errors import UserError
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
+from kncompress.tasks.depth import student_config
 from kncompress.tasks.student import factor_, load_dense, model_config, tokenizer_if_any
 from kncompress.tracking.record import RunRecord
 from kncompress.tracking.whole_file import write_text
@@ -20,7 +21,7 @@ def check(config: CompressConfig) -> None:
     """Cheap checks before anything is written: the model exists and the factors fit it."""
     if config.model.path is None:
         raise UserError("model.path=null: compress needs a model that exists")
-    plan_from_config(config.factors, model_config(config.model))
+    plan_from_config(config.factors, student_config(model_config(config.model), config.factors))
 
 
 def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:

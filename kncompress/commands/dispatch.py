@@ -14,16 +14,21 @@ from kncompress.commands.compose import compose, open_hydra
 from kncompress.commands.job import Interrupted, Job
 from kncompress.commands.overrides import Line, quoted, to_hydra
 from kncompress.commands.presets import References, defaults_of
-from kncompress.commands.resume import register_saved
-from kncompress.commands.signals import signals_as_exceptions
+from kncompress.commands.resume import find_run, register_saved
 from kncompress.commands.sweep import SweepErrors, choices_of, expand, validated
 from kncompress.commands.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.commands.verbs import Verb
 from kncompress.errors import UserError
 from kncompress.tracking.process import process_rank
+from kncompress.tracking.signals import signals_as_exceptions
 
 _OUR_SETTINGS = ["hydra.job.chdir=false", "hydra/hydra_logging=none"]
-_CHILD_SETTINGS = ["hydra.output_subdir=null", "+hydra.job_logging.handlers.console.level=WARNING"]
+# No log file: under torchrun this process may be the first, and the main one refuses a folder that holds files.
+_CHILD_SETTINGS = [
+    "hydra.output_subdir=null",
+    "hydra/job_logging=stdout",
+    "+hydra.job_logging.handlers.console.level=WARNING",
+]
 
 
 def dispatch(verb: Verb, line: Line) -> int:
@@ -47,10 +52,13 @@ def _dispatch(verb: Verb, line: Line) -> int:
     overrides = to_hydra(line.words, defaults_of(verb.name), references, line.multirun, child)
     composed = compose(hydra, verb.name, overrides, sweep=line.multirun)
     sweep = line.multirun if composed.hydra.mode is None else composed.hydra.mode == RunMode.MULTIRUN
-    if composed.get("resume") is not None:
+    resume = composed.get("resume")
+    if resume not in (None, "never", "auto") or (resume == "auto" and sweep):
         if sweep:
-            raise UserError(f"resume={composed.resume}: not in a sweep (-m); resume one run at a time")
-        return _resume(hydra, verb, line, str(composed.resume), overrides)
+            raise UserError(f"resume={resume}: not in a sweep (-m); resume one run at a time")
+        return _resume(hydra, verb, line, str(resume), overrides)
+    if resume is not None:
+        overrides = [word for word in overrides if word.lstrip("+").partition("=")[0] != "resume"] + ["++resume=null"]
     job = Job(verb, references.words)
     if sweep:
         return _sweep(hydra, job, line, composed, overrides)
@@ -60,11 +68,17 @@ def _dispatch(verb: Verb, line: Line) -> int:
         return 0
     run_dir = configs[0].run_dir
     run_folder.refuse_unknown(run_dir)
+    name = run_folder.default_name(verb.name, [choices_of(nodes[0])])
+    found = find_run(verb, configs[0], name) if resume == "auto" and not child else None
+    if found is not None:
+        words = [word for word in line.words if not word.startswith(("resume=", "run_dir="))]
+        own = [word for word in overrides if _is_hydras(word)]
+        return _resume(hydra, verb, replace(line, words=[*words, f"resume={found}"]), str(found), own)
     new = run_dir is None or not Path(run_dir).expanduser().exists()
     if child:
         folder = run_folder.inherited() or Path(str(run_dir)).expanduser().absolute()
     else:
-        folder = run_folder.take(run_dir, run_folder.default_name(verb.name, [choices_of(nodes[0])]))
+        folder = run_folder.take(run_dir, name)
     code = _single(hydra, job, verb.name, overrides, folder)
     if code == 2 and not child and not (folder / "run.json").exists():
         run_folder.discard(folder, made=new)
@@ -73,7 +87,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
 
 def _resume(hydra: Hydra, verb: Verb, line: Line, text: str, overrides: list[str]) -> int:
     folder, config_name = register_saved(hydra, verb, text, overrides)
-    own = [override for override in overrides if override.startswith(("hydra.", "hydra/", "+hydra."))]
+    own = [override for override in overrides if _is_hydras(override)]
     validated(hydra, verb, config_name, [[]], own, checks=process_rank() == 0)
     return _single(hydra, Job(verb, words_of_all=tuple(line.words)), config_name, own, folder)
 
@@ -94,7 +108,7 @@ def _single(hydra: Hydra, job: Job, config_name: str, overrides: list[str], fold
 def _sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides: list[str]) -> int:
     verb = job.verb
     params = dict(composed.hydra.sweeper.get("params") or {})
-    own = [override for override in overrides if override.lstrip("+").startswith(("hydra.", "hydra/"))]
+    own = [override for override in overrides if _is_hydras(override)]
     if params:  # written in an experiment: the same as words of the command line, which win
         words = [f"{key}={value}" for key, value in params.items()]
         references = References(job.spoken)
@@ -129,6 +143,10 @@ def _sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides: 
     write_sweep_table(folder, listed)
     print(f"{sweep_table(folder, listed)}\n{folder / 'sweep.csv'}", flush=True)
     return code or _exit_code(folder, listed)
+
+
+def _is_hydras(override: str) -> bool:
+    return override.lstrip("+").startswith(("hydra.", "hydra/"))
 
 
 def _exit_code(folder: Path, jobs: tuple[tuple[str, ...], ...]) -> int:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,17 +21,19 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kncompress.commands import signals
 from kncompress.commands.compose import typed
 from kncompress.commands.run_folder import RUN_DIR, inherited
 from kncompress.commands.sweep_table import write_sweep_table
 from kncompress.commands.verbs import Verb
 from kncompress.errors import UserError
+from kncompress.tracking import signals
 from kncompress.tracking.process import outcome as outcome_of
 from kncompress.tracking.process import process_rank
 from kncompress.tracking.whole_file import write_text
 
 _DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
+_CHILD_WAITS = 30.0
+"""Seconds that a failed process of a distributed run gives the main process to fail by itself."""
 _OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 
@@ -95,12 +98,29 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
     if process_rank() == 0:
         _record(job, folder, outcome, words)
+    elif inherited() is not None:
+        return _end_of_child(outcome)
     if outcome["status"] == "interrupted":
         raise Interrupted(outcome["exit_code"])
     if outcome["exit_code"]:
         name = f"job {hydra.job.num}: " if job.sweep_dir is not None else ""
         print(f"kncompress: {name}{outcome['error']}", file=sys.stderr, flush=True)
     return outcome
+
+
+def _end_of_child(outcome: dict[str, Any]) -> dict[str, Any]:
+    """The outcome with which a process that Lightning has started beside the main one leaves.
+
+    Lightning kills the main process, and a whole sweep with it, when a child ends with an exit code. So a stop that
+    all processes agreed on is no error here; and after a failure the main process, whose connection is closed by now,
+    gets the time to fail in order and to end this one (``end_children``). If it hangs instead, it is killed.
+    """
+    if outcome["exit_code"] and outcome["status"] != "interrupted":
+        parent, until = os.getppid(), time.monotonic() + _CHILD_WAITS
+        while os.getppid() == parent and time.monotonic() < until:
+            time.sleep(0.2)
+        return outcome
+    return outcome | {"exit_code": 0}
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the dataclasses; a key that does not exist is found afterwards, against the sche
 ``factors=`` become presets, and paths with characters that the grammar does not take are quoted.
 """
 
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def to_hydra(
             if not child:  # Lightning repeats hydra.run.dir to its children, who know their folder already
                 raise UserError(f"{word}: the run folder is given by run_dir=...")
         elif plain == "hydra" or plain.startswith(("hydra.", "hydra/")):
+            _check_plugin(plain, text)
             translated.append(word)
         elif plain.partition("@")[0] in groups():
             sign = "" if plain in defaults else "+"
@@ -81,6 +83,17 @@ def to_hydra(
             translated.append(f"++{plain}={_value(plain, text, multirun, parse)}")
         _check_grammar(word, translated[-1:], multirun, parse)
     return translated
+
+
+def _check_plugin(key: str, text: str) -> None:
+    """Raises UserError for a launcher whose plugin is not installed."""
+    if key == "hydra/launcher" and text in ("slurm", "submitit_slurm", "submitit_local"):
+        try:
+            found = importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher")
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise UserError(f"{key}={text}: needs hydra-submitit-launcher: pip install 'kncompress[slurm]'")
 
 
 def _group_value(group: str, text: str, references: References, multirun: bool) -> str:

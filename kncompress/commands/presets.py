@@ -31,8 +31,8 @@ def config_folder() -> Path:
 
 
 def groups() -> list[str]:
-    """Names of the config groups, e.g. ``model``, ``factors``, ``experiment``."""
-    return sorted(folder.name for folder in config_folder().iterdir() if folder.is_dir())
+    """Names of the config groups, e.g. ``model``, ``factors``, ``experiment``; not those of Hydra itself."""
+    return sorted(f.name for f in config_folder().iterdir() if f.is_dir() and f.name != "hydra")
 
 
 def options(group: str) -> list[str]:
@@ -171,7 +171,7 @@ def _literal(value: Any) -> Any:
 
 
 def _plausible_model(text: str, names: list[str]) -> bool:
-    if text.startswith("asset:"):
+    if text.startswith(("asset:", "package:")):
         return True
     if looks_like_path(text) or not _HUB_ID.fullmatch(text) or text.isdigit() or text.lower() in _RESERVED:
         return False

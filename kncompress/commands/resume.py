@@ -1,5 +1,6 @@
-"""``resume=<run folder>``: the saved configuration of that run; what is typed beside it must agree."""
+"""``resume=``: which run is continued, and that its saved configuration is the one asked for."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kncompress.commands.compose import compose, typed
 from kncompress.commands.presets import existing_path, groups
+from kncompress.commands.run_folder import discard
 from kncompress.commands.spelling import nearest
 from kncompress.commands.verbs import Verb
+from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
 
@@ -24,7 +27,7 @@ def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[s
     Raises UserError where the folder holds no run of this verb or an override differs from the saved value.
     """
     folder = unfinished_run(verb, folder_text)
-    saved = plain(verb, cast(DictConfig, OmegaConf.create(_literal(read_config(folder / "config.yaml")))))
+    saved = _saved(verb, folder)
     _refuse_differences(hydra, verb, folder_text, overrides, saved)
     name = f"resumed_{verb.name}"
     node = _literal(saved) | {"run_dir": _literal(str(folder)), "resume": _literal(str(folder))}
@@ -57,6 +60,38 @@ def plain(verb: Verb, composed: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
 
 
+def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
+    """``resume=auto``: the folder of the run that ``config`` describes, or None for a new run.
+
+    With ``run_dir`` the run in that folder; without it the newest unfinished one among ``runs/<name>-*``.
+
+    Raises:
+        UserError: the run in ``run_dir`` is finished, or has another configuration: names the keys that differ.
+    """
+    given = _plain_of(config)
+    if config.run_dir is not None:
+        folder = Path(config.run_dir).expanduser().absolute()
+        if not (folder / "run.json").is_file():
+            discard(folder, made=False)  # what a process left that was killed before its run began
+            return None
+        unfinished_run(verb, str(folder))
+        _refuse(str(folder), _differences(_saved(verb, folder), given))
+        return folder
+    for folder in sorted(Path("runs").absolute().glob(f"{name}-*"), reverse=True):
+        with contextlib.suppress(UserError):
+            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given):
+                return folder
+    return None
+
+
+def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
+    return plain(verb, cast(DictConfig, OmegaConf.create(_literal(read_config(folder / "config.yaml")))))
+
+
+def _plain_of(config: RunConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=False))
+
+
 def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[str], saved: dict[str, Any]) -> None:
     names = [override.lstrip("+").partition("=")[0] for override in overrides]
     names = [name for name in names if name not in _OWN and not name.startswith("hydra")]
@@ -72,21 +107,33 @@ def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[s
             touched += [path for path in _leaves(composed) if path.startswith(f"{name}.")]
         else:
             touched.append(name)
-    for path in touched:
-        old, new = _at(saved, path), _at(given, path)
-        if old != new and path not in _OWN:
-            raise UserError(f"{path}={new}: the run in {folder} has {path}={old}; leave it out, or start a new run")
+    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in _OWN}
+    _refuse(folder, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{key: (saved, given)}`` of all keys whose values differ."""
+    paths = dict.fromkeys([*_leaves_of(saved), *_leaves_of(given)])
+    pairs = {path: (_at(saved, path), _at(given, path)) for path in paths if path not in _OWN}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _refuse(folder: str, differences: dict[str, tuple[Any, Any]]) -> None:
+    if differences:
+        given = ", ".join(f"{path}={new}" for path, (_, new) in differences.items())
+        saved = ", ".join(f"{path}={old}" for path, (old, _) in differences.items())
+        raise UserError(f"{given}: the run in {folder} has {saved}; leave it out, or start a new run")
 
 
 def _leaves(node: DictConfig) -> list[str]:
-    values: Any = OmegaConf.to_container(node, resolve=False)
+    return _leaves_of(OmegaConf.to_container(node, resolve=False))
 
-    def walk(value: Any, path: str) -> list[str]:
-        if isinstance(value, dict) and value:
-            return [leaf for key, inner in value.items() for leaf in walk(inner, f"{path}.{key}" if path else key)]
-        return [path]
 
-    return walk(values, "")
+def _leaves_of(value: Any, path: str = "") -> list[str]:
+    """Paths of all values inside nested dicts."""
+    if isinstance(value, dict) and value:
+        return [leaf for key, inner in value.items() for leaf in _leaves_of(inner, f"{path}.{key}" if path else key)]
+    return [path]
 
 
 def _at(values: Any, path: str) -> Any:

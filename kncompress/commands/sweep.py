@@ -12,6 +12,7 @@ from kncompress.commands.compose import compose, typed
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
+from kncompress.hub import check_model
 
 _BASIC = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 
@@ -48,6 +49,13 @@ def validated(
             nodes.append(node)
         except UserError as error:
             wrong[number] = error
+    if checks and not wrong:
+        # A model that cannot be had is answered before the verb's module, which takes seconds to import.
+        for number, config in enumerate(configs):
+            try:
+                check_model(config.model.path, config.model.gguf_file)
+            except UserError as error:
+                wrong[number] = error
     if checks and not wrong:
         module = importlib.import_module(verb.module)
         for number, config in enumerate(configs if hasattr(module, "check") else []):

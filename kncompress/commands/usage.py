@@ -51,7 +51,8 @@ def verb_help(verb: Verb) -> str:
 def _examples(defaults: Mapping[str, str]) -> list[str]:
     found = ["model=./my-model run_dir=runs/first"]
     if "factors" in defaults:
-        found += ["factors='./my plan.yaml'", "-m factors.mlp.right=[1,2],[2,1] factors.mlp.terms=1,2"]
+        found += ["factors='./my plan.yaml'", "-m factors=kngpt2,kronypt_81m"]
+        found.append("-m factors.mlp.right=[1,2],[2,1] factors.mlp.terms=1,2")
     if "trainer" in defaults:
         found += ["experiment=wikitext_ilkd trainer.steps=100", "resume=runs/first"]
     if "data" in defaults:

@@ -3,12 +3,36 @@
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from kncompress.config import DataConfig
 from kncompress.data.sampler import EndlessSampler
 from kncompress.data.tokenizer import ignored_token
-from kncompress.data.tokens import Blocks, token_stream
+from kncompress.data.tokens import IGNORED_LABEL, Blocks, token_stream
+
+
+class Share(Dataset[dict[str, Tensor]]):
+    """Every ``ranks``-th of the first ``count`` blocks, from ``rank`` on.
+
+    All ranks get equally many, for they work in step: where the blocks do not go round, the last one is seen again
+    without labels, which no metric counts.
+    """
+
+    def __init__(self, blocks: Blocks, count: int, rank: int = 0, ranks: int = 1) -> None:
+        self.blocks, self.count, self.rank, self.ranks = blocks, count, rank, ranks
+
+    def __len__(self) -> int:
+        return -(-self.count // self.ranks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        position = index * self.ranks + self.rank
+        block = self.blocks[min(position, self.count - 1)]
+        if position < self.count:
+            return block
+        return block | {"labels": block["labels"].new_full((), IGNORED_LABEL).expand_as(block["labels"])}
 
 
 class TextDataModule(L.LightningDataModule):
@@ -45,14 +69,18 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         blocks = self.blocks("train")
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EndlessSampler(len(blocks), self.seed, self.consumed, rank, ranks)
+        sampler = EndlessSampler(len(blocks), self.seed, self.consumed, *self._place())
         return DataLoader(blocks, batch_size=self.micro_batch, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
+        rank, ranks = self._place()
         blocks = self.blocks("validation")
-        kept = range(min(len(blocks), self.validation_blocks or len(blocks)))
-        return DataLoader(Subset(blocks, kept), batch_size=self.micro_batch)
+        share = Share(blocks, min(len(blocks), self.validation_blocks or len(blocks)), rank, ranks)
+        return DataLoader(share, batch_size=self.micro_batch)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process, and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
         steps = self.trainer.global_step if self.trainer else 0

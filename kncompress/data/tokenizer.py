@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
+from kncompress.hub import has, local_folder
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -48,15 +49,27 @@ def _without_unknown(documents: Iterable[str]) -> Iterator[str]:
     return (document.replace(UNKNOWN, " ") for document in documents)
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder or hub id. Raises UserError where there is none."""
+def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model folder or hub id, or the one inside a GGUF file of that folder.
+
+    Raises UserError where there is none.
+    """
     from transformers import AutoTokenizer
 
+    folder = local_folder(path, gguf_file or "tokenizer", "model.tokenizer")
+    if gguf_file is None and not has(folder, "tokenizer"):  # transformers would make up an empty one
+        raise UserError(f"model.tokenizer={path}: no tokenizer could be loaded there (no tokenizer.json)")
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )  # fmt: skip
+    except Exception as error:  # whatever a damaged file makes the many readers of tokenizers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.tokenizer={path}: no tokenizer could be loaded there ({reason})") from error
+    for name in ("gguf_file", "local_files_only"):  # how it was loaded is not saved along with it
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def check_fit(tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -3,26 +3,28 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kncompress.config import DataConfig
 from kncompress.data import sources
+from kncompress.data.build import Build
 from kncompress.errors import UserError
 
 IGNORED_LABEL = -100
-_FORMAT = 1
-_DOCUMENTS_AT_ONCE = 256
+WAIT_SECONDS = 3.0
+"""A process that waits longer than this for another one's cache says so."""
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,81 +65,66 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(f"{text}|{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def token_stream(
-    config: DataConfig, split: str, tokenizer: Any, progress: Callable[[int, int], None] | None = None
-) -> TokenStream:
+def token_stream(config: DataConfig, split: str, tokenizer: Any) -> TokenStream:
     """The tokens of a split, from the cache or tokenised into it.
 
-    The cache is keyed by the content of the text, the split and the tokenizer; it is built under a lock and put in
-    place whole, so that a killed or concurrent process leaves no half-written one.
+    The cache is keyed by the content of the text, the split and the tokenizer. One process builds it, under a lock, and
+    puts it in place whole; a build that was killed is continued by the next one.
+
+    Raises:
+        UserError: no text, a cache folder that cannot be written, or a cache that is damaged or of something else.
     """
-    key = hashlib.sha256(
-        f"{_FORMAT}|{sources.fingerprint(config, split)}|{tokenizer_fingerprint(tokenizer)}".encode()
-    ).hexdigest()[:32]
+    text, vocabulary = sources.fingerprint(config, split), tokenizer_fingerprint(tokenizer)
+    key = hashlib.sha256(f"{_FORMAT}|{text}|{vocabulary}".encode()).hexdigest()[:32]
     root = cache_root(config.cache_dir)
     folder = root / "tokens" / key
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir={root}: cannot be written ({error.strerror})") from None
-    with FileLock(folder.parent / f"{key}.lock"):
-        if not folder.exists():
-            _build(folder, sources.read_split(config, split), tokenizer, config.text_format != "lines", progress)
-    return _open(folder)
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.parent / f"{key}.lock", split):
+                if not folder.is_dir():
+                    build = Build(folder, {"text": text, "tokenizer": vocabulary}, len(tokenizer))
+                    build.run(config, split, tokenizer)
+        except OSError as error:
+            raise UserError(f"data.cache_dir={root}: cannot be written ({error.strerror or error})") from error
+    return open_stream(folder, text, vocabulary)
 
 
-def encode(documents: Iterable[str], tokenizer: Any, end_of_text: bool = True) -> Iterator[np.ndarray]:
-    """Ids of each document, end-of-text appended where asked; no other special token is added."""
-    chunk: list[str] = []
-    end = [tokenizer.eos_token_id] if end_of_text else []
-
-    def flush() -> Iterator[np.ndarray]:
-        if chunk:
-            ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-            yield from (np.asarray([*row, *end]) for row in ids)
-            chunk.clear()
-
-    for document in documents:
-        chunk.append(document)
-        if len(chunk) == _DOCUMENTS_AT_ONCE:
-            yield from flush()
-    yield from flush()
-
-
-def _build(
-    folder: Path,
-    documents: list[str],
-    tokenizer: Any,
-    end_of_text: bool,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        with (partial / "tokens.bin").open("wb") as stream:
-            for done, ids in enumerate(encode(documents, tokenizer, end_of_text), start=1):
-                stream.write(ids.astype(dtype).tobytes())
-                if progress:
-                    progress(done, len(documents))
-        facts = {
-            "dtype": np.dtype(dtype).name,
-            "documents": len(documents),
-            "text_bytes": sum(len(d.encode()) for d in documents),
-        }
-        (partial / "facts.json").write_text(json.dumps(facts))
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _open(folder: Path) -> TokenStream:
+def open_stream(folder: Path, text: str, tokenizer: str) -> TokenStream:
+    """A finished cache. Raises UserError where it is damaged, or not of this text and tokenizer (fingerprints)."""
+    where = f"data.cache_dir={folder}"
     try:
         facts = json.loads((folder / "facts.json").read_text())
-        tokens = np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r")
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"data.cache_dir={folder}: this token cache is damaged; delete the folder") from None
-    return TokenStream(tokens, facts["documents"], facts["text_bytes"])
+        dtype, count = np.dtype(facts["dtype"]), int(facts["tokens"])
+        made_of = facts["text"], facts["tokenizer"]
+        size = (folder / "tokens.bin").stat().st_size
+        if size != count * dtype.itemsize:
+            raise ValueError(f"tokens.bin has {size} bytes, not {count * dtype.itemsize}")
+        stream = TokenStream(
+            np.memmap(folder / "tokens.bin", dtype, mode="r"), facts["documents"], facts["text_bytes"]
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "facts.json or tokens.bin"
+        raise UserError(f"{where}: this token cache is damaged ({reason}); delete the folder") from None
+    if made_of[1] != tokenizer:
+        raise UserError(f"{where}: this token cache was made by another tokenizer; delete the folder")
+    if made_of[0] != text:
+        raise UserError(f"{where}: this token cache was made of another text; delete the folder")
+    return stream
+
+
+@contextmanager
+def _lock(path: Path, split: str) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=WAIT_SECONDS)
+    except Timeout:
+        print(f"waiting for another process that tokenises the {split} text ({path})", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Blocks(Dataset[dict[str, Tensor]]):

@@ -5,7 +5,7 @@ separators as ``@-@``, ``@,@`` and ``@.@``, writes headings as `` = Title = `` a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _TITLE = re.compile(r"^\s*= ([^=].*?) =\s*$")
 _HEADING = re.compile(r"^\s*(?:= )+(.+?)(?: =)+\s*$")
@@ -24,10 +24,10 @@ _RULES = [
 _QUOTED = re.compile(r'(^|[\s(\[])" ?([^"]*?) ?"(?=[\s,.;:!?)\]]|$)')
 
 
-def articles(text: str) -> Iterator[list[str]]:
+def articles(lines: Iterable[str]) -> Iterator[list[str]]:
     """The lines of each article; an article begins at a top-level heading."""
     article: list[str] = []
-    for line in text.splitlines():
+    for line in (part for piece in lines for part in piece.splitlines()):
         if _TITLE.match(line) and article:
             yield article
             article = []

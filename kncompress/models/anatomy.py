@@ -1,7 +1,7 @@
 """Which linear maps a model family has, as a table.
 
 A family is one ``Family`` in ``FAMILIES``: where its maps live, which are fused, how their weights lie. The
-rest of this package reads the table. Nothing here needs torch or weights, a transformers config is enough.
+rest of this package reads the table. No weights are needed, a transformers config is enough.
 """
 
 import math
@@ -43,6 +43,8 @@ class Family:
     layers: str
     attention: str
     feed_forward: str
+    final_norm: str
+    """What the last layer's output passes before the head."""
     head: str
     conv1d: bool
     """Weights of the layers' maps lie (in, out), as in transformers' ``Conv1D``."""
@@ -51,6 +53,8 @@ class Family:
     """Config -> ``vocabulary``, ``width`` (residual stream), ``layers``, and the sizes that the rows name."""
     std: Callable[[Any, bool], float]
     """(config, residual) -> standard deviation of a fresh weight."""
+    by_layer: tuple[str, ...] = ("layer_types",)
+    """Config fields that hold a list with one entry a layer, where the config has them."""
 
 
 def _gpt2_sizes(config: Any) -> dict[str, int]:
@@ -66,6 +70,22 @@ def _gpt2_std(config: Any, residual: bool) -> float:
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
 
 
+def _llama_sizes(config: Any) -> dict[str, int]:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "vocabulary": config.vocab_size,
+        "width": config.hidden_size,
+        "hidden": config.intermediate_size,
+        "queries": config.num_attention_heads * head,
+        "keys": (config.num_key_value_heads or config.num_attention_heads) * head,
+        "layers": config.num_hidden_layers,
+    }
+
+
+def _llama_std(config: Any, residual: bool) -> float:
+    return config.initializer_range
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         model_type="gpt2",
@@ -73,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         layers="h",
         attention="attn",
         feed_forward="mlp",
+        final_norm="ln_f",
         head="lm_head",
         conv1d=True,
         rows=(
@@ -85,7 +106,28 @@ FAMILIES: dict[str, Family] = {
         ),
         sizes=_gpt2_sizes,
         std=_gpt2_std,
-    )
+    ),
+    "llama": Family(
+        model_type="llama",
+        embedding="embed_tokens",
+        layers="layers",
+        attention="self_attn",
+        feed_forward="mlp",
+        final_norm="norm",
+        head="lm_head",
+        conv1d=False,
+        rows=(
+            MapRow("attn.q", "qkv", "self_attn.q_proj", "queries", "width"),
+            MapRow("attn.k", "qkv", "self_attn.k_proj", "keys", "width"),
+            MapRow("attn.v", "qkv", "self_attn.v_proj", "keys", "width"),
+            MapRow("attn.o", "o", "self_attn.o_proj", "width", "queries", residual=True),
+            MapRow("mlp.gate", "mlp", "mlp.gate_proj", "hidden", "width"),
+            MapRow("mlp.up", "mlp", "mlp.up_proj", "hidden", "width"),
+            MapRow("mlp.down", "mlp", "mlp.down_proj", "width", "hidden", mirrored=True, residual=True),
+        ),
+        sizes=_llama_sizes,
+        std=_llama_std,
+    ),
 }
 
 
@@ -127,16 +169,21 @@ class Anatomy:
             yield module, list(sites)
 
 
-def anatomy_of(source: Any) -> Anatomy:
+def anatomy_of(source: Any, config: Any = None) -> Anatomy:
     """Anatomy of a transformers model or config (of a config: with a language-model head).
 
     The head is a map of its own (``head``) only where it is not tied to the embedding.
 
+    Args:
+        source: the model or its config; no weights are read.
+        config: what to go by instead of the model's own config, e.g. one of fewer layers.
+
     Raises:
         UserError: the family has no table.
     """
-    config = getattr(source, "config", source)
-    family = _family(source, config)
+    if config is None:
+        config = getattr(source, "config", source)
+    family = family_of(source, config)
     sizes = family.sizes(config)
     has_head = not hasattr(source, "named_modules") or getattr(source, family.head, None) is not None
     tied = bool(getattr(config, "tie_word_embeddings", True))
@@ -148,21 +195,39 @@ def anatomy_of(source: Any) -> Anatomy:
     return Anatomy(family, {site.name: site for site in sites}, sizes["layers"], tied, has_head)
 
 
-def _family(source: Any, config: Any) -> Family:
+def family_of(source: Any, config: Any = None) -> Family:
+    """The table of a transformers model or config.
+
+    Raises:
+        UserError: there is none; tells the module types that hold the model's matrices.
+    """
+    config = getattr(source, "config", source) if config is None else config
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    found = ""
-    if hasattr(source, "named_modules"):
-        kinds = Counter(
-            type(module).__name__
-            for _, module in source.named_modules()
-            if getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        )
-        found = "; it has " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    kinds = _matrix_modules(source)
+    found = "; it has " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) if kinds else ""
     raise UserError(
-        f"model_type={model_type}: no table of its maps{found}; known: {', '.join(sorted(FAMILIES))}; "
-        "a new family is one entry of FAMILIES in kncompress/models/anatomy.py"
+        f"model_type={model_type}: no table of its maps{found}; known: {', '.join(sorted(FAMILIES))}; a new family is "
+        "one entry of FAMILIES in kncompress/models/anatomy.py: the paths of its maps, which are fused, their sizes"
+    )
+
+
+def _matrix_modules(source: Any) -> Counter[str]:
+    """How many modules of each type hold a matrix; nothing for a config that transformers builds no model of."""
+    if not hasattr(source, "named_modules"):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                source = AutoModelForCausalLM.from_config(source)
+        except Exception:  # any family's own code; the message goes without the types
+            return Counter()
+    return Counter(
+        type(module).__name__
+        for _, module in source.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
     )
 
 

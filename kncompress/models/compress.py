@@ -1,7 +1,7 @@
 """Replace a model's dense maps by Kronecker sums, in place, and report what that saves and costs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from kncompress.kron import (
     relative_error,
 )
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
+from kncompress.models.layerdrop import config_of_layers, keep_layers_
 from kncompress.models.plan import Plan
 from kncompress.models.plugin import KroneckerConfig
 from kncompress.models.swap import dense_bias, dense_weight, empty_module, module_at, put_module, tie_head_
@@ -41,7 +42,10 @@ class MapReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress_`` did: a row for each factored map, and totals of the whole model."""
+    """What ``compress_`` did: a row for each factored map, and totals of the whole model.
+
+    Before is the model that ``compress_`` was given, with all its layers.
+    """
 
     rows: tuple[MapReport, ...]
     parameters_before: int
@@ -50,6 +54,8 @@ class CompressionReport:
     multiply_adds_before: int
     """Multiply-adds of all maps, dense ones included, per token; without attention itself."""
     multiply_adds_after: int
+    layers: tuple[int, ...] | None = None
+    """Layers of the given model that were kept, counted from 0; None: all of them."""
 
     @property
     def mean_error(self) -> float | None:
@@ -67,7 +73,7 @@ class CompressionReport:
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
     def table(self) -> str:
-        """A text table, one line a map, and the totals."""
+        """A text table, one line a map, and the totals; after it the layers kept, where some were dropped."""
         head = ("map", "shape", "parameters", "of", "multiply-adds", "of", "error")
         lines = [head, *(_cells(row) for row in self.rows)]
         lines.append(
@@ -75,7 +81,10 @@ class CompressionReport:
              f"{self.multiply_adds_after:,}", f"{self.multiply_adds_before:,}", _number(self.mean_error))
         )  # fmt: skip
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        return "\n".join(_line(line, widths) for line in lines)
+        text = [_line(line, widths) for line in lines]
+        if self.layers is not None:
+            text.append(f"layers kept: {', '.join(map(str, self.layers))}")
+        return "\n".join(text)
 
 
 def _number(value: float | None) -> str:
@@ -98,7 +107,11 @@ def unique_parameters(model: nn.Module) -> int:
 
 
 def compress_(
-    model: Any, plan: Plan, start: Start = "nearest", progress: Callable[[str], None] | None = None
+    model: Any,
+    plan: Plan,
+    start: Start = "nearest",
+    progress: Callable[[str], None] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> CompressionReport:
     """Replace the maps that ``plan`` names by Kronecker sums, in place.
 
@@ -111,17 +124,23 @@ def compress_(
         start: ``nearest``: factors nearest to the weights in the Frobenius norm; ``random``: random factors
             whose formed weight has the standard deviation of the family's fresh weights.
         progress: called with the name of each map before its factors are made.
+        layers: layers to keep, counted from 0, rising; the others are dropped first, and ``plan`` counts those
+            that are kept. None: all.
 
     Raises:
-        UserError: the plan does not fit the model, or the model is factored already; nothing is changed then.
+        UserError: the plan does not fit the model, the model has no such layers, or it is factored already;
+            nothing is changed then.
     """
     if start not in ("nearest", "random"):
         raise UserError(f"start={start}: not one of nearest, random")
-    anatomy = anatomy_of(model)
+    whole = anatomy_of(model)
+    anatomy = whole if layers is None else anatomy_of(model, config_of_layers(model.config, layers))
     shapes = plan.resolve(anatomy)
     if factored_maps(model):
         raise UserError("model: its maps are factored already; make it dense first (to_dense)")
     before = unique_parameters(model)
+    if layers is not None:
+        keep_layers_(model, layers)
     errors: dict[str, float | None] = {}
     for _, sites in anatomy.modules():
         if any(site.name in shapes for site in sites):
@@ -137,9 +156,15 @@ def compress_(
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})
     rows = _rows(anatomy, shapes, errors)
-    dense = _multiply_adds(anatomy)
     saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
-    return CompressionReport(rows, before, unique_parameters(model), dense, dense - saved)
+    return CompressionReport(
+        rows,
+        before,
+        unique_parameters(model),
+        _multiply_adds(whole),
+        _multiply_adds(anatomy) - saved,
+        None if layers is None else tuple(layers),
+    )
 
 
 def factored_maps(model: Any) -> dict[str, str]:

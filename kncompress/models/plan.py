@@ -43,9 +43,9 @@ Entry = KroneckerShape | RightFactor | Keep
 class Plan:
     """Ordered {pattern: shape, right factor or ``keep``} over canonical map names; later entries win.
 
-    Names are ``embedding``, ``head`` (where it is not tied) and, in a GPT-2, ``layers.{i}.attn.q|k|v|o`` and
-    ``layers.{i}.mlp.up|down``. Patterns are those of ``fnmatch``; ``*`` also matches dots. Maps that no
-    pattern matches stay dense.
+    Names are ``embedding``, ``head`` (where it is not tied), ``layers.{i}.attn.q|k|v|o`` and, in a GPT-2,
+    ``layers.{i}.mlp.up|down``, in a Llama ``layers.{i}.mlp.gate|up|down``. Patterns are those of ``fnmatch``;
+    ``*`` also matches dots. Maps that no pattern matches stay dense.
     """
 
     def __init__(self, entries: Mapping[str, Entry] | Sequence[tuple[str, Entry]] = ()) -> None:
@@ -103,7 +103,8 @@ def plan_from_config(factors: FactorsConfig, source: Any) -> Plan:
 
     Args:
         factors: the config group; layers count from 0.
-        source: transformers model or config, or an ``Anatomy``; no weights are read.
+        source: transformers model or config, or an ``Anatomy``; no weights are read. Where ``factors.depth``
+            drops layers: that of the student, of the kept layers alone.
 
     Raises:
         UserError: names the key at fault, e.g. ``factors.layers=[13]: the model has layers 0 to 11``.
@@ -113,7 +114,7 @@ def plan_from_config(factors: FactorsConfig, source: Any) -> Plan:
     for group in ("embedding", "qkv", "o", "mlp"):
         config = getattr(factors, group)
         if config is not None:
-            entries.extend(_group(group, config, factors.layers, anatomy))
+            entries.extend(_group(group, config, factors, anatomy))
     for pattern, text in factors.maps.items():
         entries.append((pattern, _explicit(pattern, text)))
     plan = Plan(entries)
@@ -121,7 +122,7 @@ def plan_from_config(factors: FactorsConfig, source: Any) -> Plan:
     return plan
 
 
-def _group(group: str, config: FactorConfig, layers: Any, anatomy: Anatomy) -> Iterator[tuple[str, Entry]]:
+def _group(group: str, config: FactorConfig, factors: FactorsConfig, anatomy: Anatomy) -> Iterator[tuple[str, Entry]]:
     key = f"factors.{group}"
     right = _right(key, config.right)
     if group == "embedding":
@@ -129,10 +130,11 @@ def _group(group: str, config: FactorConfig, layers: Any, anatomy: Anatomy) -> I
             raise UserError(f"{key}.layers={config.layers}: the embedding has no layers; leave it out")
         yield "embedding", RightFactor(right, config.terms, key)
         return
+    owner = "the model" if factors.depth is None else f"with factors.depth={factors.depth} the student"
     if config.layers is None:
-        chosen = _layers("factors.layers", layers, anatomy.layers)
+        chosen = _layers("factors.layers", factors.layers, anatomy.layers, owner)
     else:
-        chosen = _layers(f"{key}.layers", config.layers, anatomy.layers)
+        chosen = _layers(f"{key}.layers", config.layers, anatomy.layers, owner)
     for site in anatomy.sites.values():
         if site.group == group and site.layer in chosen:
             yield site.name, RightFactor(right[::-1] if site.mirrored else right, config.terms, key)
@@ -145,10 +147,10 @@ def _right(key: str, value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _layers(key: str, value: Any, count: int) -> list[int]:
+def _layers(key: str, value: Any, count: int, owner: str) -> list[int]:
     """Layer numbers that ``value`` names, in a model of ``count`` layers."""
     named = {"all": range(count), "odd": range(1, count, 2), "even": range(0, count, 2)}
-    known = f"the model has layers 0 to {count - 1}"
+    known = f"{owner} has layers 0 to {count - 1}"
     if isinstance(value, str):
         if value not in named:
             raise UserError(f"{key}={value}: not one of all, odd, even or a list of layers; {known}")

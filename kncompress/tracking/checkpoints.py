@@ -2,15 +2,19 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
+from kncompress.errors import UserError
 from kncompress.tracking.whole_file import replacing
 
 LAST = "last.ckpt"
@@ -32,8 +36,33 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
-        """Load tensors and plain values; anything else in the file is an error, whatever the caller asks."""
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        """Load tensors and plain values; anything else in the file is an error, whatever the caller asks.
+
+        Raises UserError where the file is cut short or otherwise damaged.
+        """
+        with _named(Path(path)):
+            return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises UserError where ``path`` exists and cannot be read; reads little more than its index."""
+    if path.exists():
+        with _named(path):
+            torch.load(path, map_location="meta", weights_only=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnpicklingError):
+            reason = "not tensors and plain values alone"
+        raise UserError(
+            f"resume={path.parent.parent}: {path.parent.name}/{path.name} is damaged ({reason}); delete it to begin "
+            "this run again, or start a new run"
+        ) from error
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -71,13 +100,13 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt``, from which a run resumes: after validations, or every so many steps.
+    """Keeps ``last.ckpt``, from which a run resumes: after validations, and every so many steps.
 
     ``ModelCheckpoint(save_last=True)`` renews it only when the monitored value has improved.
     """
 
     def __init__(self, folder: Path, every: int | None = None) -> None:
-        """Args: ``every``: optimiser steps between two saves; None: after each validation."""
+        """Args: ``every``: optimiser steps between two saves besides those after validations; None: no others."""
         self.path = folder / LAST
         self.every = every
         self._saved_step: int | None = None
@@ -89,15 +118,16 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where ``every`` steps have passed."""
-        if self.every is not None and trainer.global_step % self.every == 0:
+        """Save where ``every`` steps have passed; where a validation is due, only after it.
+
+        A run that resumed from before the validation would take it for done.
+        """
+        if self.every is not None and trainer.global_step % self.every == 0 and not self.validation_is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after a validation; anew where its step is saved already, so that the result is in it."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        if self.every is None or self._saved_step == trainer.global_step:
+        """Save after a validation, so that its result is in the checkpoint."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._saved_step = None
             self.save(trainer)
 
@@ -111,11 +141,18 @@ class LastCheckpoint(Checkpoint):
             self._saved_step = trainer.global_step
             trainer.save_checkpoint(self.path, weights_only=False)
 
+    @staticmethod
+    def validation_is_due(trainer: Trainer) -> bool:
+        """Whether a validation follows the optimiser step that has just ended."""
+        interval = trainer.val_check_interval
+        every = interval // trainer.accumulate_grad_batches if isinstance(interval, int) else 0
+        return every > 0 and trainer.global_step % every == 0 and trainer.enable_validation
 
-def checkpoint_callbacks(folder: Path, every: int | None = None) -> list[Callback]:
+
+def checkpoint_callbacks(folder: Path, every: int | None = None) -> tuple[BestCheckpoint, LastCheckpoint]:
     """Return the callbacks that keep ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt`` in a run folder.
 
     Best comes first, so that the last checkpoint knows about it. Give the Trainer
     :class:`WholeFileCheckpointIO` as a plugin, and ``ckpt_path=folder / "checkpoints" / LAST`` to resume.
     """
-    return [BestCheckpoint(folder / "checkpoints"), LastCheckpoint(folder / "checkpoints", every)]
+    return BestCheckpoint(folder / "checkpoints"), LastCheckpoint(folder / "checkpoints", every)

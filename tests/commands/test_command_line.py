@@ -159,3 +159,25 @@ def test_configs_are_found_inside_an_installed_package(tmp_path, environment):
     )
     assert done.returncode == 0, done.stderr
     assert "asset:mini" in done.stdout
+
+
+def test_slurm_starts_a_task_for_each_process():
+    from kncompress.commands.compose import compose, open_hydra
+
+    words = ["hydra/launcher=slurm", "++trainer.devices=4", "++trainer.nodes=2", "hydra.launcher.partition=long"]
+    launcher = compose(open_hydra("train"), "train", words, sweep=True).hydra.launcher
+    assert (launcher.tasks_per_node, launcher.nodes, launcher.gpus_per_node) == (4, 2, 4)
+    assert launcher.partition == "long" and launcher._target_.endswith("SlurmLauncher")
+
+
+def test_trainers_compose(shown):
+    for preset, strategy, devices in (
+        ("cpu", "auto", 1),
+        ("gpu", "auto", 1),
+        ("ddp", "ddp", "auto"),
+        ("fsdp", "fsdp", "auto"),
+    ):
+        (config,) = shown("train", f"trainer={preset}")
+        assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == (strategy, devices)
+    (config,) = shown("train", "trainer=fsdp", "trainer.devices=4", "trainer.nodes=2", "trainer.precision=bf16")
+    assert (config["trainer"]["devices"], config["trainer"]["nodes"]) == (4, 2)

@@ -254,3 +254,11 @@ def test_ddp_and_single_jobs_share_a_sweep(probe, tmp_path):
     ranks = [sorted(file.name for file in (tmp_path / "s" / str(n)).glob("rank*")) for n in range(3)]
     assert ranks == [["rank0", "rank1"], ["rank0"], ["rank0", "rank1"]]
     assert not (tmp_path / "runs").exists()
+
+
+def test_jobs_by_submitit_are_jobs_like_others(probe, tmp_path):
+    done = probe("-m", "run_dir=s", "hydra/launcher=submitit_local", "seed=1,2", "logger.project=user,fine")
+    assert done.returncode == 2, done.stderr
+    statuses = ["failed", "finished", "failed", "finished"]
+    assert [row["status"] for row in _table(tmp_path / "s")] == statuses
+    assert [_result(tmp_path / "s" / str(number))["status"] for number in range(4)] == statuses

@@ -63,7 +63,7 @@ def test_model_folder_becomes_absolute(name, shown, tmp_path):
     assert config["model"]["path"] == str(tmp_path / name)
 
 
-@pytest.mark.parametrize("hub_id", ["gpt2", "openai-community/gpt2", "asset:mini"])
+@pytest.mark.parametrize("hub_id", ["distilgpt2", "openai-community/gpt2", "asset:mini"])
 def test_hub_id_stays_as_it_is(hub_id, shown):
     (config,) = shown("evaluate", f"model={hub_id}")
     assert config["model"]["path"] == hub_id

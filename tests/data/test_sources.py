@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from kncompress.config import DataConfig
-from kncompress.data import sample, wikitext
-from kncompress.data.sources import carve, find_sources, fingerprint, read_split, split_documents, split_name
+from kncompress.data import files, sample, sources, wikitext
+from kncompress.data.files import documents_of, split_documents, text_lines
+from kncompress.data.sources import find_sources, fingerprint, split_name
+from kncompress.data.split import carve, chosen, place
 from kncompress.errors import UserError
+
+
+def read_split(config: DataConfig, split: str) -> list[str]:
+    return list(sources.read_split(config, split))
+
 
 needs_gensim = pytest.mark.skipif(find_spec("gensim") is None, reason="the sample needs gensim")
 
@@ -28,7 +35,7 @@ def test_wikitext_marks_and_spacing_are_undone() -> None:
 
 def test_wikitext_articles_begin_at_top_level_headings() -> None:
     text = "\n = One = \n\n a \n = = Part = = \n b \n\n = Two = \n\n c \n"
-    assert [wikitext.to_prose(article) for article in wikitext.articles(text)] == [
+    assert [wikitext.to_prose(article) for article in wikitext.articles([text])] == [
         "One\n\na\n\nPart\n\nb",
         "Two\n\nc",
     ]
@@ -38,7 +45,7 @@ def test_wikitext_articles_begin_at_top_level_headings() -> None:
 def test_wikitext_test_set_has_its_62_articles_and_no_marks() -> None:
     # 60 articles, two of which contain a line in the form of a top-level heading.
     text = (Path(os.environ["KNCOMPRESS_DATA"]) / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
-    found = [wikitext.to_prose(article) for article in wikitext.articles(text)]
+    found = [wikitext.to_prose(article) for article in wikitext.articles([text])]
     assert len(found) == 62
     assert not any("@-@" in article or "@,@" in article for article in found)
 
@@ -62,9 +69,22 @@ def test_sample_is_prose() -> None:
 
 
 def test_plain_text_is_split_at_separators_and_doc_elements() -> None:
-    assert list(split_documents("a\n<|endoftext|>\nb\n<|doc|>\nc")) == ["a", "b", "c"]
-    extracted = '<doc id="1" title="x">\nx\n\nbody\n</doc>\n<doc id="2">\ny\n</doc>\n'
-    assert list(split_documents(extracted)) == ["x\n\nbody", "y"]
+    assert split("a\n<|endoftext|>\nb\n<|doc|>\nc") == ["a", "b", "c"]
+    extracted = '\n<doc id="1" title="x">\nx\n\nbody\n</doc>\n<doc id="2">\ny\n</doc>\n'
+    assert split(extracted) == ["x\n\nbody", "y"]
+
+
+def split(text: str, cut: int | None = None) -> list[str]:
+    return list(split_documents(text.splitlines(keepends=True), cut))
+
+
+def test_long_plain_documents_are_cut_at_paragraphs_where_asked() -> None:
+    text = "\n\n".join(f"Paragraph {i}. " * 10 for i in range(100))
+    pieces = split(text, cut=1000)
+    assert [piece.strip() for piece in pieces] == pieces and len(pieces) > 10
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(1000 <= len(piece) + 2 < 1200 for piece in pieces[:-1])
+    assert max(map(len, split("no paragraph here\n" * 1000, cut=1000))) < 2100
 
 
 @pytest.mark.parametrize(
@@ -155,3 +175,93 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         read_split(DataConfig(source=str(tmp_path / "blank.txt")), "train")
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\)"):
         read_split(DataConfig(source=str(tmp_path / "latin.txt")), "all")
+
+
+def test_lines_are_read_one_by_one_with_any_line_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("één\r\nzwei\rtrois\n".encode())
+    assert list(text_lines(file)) == ["één\n", "zwei\n", "trois\n"]
+    monkeypatch.setattr(files, "LONGEST_LINE", 3)
+    assert "".join(documents_of(text_lines(file), "plain")) == "één\nzwei\ntrois"
+
+
+def test_bad_bytes_are_found_far_into_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "far.txt"
+    file.write_bytes("é\n".encode() * 50_000 + b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"far\.txt: not UTF-8 text \(byte 150003\)"):
+        read_split(DataConfig(source=str(file)), "all")
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of 2,000 documents that counts as too large for memory."""
+    monkeypatch.setattr(sources, "IN_MEMORY", 1000)
+    file = tmp_path / "large.txt"
+    file.write_text("\n<|doc|>\n".join(f"document {i} of the corpus " * 5 for i in range(2000)))
+    return str(file)
+
+
+def test_a_large_file_is_split_document_by_document(large: str) -> None:
+    parts = {s: read_split(DataConfig(source=large), s) for s in ("train", "validation", "test", "all")}
+    assert sorted(parts["train"] + parts["validation"] + parts["test"]) == sorted(parts["all"])
+    for name in ("validation", "test"):
+        assert 70 < len(parts[name]) < 130  # 5% of 2,000, give or take three standard deviations
+        assert all(place(document, ("test", "validation"), 0) == name for document in parts[name])
+    # A split that has a source of its own is not taken out of the training text.
+    own = DataConfig(source=large, validation=large)
+    assert len(read_split(own, "train")) == 2000 - len(parts["test"])
+
+
+def test_a_fraction_takes_its_share_the_same_each_time_and_others_by_another_seed(large: str) -> None:
+    def train(seed: int = 0, fraction: float = 0.1) -> list[str]:
+        return read_split(DataConfig(source=large, seed=seed, fraction=fraction), "train")
+
+    whole, tenth = train(fraction=1.0), train()
+    assert 140 < len(tenth) < 220
+    assert tenth == train() and set(tenth) < set(whole)
+    assert tenth == [document for document in whole if chosen(document, 0.1, 0)]
+    assert len(set(train(seed=1)) & set(tenth)) < 40
+    # More of it keeps what there was: the choice is by a threshold.
+    assert set(tenth) < set(train(fraction=0.2))
+    keys = {fingerprint(DataConfig(source=large, fraction=f), "train") for f in (0.1, 0.2, 1.0)}
+    assert len(keys) == 3
+    assert len({fingerprint(DataConfig(source=large, fraction=f), "test") for f in (0.1, 1.0)}) == 1
+
+
+def test_a_fraction_that_leaves_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a single document")
+    (tmp_path / "test.txt").write_text("another one")
+    with pytest.raises(UserError, match=r"no text in the train split \(data\.fraction=1e-09\)"):
+        read_split(DataConfig(source=str(tmp_path), fraction=1e-9), "train")
+    with pytest.raises(UserError, match=r"data\.fraction=0"):
+        DataConfig(fraction=0)
+    with pytest.raises(UserError, match=r"data\.fraction=1\.5: must lie between 0 and 1"):
+        DataConfig(fraction=1.5)
+
+
+def test_contents_are_hashed_again_only_where_a_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    before = fingerprint(DataConfig(source=str(file)), "all")
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    assert fingerprint(DataConfig(source=str(file)), "all") == before
+    monkeypatch.undo()
+    file.write_text("two")
+    os.utime(file, ns=(0, 0))
+    assert fingerprint(DataConfig(source=str(file)), "all") != before
+
+
+def test_reading_a_file_takes_little_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    file = tmp_path / "long.txt"
+    file.write_text(("some words of an article " * 40 + "\n<|doc|>\n") * 5000)
+    source = find_sources(str(file), "data.source")[0]
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in source.documents("all"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 5000
+    assert peak < 500_000 < file.stat().st_size

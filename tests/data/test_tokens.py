@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kncompress.config import DataConfig
-from kncompress.data import sources, tokens
+from kncompress.data import sources
+from kncompress.data.build import Build
 from kncompress.data.module import TextDataModule
 from kncompress.data.sampler import EndlessSampler
 from kncompress.data.tokenizer import check_fit, ignored_token, train_tokenizer
@@ -53,8 +54,8 @@ def test_cache_is_used_until_text_or_tokenizer_change(
 ) -> None:
     token_stream(config, "all", tokenizer)
     builds = []
-    real = tokens._build
-    monkeypatch.setattr(tokens, "_build", lambda *a: (builds.append(1), real(*a)))
+    real = Build.run
+    monkeypatch.setattr(Build, "run", lambda *a: (builds.append(1), real(*a)))
     tokenizer(["this leaves a truncation behind"], truncation=True, max_length=2)
     token_stream(config, "all", tokenizer)
     assert not builds
@@ -65,23 +66,49 @@ def test_cache_is_used_until_text_or_tokenizer_change(
     assert len(builds) == 2
 
 
-def test_failed_build_leaves_nothing(config: DataConfig, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Any:
-        yield np.asarray([1])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokens, "encode", broken)
-    with pytest.raises(KeyboardInterrupt):
-        token_stream(config, "all", tokenizer)
-    assert not [p for p in (Path(str(config.cache_dir)) / "tokens").iterdir() if p.is_dir()]
-
-
-def test_damaged_cache_is_named(config: DataConfig, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "facts.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "facts.json").unlink(), "damaged"),
+        (
+            lambda folder: (folder / "tokens.bin").write_bytes(b"123456"),
+            r"damaged \(tokens\.bin has 6 bytes, not \d+\)",
+        ),
+        (lambda folder: change(folder, dtype="uint33"), "damaged"),
+        (lambda folder: change(folder, tokenizer="another"), "made by another tokenizer"),
+        (lambda folder: change(folder, text="another"), "made of another text"),
+    ],
+)
+def test_damaged_and_foreign_caches_are_named(config: DataConfig, tokenizer: Any, damage: Any, reason: str) -> None:
     token_stream(config, "all", tokenizer)
     (facts,) = Path(str(config.cache_dir)).rglob("facts.json")
-    facts.write_text("{")
-    with pytest.raises(UserError, match="damaged; delete the folder"):
+    damage(facts.parent)
+    with pytest.raises(UserError, match=rf"data\.cache_dir=.*{facts.parent.name}: .*{reason}.*; delete the folder$"):
         token_stream(config, "all", tokenizer)
+
+
+def change(folder: Path, **values: str) -> None:
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | values))
+
+
+def test_a_cache_copied_to_another_key_is_noticed(config: DataConfig, tokenizer: Any) -> None:
+    token_stream(config, "all", tokenizer)
+    (mine,) = (folder.parent for folder in Path(str(config.cache_dir)).rglob("facts.json"))
+    saved = {file.name: file.read_bytes() for file in mine.iterdir()}
+    token_stream(config, "all", train_tokenizer(TEXTS, 270, context=32))
+    (other,) = (f.parent for f in Path(str(config.cache_dir)).rglob("facts.json") if f.parent != mine)
+    for name, content in saved.items():
+        (other / name).write_bytes(content)
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        token_stream(config, "all", train_tokenizer(TEXTS, 270, context=32))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(config: DataConfig, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*file: cannot be written"):
+        token_stream(DataConfig(source=config.source, cache_dir=str(tmp_path / "file")), "all", tokenizer)
 
 
 def _length(source: str, cache: str, results: Any) -> None:
@@ -100,7 +127,7 @@ def test_two_processes_build_one_cache(config: DataConfig) -> None:
         process.join()
     assert lengths[0] == lengths[1]
     folders = [p for p in (Path(str(config.cache_dir)) / "tokens").iterdir() if p.is_dir()]
-    assert len(folders) == 1
+    assert len(folders) == 1 and sorted(p.name for p in folders[0].iterdir()) == ["facts.json", "tokens.bin"]
 
 
 def test_wide_vocabularies_take_four_bytes(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

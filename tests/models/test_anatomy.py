@@ -1,20 +1,13 @@
-"""The table names every map, and a new family is a table alone."""
-
-import copy
+"""The table names every map of a family."""
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from models.conftest import config_of
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, OPTConfig, OPTForCausalLM, T5Config
 
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerLinear
-from kncompress.models import anatomy
-from kncompress.models.anatomy import Family, MapRow, anatomy_of
-from kncompress.models.compress import compress_
-from kncompress.models.plan import Plan, RightFactor
-from kncompress.models.pretrained import load_model, save_model, to_dense
+from kncompress.models.anatomy import anatomy_of
 from kncompress.models.swap import dense_bias, dense_weight, module_at
-from kncompress.models.taps import capture
 
 
 def test_gpt2_names_in_forward_order(tiny_config):
@@ -51,83 +44,60 @@ def test_inner_size_comes_from_the_config(tiny_config):
     assert (site.out_features, site.in_features) == (24, 60)
 
 
-def test_unknown_family_is_named_with_its_modules():
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+@pytest.mark.parametrize("source", ["config", "model"])
+def test_unknown_family_is_named_with_its_modules(source):
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
     )
-    with pytest.raises(UserError, match=r"model_type=llama: .*1 Embedding, 8 Linear; known: gpt2; .*FAMILIES"):
-        anatomy_of(LlamaForCausalLM(config))
+    with pytest.raises(UserError) as caught:
+        anatomy_of(config if source == "config" else OPTForCausalLM(config))
+    text = str(caught.value)
+    assert text.startswith("model_type=opt: no table of its maps; it has 1 Embedding, 7 Linear, 1 OPTLearned")
+    assert "known: gpt2, llama; a new family is one entry of FAMILIES in kncompress/models/anatomy.py" in text
 
 
-LLAMA = Family(
-    model_type="llama",
-    embedding="embed_tokens",
-    layers="layers",
-    attention="self_attn",
-    feed_forward="mlp",
-    head="lm_head",
-    conv1d=False,
-    rows=(
-        MapRow("attn.q", "qkv", "self_attn.q_proj", "queries", "width"),
-        MapRow("attn.k", "qkv", "self_attn.k_proj", "keys", "width"),
-        MapRow("attn.v", "qkv", "self_attn.v_proj", "keys", "width"),
-        MapRow("attn.o", "o", "self_attn.o_proj", "width", "queries"),
-        MapRow("mlp.gate", "mlp", "mlp.gate_proj", "hidden", "width"),
-        MapRow("mlp.up", "mlp", "mlp.up_proj", "hidden", "width"),
-        MapRow("mlp.down", "mlp", "mlp.down_proj", "width", "hidden", mirrored=True),
-    ),
-    sizes=lambda config: {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "hidden": config.intermediate_size,
-        "queries": config.num_attention_heads * config.head_dim,
-        "keys": config.num_key_value_heads * config.head_dim,
-        "layers": config.num_hidden_layers,
-    },
-    std=lambda config, residual: config.initializer_range,
-)
+def test_unknown_family_without_a_language_model_is_named():
+    with pytest.raises(UserError, match="model_type=t5: no table of its maps; known: gpt2, llama"):
+        anatomy_of(T5Config())
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_llama_needs_only_its_table(monkeypatch, tmp_path, ids, tied):
-    """Grouped queries, SwiGLU, no biases, rotary positions, tied and untied head: no other code changes."""
-    monkeypatch.setitem(anatomy.FAMILIES, "llama", LLAMA)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    half = RightFactor((2, 1))
-    entries = {"embedding": RightFactor((1, 2)), "layers.*.attn.[qkv]": half, "layers.1.mlp.*": half}
-    if not tied:
-        entries["head"] = half
-    report = compress_(model, Plan(entries))
-    assert {row.name for row in report.rows} >= {"layers.1.mlp.gate", "layers.0.attn.k", "head"}
-    assert isinstance(model.lm_head, KroneckerLinear)
-    assert (model.lm_head.left is model.model.embed_tokens.left) == tied
-    before = model(ids).logits
-    with capture(model) as taps:
-        torch.testing.assert_close(model(ids).logits, before)
-    assert [tap.key.shape for tap in taps.attention] == [(2, 2, 7, 6)] * 2
-    torch.testing.assert_close(to_dense(model)(ids).logits, before, atol=1e-5, rtol=1e-5)
-    save_model(model, tmp_path / "llama")
-    torch.testing.assert_close(load_model(tmp_path / "llama")(ids).logits, before)
+def test_llama_names_in_forward_order():
+    names = list(anatomy_of(config_of("llama_untied")).sites)
+    layer = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"]
+    assert names == ["embedding", *(f"layers.{i}.{name}" for i in range(3) for name in layer), "head"]
 
 
-def test_gpt2_table_matches_the_modules(tiny):
-    """Every weight matrix of the layers belongs to a site of its size."""
-    table = anatomy_of(tiny)
-    sizes = {f"transformer.{path}": sum(s.out_features for s in sites) for path, sites in table.modules()}
-    for name, module in copy.deepcopy(tiny).named_modules():
-        if type(module).__name__ == "Conv1D":
-            assert sizes.pop(name) == module.nf
-    assert set(sizes) == {"transformer.wte"}
+def test_llama_head_size_is_the_configs_or_a_share_of_the_width():
+    """SmolLM2-135M has 9 query and 3 key heads of 64; other Llamas name a head size of their own."""
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    sites = anatomy_of(config).sites
+    assert (sites["layers.0.attn.k"].out_features, sites["layers.0.attn.k"].in_features) == (192, 576)
+    config.head_dim = 128
+    sites = anatomy_of(config).sites
+    assert (sites["layers.0.attn.v"].out_features, sites["layers.0.attn.q"].out_features) == (384, 1152)
+    assert (sites["layers.0.attn.o"].out_features, sites["layers.0.attn.o"].in_features) == (576, 1152)
+
+
+def test_the_table_matches_the_modules(model_of_kind):
+    """Every weight matrix of the model belongs to a site of its size, but for learned positions and a tied head."""
+    table = anatomy_of(model_of_kind)
+    sizes = {}
+    for _, sites in table.modules():
+        root = model_of_kind if sites[0].group == "head" else model_of_kind.base_model
+        module = root.get_submodule(sites[0].module)
+        sizes[id(module.weight)] = (sum(site.out_features for site in sites), sites[0].in_features)
+        assert tuple(torch.cat([dense_weight(module, site) for site in sites]).shape) == sizes[id(module.weight)]
+    left = [name for name, p in model_of_kind.named_parameters() if p.ndim == 2 and id(p) not in sizes]
+    assert left == (["transformer.wpe.weight"] if table.family.model_type == "gpt2" else [])
+
+
+def test_families_have_the_names_that_taps_and_layerdrop_use(model_of_kind):
+    family = anatomy_of(model_of_kind).family
+    layers = model_of_kind.base_model.get_submodule(family.layers)
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.get_submodule(family.attention).layer_idx is not None
+        assert layer.get_submodule(family.feed_forward) is not None
 
 
 def test_gpt2_small_config_is_enough():

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 from transformers import GPT2ForSequenceClassification
 
+from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
 from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape, kronecker_weight
+from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_, unique_parameters
-from kncompress.models.plan import Plan, RightFactor
+from kncompress.models.plan import Plan, RightFactor, plan_from_config
+from kncompress.models.pretrained import to_dense
 from kncompress.models.swap import FusedMaps
 
 HALF = RightFactor((2, 1))
@@ -23,20 +26,19 @@ def full_rank(out_features, in_features):
     return KroneckerShape((out_features // 2, in_features // 2), (2, 2), 4)
 
 
-def test_enough_terms_leave_the_outputs_as_they_were(tiny, ids):
-    """Conv1D turned, QKV split in the right order, biases kept, head tied: else the logits would move."""
-    plan = Plan(
-        {
-            "embedding": full_rank(96, 24),
-            "layers.*.attn.*": full_rank(24, 24),
-            "layers.*.mlp.up": full_rank(96, 24),
-            "layers.*.mlp.down": full_rank(24, 96),
-        }
-    )
-    before = tiny(ids).logits
-    report = compress_(tiny, plan)
-    torch.testing.assert_close(tiny(ids).logits, before, atol=1e-4, rtol=1e-4)
+def test_enough_terms_leave_the_outputs_as_they_were(model_of_kind, ids):
+    """Conv1D turned, QKV split in the right order, biases kept, head tied or its own: else the logits would move."""
+    sites = anatomy_of(model_of_kind).sites.values()
+    plan = Plan({site.name: full_rank(site.out_features, site.in_features) for site in sites})
+    before = model_of_kind(ids).logits
+    report = compress_(model_of_kind, plan)
+    torch.testing.assert_close(model_of_kind(ids).logits, before, atol=1e-3, rtol=1e-4)
     assert max(row.error for row in report.rows) < 1e-5
+    assert {type(m).__name__ for m in model_of_kind.modules() if hasattr(m, "weight") and m.weight.ndim == 2} <= {
+        "KroneckerLinear",
+        "KroneckerEmbedding",
+        "Embedding",
+    }
 
 
 def test_one_of_the_fused_maps_can_stay_dense(tiny, ids):
@@ -81,6 +83,38 @@ def test_classifier_without_a_language_model_head(tiny_config, ids):
     report = compress_(model, EVERYTHING)
     assert "head" not in {row.name for row in report.rows}
     assert model(ids).logits.shape == (2, 2)
+
+
+def test_groups_reach_their_maps_and_mlp_is_mirrored_on_the_way_out(model_of_kind):
+    factors = FactorsConfig(
+        layers=[1], qkv=FactorConfig([2, 1]), o=FactorConfig([1, 2]), mlp=FactorConfig([4, 1], layers=[2])
+    )
+    report = compress_(model_of_kind, plan_from_config(factors, model_of_kind))
+    ends = {row.name: row.shape.partition("(x)")[2] for row in report.rows}
+    hidden = [name for name in ("gate", "up") if f"layers.2.mlp.{name}" in anatomy_of(model_of_kind).sites]
+    assert ends == {
+        **{f"layers.1.attn.{name}": "2x1" for name in "qkv"},
+        "layers.1.attn.o": "1x2",
+        **{f"layers.2.mlp.{name}": "4x1" for name in hidden},
+        "layers.2.mlp.down": "1x4",
+    }
+
+
+def test_totals_of_every_kind(model_of_kind):
+    before = unique_parameters(model_of_kind)
+    report = compress_(model_of_kind, EVERYTHING)
+    assert (report.parameters_before, report.parameters_after) == (before, unique_parameters(model_of_kind))
+    saved = sum(row.dense_parameters - row.parameters for row in report.rows)
+    assert saved == report.parameters_before - report.parameters_after > 0
+    # One token through every matrix, the head's too; a bias, a norm and a look-up cost none.
+    matrices = [p.numel() for name, p in dense_twin(model_of_kind) if p.ndim == 2 and "wpe" not in name]
+    tied = anatomy_of(model_of_kind).tied
+    embedding = 96 * 24
+    assert report.multiply_adds_before == sum(matrices) - (0 if tied else embedding)
+
+
+def dense_twin(model):
+    return list(type(model)(to_dense(model).config).named_parameters())
 
 
 def test_report_counts_what_the_model_has(tiny):

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kncompress.config import FactorsConfig
-from kncompress.models.compress import compress_, unique_parameters
+from kncompress.models.compress import unique_parameters
 from kncompress.models.plan import plan_from_config
+from kncompress.tasks.student import factor_
 
 FOLDER = Path(__file__).parents[2] / "conf" / "factors"
 
@@ -19,6 +20,7 @@ PARAMETERS = {
     "kngpt2_odd_ffn": 90_985_370,
     "kronypt_81m": 81_972_576,
     "kronypt_80m": 80_400_048,
+    "layerdrop": 81_912_576,
 }
 
 
@@ -35,15 +37,49 @@ def test_every_preset_is_counted():
 def test_unique_parameters_of_gpt2_small(name):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    report = compress_(model, plan_from_config(preset(name), model))
+    report = factor_(model, preset(name), "nearest")
     assert report.parameters_after == unique_parameters(model) == PARAMETERS[name]
     assert report.parameters_before == PARAMETERS["dense"]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama_untied"])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_presets_fit_other_widths(name, tiny, ids):
-    compress_(tiny, plan_from_config(preset(name), tiny))
-    assert tiny(ids).logits.isfinite().all()
+def test_presets_fit_other_widths_and_families(name, model_of_kind, ids):
+    before = unique_parameters(model_of_kind)
+    factor_(model_of_kind, preset(name), "nearest")
+    assert model_of_kind(ids).logits.isfinite().all()
+    assert (unique_parameters(model_of_kind) < before) == (name != "dense")
+
+
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+UP, LAYER, EMBEDDING = 1536 * 576, 4 * 1536 * 576 + 2 * 576, 49152 * 576  # attention: 2 * 576 * (576 + 192)
+SAVED = {
+    "dense": 0,
+    "kngpt2": (EMBEDDING // 2 - 2) + 15 * (4 * UP // 2 - 7 * 2),
+    "kngpt2_odd_ffn": (EMBEDDING // 2 - 2) + 15 * 3 * (UP // 2 - 2),
+    "kronypt_80m": 30 * 3 * (UP - 2 * (UP // 9 + 9)),
+    "kronypt_81m": 30 * 3 * (UP - (UP // 4 + 4)),
+    "layerdrop": 15 * LAYER,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_unique_parameters_of_smollm2(name):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
+    report = factor_(model, preset(name), "nearest")
+    assert report.parameters_before == 134_515_008
+    assert report.parameters_after == unique_parameters(model) == 134_515_008 - SAVED[name]
 
 
 def test_kngpt2_is_odd_layers_and_tied_head():

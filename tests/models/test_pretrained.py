@@ -25,7 +25,7 @@ from transformers import (
 from kncompress.errors import UserError
 from kncompress.models.compress import compress_, factored_maps, unique_parameters
 from kncompress.models.plan import Plan, RightFactor
-from kncompress.models.pretrained import load_model, save_model, to_dense
+from kncompress.models.pretrained import load_config, load_model, save_model, to_dense
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan(
@@ -84,6 +84,34 @@ def test_plain_from_pretrained_gives_the_same_model(folder, student, ids):
     prompt = ids[:, :4]
     expected = student.generate(prompt, max_new_tokens=5, do_sample=False)
     assert torch.equal(loaded.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_every_kind_of_model_comes_back(model_of_kind, tmp_path, ids):
+    """Folders of both families, tied and untied, with biases: equal logits, continuation and dense twin."""
+    entries = {
+        "embedding": RightFactor((1, 2)),
+        "layers.1.*": RightFactor((2, 1)),
+        "layers.2.attn.k": RightFactor((2, 2)),
+    }
+    if not model_of_kind.config.tie_word_embeddings:
+        entries["head"] = RightFactor((2, 1))
+    compress_(model_of_kind, Plan(entries))
+    head, embedding = model_of_kind.lm_head, model_of_kind.get_input_embeddings()
+    assert (head.left is embedding.left) == model_of_kind.config.tie_word_embeddings
+    expected = model_of_kind(ids).logits
+    continued = model_of_kind.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    save_model(model_of_kind, tmp_path / "model")
+    for load in (AutoModelForCausalLM.from_pretrained, load_model):
+        loaded = load(tmp_path / "model")
+        assert torch.equal(loaded(ids).logits, expected)
+        assert torch.equal(loaded.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False), continued)
+        assert unique_parameters(loaded) == unique_parameters(model_of_kind)
+        assert factored_maps(loaded) == factored_maps(model_of_kind)
+    dense = to_dense(loaded)
+    torch.testing.assert_close(dense(ids).logits, expected, atol=1e-3, rtol=1e-4)
+    assert {name: p.shape for name, p in dense.named_parameters()} == {
+        name: p.shape for name, p in type(dense)(dense.config).named_parameters()
+    }
 
 
 @pytest.mark.parametrize("order", ["import kncompress, transformers", "import transformers.quantizers, kncompress"])
@@ -297,3 +325,55 @@ def test_trainer_takes_a_step_on_a_loaded_folder(folder, tmp_path, ids):
         assert not torch.equal(model.get_parameter(name), before[name])
     trainer.save_model(str(tmp_path / "saved"))
     assert torch.equal(load_model(tmp_path / "saved")(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: cut(f / "model.safetensors", 100), r"model\.safetensors is damaged"),
+        (lambda f: cut(f / "model.safetensors", -10), r"model\.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 5000), r"model\.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), r"lacks its weights: model\.safetensors"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "must be unpickled, which is never done"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"config\.json holds no fields but a list"),
+        (lambda f: (f / "config.json").unlink(), r"no model there \(no config\.json\)"),
+        (lambda f: change_config(f, model_type="nonsense"), "nonsense"),
+        (lambda f: change_config(f, n_embd=48), r"is \[\d+.*\] in the weights and \[\d+.*\] in config\.json"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(tiny, tmp_path, damage, reason):
+    folder = save_model(tiny, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(UserError, match=rf"model\.path=.*model: .*{reason}") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def cut(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+
+def change_config(folder, **values):
+    fields = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def test_weights_in_several_files_are_all_needed(tiny, tmp_path, ids):
+    tiny.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert torch.equal(load_model(tmp_path / "model")(ids).logits, tiny(ids).logits)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"lacks its weights: {shards[1].name}"):
+        load_model(tmp_path / "model")
+
+
+def test_code_in_a_folder_is_not_run(tiny, tmp_path):
+    folder = save_model(tiny, tmp_path / "model")
+    change_config(folder, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"})
+    (folder / "code.py").write_text("raise SystemExit('code of a model folder was run')")
+    for load in (load_model, load_config):
+        with pytest.raises(UserError, match=r"model\.path=.*model: "):
+            load(folder)

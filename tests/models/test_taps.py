@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_
 from kncompress.models.plan import Plan, RightFactor
 from kncompress.models.taps import Taps, capture
@@ -44,6 +45,29 @@ def test_attention_agrees_with_eager_maps(model, ids):
         assert tap.query.shape == tap.key.shape == (2, 2, 7, 12)
         scores = tap.query @ tap.key.transpose(-1, -2) * tap.scaling
         torch.testing.assert_close(scores.masked_fill(future, -torch.inf).softmax(-1), expected)
+
+
+def test_taps_of_every_kind(model_of_kind, ids):
+    """Queries and keys after their rotation; of a Llama fewer key heads than query heads, which share them."""
+    compress_(model_of_kind, Plan({"layers.1.*": RightFactor((2, 1))}))
+    plain = model_of_kind(ids).logits
+    with capture(model_of_kind) as taps:
+        assert torch.equal(model_of_kind(ids).logits, plain)
+    model_of_kind.set_attn_implementation("eager")
+    shown = model_of_kind(ids, output_attentions=True, output_hidden_states=True)
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    heads = (2, 2, 12) if model_of_kind.config.model_type == "gpt2" else (4, 2, 8)
+    for tap, expected in zip(taps.attention, shown.attentions, strict=True):
+        assert (tap.query.shape, tap.key.shape) == ((2, heads[0], 7, heads[2]), (2, heads[1], 7, heads[2]))
+        key = tap.key.repeat_interleave(heads[0] // heads[1], dim=1)
+        scores = tap.query @ key.transpose(-1, -2) * tap.scaling
+        torch.testing.assert_close(scores.masked_fill(future, -torch.inf).softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(taps.embedding, shown.hidden_states[0])
+    torch.testing.assert_close(taps.hidden[0], shown.hidden_states[1], atol=1e-3, rtol=1e-3)
+    layer = model_of_kind.base_model.get_submodule(anatomy_of(model_of_kind).family.layers)[1]
+    norm = layer.ln_2 if hasattr(layer, "ln_2") else layer.post_attention_layernorm
+    after_attention = taps.hidden[1] - taps.feed_forward[1]
+    torch.testing.assert_close(layer.mlp(norm(after_attention)), taps.feed_forward[1], atol=1e-2, rtol=1e-3)
 
 
 def test_scaling_by_layer_is_recorded(tiny_config, ids):

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kncompress.config import OptimizerConfig, TrainerConfig
+from kncompress.errors import UserError
 from kncompress.kron import KroneckerEmbedding, KroneckerShape
 from kncompress.tasks.batches import plan_batches
-from kncompress.tasks.optimization import OptimizerPair, build_optimizer, build_schedule, warmup_cosine
+from kncompress.tasks.optimization import (
+    OptimizerPair,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    warmup_cosine,
+)
 
 
 class Model(nn.Module):
@@ -96,18 +103,52 @@ def test_warmup_then_cosine() -> None:
     batch=st.integers(1, 100_000),
     micro=st.integers(1, 20_000),
     context=st.integers(2, 2048),
-    devices=st.integers(1, 8),
+    processes=st.integers(1, 8),
     blocks=st.integers(1, 10_000),
 )
-def test_batches_add_up(batch: int, micro: int, context: int, devices: int, blocks: int) -> None:
-    config = TrainerConfig(batch_tokens=batch, micro_batch_tokens=micro, devices=devices)
-    plan = plan_batches(config, context, blocks)
-    assert plan.micro_batch * plan.accumulate * devices == plan.step_blocks
+def test_batches_add_up(batch: int, micro: int, context: int, processes: int, blocks: int) -> None:
+    config = TrainerConfig(batch_tokens=batch, micro_batch_tokens=micro)
+    alone = plan_batches(config, context, blocks)
+    if alone.step_blocks % processes:
+        with pytest.raises(UserError, match=rf"trainer.batch_tokens={batch}: .* multiple of {context * processes}"):
+            plan_batches(config, context, blocks, processes)
+        return
+    plan = plan_batches(config, context, blocks, processes)
+    assert (plan.step_tokens, plan.steps) == (alone.step_tokens, alone.steps), "the batch is the same on more devices"
+    assert plan.micro_batch * plan.accumulate * processes == plan.step_blocks
     assert plan.micro_batch == 1 or plan.micro_batch * context <= micro
     assert plan.steps == math.ceil(blocks / plan.step_blocks)
-    assert abs(plan.step_tokens - batch) <= max(context * devices, batch)
+    assert abs(plan.step_tokens - batch) <= max(context, batch)
 
 
 def test_tokens_and_steps_set_the_length() -> None:
     assert plan_batches(TrainerConfig(tokens=100_000, batch_tokens=8192), 512, 7).steps == 13
     assert plan_batches(TrainerConfig(tokens=100_000, steps=5), 512, 7).steps == 5
+
+
+def test_fsdp_gets_full_checkpoints_and_shards_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    from kncompress.tasks import training
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    strategy = training._strategy(TrainerConfig(strategy="fsdp"), model)
+    assert isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "full"
+    assert strategy.kwargs["auto_wrap_policy"]._module_classes == {GPT2Block}
+    assert isinstance(training._strategy(TrainerConfig(devices=2, accelerator="cpu"), model), DDPStrategy)
+    assert training._strategy(TrainerConfig(), model) == "auto"
+
+
+def test_groups_know_parameters_by_their_names_before_fsdp_cut_them() -> None:
+    model = Model()
+    groups = parameter_groups(model)
+    assert groups.decayed == groups.layer_matrices == {"map.weight"}
+    wrapped = nn.Module()
+    wrapped.map = nn.Module()
+    wrapped.map._fsdp_wrapped_module = nn.Module()
+    wrapped.map._fsdp_wrapped_module.weight = nn.Parameter(torch.zeros(64))  # a piece, no longer a matrix
+    wrapped.norm = nn.LayerNorm(8)
+    decayed, kept = build_optimizer(wrapped, OptimizerConfig(), groups).param_groups
+    assert [p.shape for p in decayed["params"]] == [(64,)] and len(kept["params"]) == 2

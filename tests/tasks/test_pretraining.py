@@ -1,6 +1,7 @@
 """The distillation task: what it trains, what it leaves alone, what its checkpoints hold."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kncompress.config import FactorConfig, FactorsConfig, ObjectiveConfig, OptimizerConfig
+from kncompress.distill import Outputs
 from kncompress.tasks.pretraining import ILKDPretraining, switch_off_dropout
 from kncompress.tasks.student import make_student
 
@@ -67,7 +69,7 @@ def train(module: ILKDPretraining, steps: int, folder: Path, **options: Any) -> 
 
 class TestTraining:
     def test_every_term_is_logged_and_the_loss_falls(self, teacher: Any, tmp_path: Path) -> None:
-        student, _ = make_student(teacher, FACTORS, "random")
+        student, *_ = make_student(teacher, FACTORS, "random")
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30)
         before = copy.deepcopy(student.state_dict())
         first = train(module, 1, tmp_path).callback_metrics["train/loss"]
@@ -79,9 +81,40 @@ class TestTraining:
         changed = [k for k, v in student.state_dict().items() if not torch.equal(v, before[k])]
         assert any(k.endswith(".left") for k in changed) and any(k.endswith(".right") for k in changed)
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_llama_learns_every_term_from_a_deeper_one(self, tied: bool, tmp_path: Path) -> None:
+        """Grouped queries, SwiGLU, the layers of the student chosen from the teacher's."""
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            tie_word_embeddings=tied,
+            attention_dropout=0.5,
+            initializer_range=0.3,
+        )
+        teacher = LlamaForCausalLM(config).eval()
+        factors = dataclasses.replace(FACTORS, depth=[1, 2], qkv=FactorConfig(right=[2, 1]))
+        if not tied:
+            factors.maps = {"head": "32x16(x)2x1"}
+        student, _, layers = make_student(teacher, factors, "nearest")
+        module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30, layers=layers)
+        assert module.objective.layers == (1, 2)
+        before = copy.deepcopy(student.state_dict())
+        first = train(module, 1, tmp_path).callback_metrics["train/loss"]
+        changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed == set(before)
+        metrics = train(module, 30, tmp_path).callback_metrics
+        assert all(metrics[f"train/{name}"] > 0 for name in ObjectiveConfig.TERMS)
+        assert metrics["train/loss"] < 0.9 * first
+        assert {layer.self_attn.attention_dropout for layer in student.model.layers} == {0.0}
+
     def test_the_teacher_stays_as_it_was(self, teacher: Any, tmp_path: Path) -> None:
         before = copy.deepcopy(teacher.state_dict())
-        student, _ = make_student(teacher, FACTORS, "nearest")
+        student, *_ = make_student(teacher, FACTORS, "nearest")
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(), steps=3)
         train(module, 3, tmp_path)
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -90,7 +123,7 @@ class TestTraining:
         assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
     def test_validation_is_the_cross_entropy_over_all_blocks(self, teacher: Any, tmp_path: Path) -> None:
-        student, _ = make_student(teacher, FactorsConfig(), "nearest")
+        student, *_ = make_student(teacher, FactorsConfig(), "nearest")
         module = ILKDPretraining(student, None, ObjectiveConfig(), OptimizerConfig(lr=1e-12), steps=1)
         loss = train(module, 1, tmp_path, val_check_interval=1).callback_metrics["validation/loss"]
         with torch.no_grad():
@@ -106,7 +139,7 @@ class TestTraining:
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_checkpoints_lack_the_teacher_and_restore_the_rest(self, teacher: Any, tmp_path: Path, name: str) -> None:
         def module() -> ILKDPretraining:
-            student, _ = make_student(teacher, FACTORS, "nearest")
+            student, *_ = make_student(teacher, FACTORS, "nearest")
             return ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(name=name), steps=4)
 
         straight = module()
@@ -147,6 +180,23 @@ def test_a_checkpoint_that_lacks_student_weights_is_refused(teacher: Any) -> Non
 def test_distillation_without_a_teacher_is_refused(teacher: Any) -> None:
     with pytest.raises(ValueError, match="there is none"):
         ILKDPretraining(teacher, None, ALL_TERMS, OptimizerConfig(), steps=1)
+
+
+def test_the_layers_kept_are_the_layers_learnt_from(teacher: Any) -> None:
+    """At the start a student of the teacher's layers has nothing to learn from those that come first."""
+    student, _, layers = make_student(teacher, FactorsConfig(depth=[0]), "nearest")
+    objective = ObjectiveConfig(hidden=1, feed_forward=1, cross_entropy=0)
+    ids = Ids().ids[:2]
+    for given, far in ((layers, False), (None, True)):  # without them a single layer learns from the last one
+        module = ILKDPretraining(student, teacher, objective, OptimizerConfig(), 1, False, given)
+        with torch.no_grad():
+            ours, theirs = (
+                Outputs(model(input_ids=ids).logits, hidden=taps.hidden, feed_forward=taps.feed_forward)
+                for model, taps in ((student, module.student_taps), (teacher, module.teacher_taps))
+            )
+        loss = module.objective(ours, theirs, ids).total
+        module.close()
+        assert (loss > 0.01) == far and (far or loss == 0)
 
 
 def test_dropout_is_off_unless_asked(teacher: Any) -> None:

@@ -190,7 +190,7 @@ def test_resume_keeps_the_run_id(tmp_path):
 def test_lightning_logs_through_both(tmp_path, fit, linear_task):
     with RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
         loggers = build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job")
-        fit(linear_task(), 4, 2, logger=loggers, callbacks=checkpoint_callbacks(tmp_path))
+        fit(linear_task(), 4, 2, logger=loggers, callbacks=list(checkpoint_callbacks(tmp_path)))
         finish_loggers(loggers, 0)
     history = [values(entry.history.item) for entry in offline_log(tmp_path) if entry.HasField("history")]
     logged = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}

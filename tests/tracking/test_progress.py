@@ -94,9 +94,9 @@ def test_perplexity_is_not_read_from_a_loss_that_means_something_else(fit, linea
 def test_resume_counts_from_its_own_start(tmp_path, fit, linear_task):
     from kncompress.tracking.checkpoints import checkpoint_callbacks
 
-    fit(linear_task(validation=[1.0]), 5, 5, callbacks=checkpoint_callbacks(tmp_path))
+    fit(linear_task(validation=[1.0]), 5, 5, callbacks=list(checkpoint_callbacks(tmp_path)))
     last = tmp_path / "checkpoints/last.ckpt"
-    text = run(fit, linear_task(), 10, ckpt_path=last, callbacks=checkpoint_callbacks(tmp_path))
+    text = run(fit, linear_task(), 10, ckpt_path=last, callbacks=list(checkpoint_callbacks(tmp_path)))
     assert steps_in(text) == [6, 7, 8, 9, 10]
 
 

@@ -52,6 +52,34 @@ def test_the_dense_preset_changes_nothing(command: Any, tiny: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_layerdrop_is_a_plain_shallower_model(command: Any, tiny: Path) -> None:
+    code, out, err = command("compress", f"model={tiny}", "factors=layerdrop", "run_dir=run")
+    assert code == 0 and "layers kept: 1" in out, err
+    teacher, student = (AutoModelForCausalLM.from_pretrained(p) for p in (tiny, "run/model"))
+    assert "quantization_config" not in read(Path("run"), "model/config.json")
+    assert type(student) is GPT2LMHeadModel and len(student.transformer.h) == student.config.n_layer == 1
+    assert torch.equal(student.transformer.h[0].mlp.c_fc.weight, teacher.transformer.h[1].mlp.c_fc.weight)
+    metrics = read(Path("run"), "result.json")["metrics"]
+    assert metrics["parameters/teacher"] == teacher.num_parameters()
+    assert metrics["parameters/student"] == student.num_parameters()
+    assert read(Path("run"), "report.json")["layers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["factors.depth=3"], "factors.depth=3: must lie between 1 and the model's 2 layers"),
+        (["factors.depth=[1,0]"], "factors.depth=[1, 0]: must rise"),
+        (["factors.depth=1", "factors.layers=[1]"], "factors.layers=[1]: with factors.depth=1 the student has "),
+    ],
+)
+def test_an_impossible_depth_is_refused(command: Any, tiny: Path, words: list[str], message: str) -> None:
+    for verb in ("compress", "inspect"):
+        code, _, err = command(verb, f"model={tiny}", "run_dir=run", *words)
+        assert code == 2 and err.startswith(f"kncompress: {message}") and err.count("\n") == 1
+        assert not Path("run").exists()
+
+
 def test_a_factored_model_is_not_factored_again(command: Any, tiny: Path) -> None:
     assert command("compress", f"model={tiny}", "run_dir=once")[0] == 0
     code, _, err = command("compress", "model=once/model", "run_dir=twice")

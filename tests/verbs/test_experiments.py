@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from verbs.conftest import read
 
 from kncompress.commands.presets import config_folder
@@ -16,10 +17,14 @@ SMALL_FROM_SCRATCH = [
     "model.architecture.n_positions=32",
     "model.architecture.vocab_size=300",
 ]
+FROM_THE_HUB = {
+    "gpt2_wikitext_ilkd": "hub:Salesforce/wikitext:wikitext-103-raw-v1",
+    "openwebtext_ilkd": "hub:Skylion007/openwebtext",
+}
 
 
 def test_there_are_experiments() -> None:
-    assert {"wikitext_ilkd", "mini_teacher"} <= set(EXPERIMENTS)
+    assert {"wikitext_ilkd", "mini_teacher", *FROM_THE_HUB} <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -32,6 +37,34 @@ def test_one_batch(command: Any, small: list[str], text: Path, monkeypatch: pyte
     code, _, err = command("train", f"+experiment={name}", *words)
     assert code == 0, err
     assert read(Path("run"), "result.json")["metrics"]["steps"] == 1
+
+
+@pytest.mark.parametrize("name", FROM_THE_HUB)
+def test_experiments_of_the_hub_compose_without_it(command: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("the hub was asked for")
+
+    for function in ("local_folder", "require", "check_model"):
+        monkeypatch.setattr(f"kncompress.hub.{function}", forbidden)
+    code, out, err = command("train", f"+experiment={name}", "--show")
+    assert code == 0, err
+    config = yaml.safe_load(out)
+    assert config["model"]["path"] == "openai-community/gpt2"
+    assert config["data"]["source"] == FROM_THE_HUB[name]
+    assert config["data"]["fraction"] == (0.1 if name == "openwebtext_ilkd" else 1.0)
+    assert config["factors"]["embedding"] and config["objective"]["feed_forward"] > 0
+    # Whole blocks of GPT-2's context of 1,024.
+    assert config["trainer"]["batch_tokens"] % 1024 == config["trainer"]["micro_batch_tokens"] % 1024 == 0
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2_wikitext_ilkd"])
+def test_one_step_of_the_real_thing(command: Any, name: str) -> None:
+    words = ["trainer.steps=1", "trainer.batch_tokens=1024", "data=wikitext2", "logger=csv", "run_dir=run"]
+    code, _, err = command("train", f"+experiment={name}", *words)
+    assert code == 0, err
+    assert read(Path("run"), "result.json")["metrics"]["parameters/student"] == 83_907_530
 
 
 def test_experiments_are_short() -> None:

@@ -1,0 +1,36 @@
+"""The command line with ``train`` watched: every batch is noted in ``$WATCH``, and one process can be made to fail.
+
+``python watched.py train ...``. Each line of the file has the optimiser step, the rank and a digest of the tokens.
+``$FAIL="<seed> <rank>"`` raises in that process of the run with that seed, at its second step.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from kncompress.__main__ import main
+
+
+def _watch() -> None:
+    from kncompress.tasks.pretraining import ILKDPretraining
+
+    trained = ILKDPretraining.training_step
+
+    def step(self: Any, batch: dict[str, Any], batch_index: int) -> Any:
+        rank, number = self.trainer.global_rank, self.trainer.global_step
+        digest = hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
+        with Path(os.environ["WATCH"]).open("a") as file:
+            file.write(f"{number} {rank} {digest}\n")
+        seed = os.environ["PL_GLOBAL_SEED"]
+        if os.environ.get("FAIL") == f"{seed} {rank}" and number == 1:
+            raise RuntimeError("made to fail")
+        return trained(self, batch, batch_index)
+
+    ILKDPretraining.training_step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _watch()
+    sys.exit(main())
