@@ -7,7 +7,7 @@ from kncompress import __version__
 from kncompress.commands.overrides import split_flags, unknown_verb
 from kncompress.commands.usage import overview, verb_help
 from kncompress.commands.verbs import Verb
-from kncompress.config import CompressConfig, EvaluateConfig, InspectConfig, TrainConfig
+from kncompress.config import CompressConfig, EvaluateConfig, InspectConfig, PlanConfig, TrainConfig
 from kncompress.errors import UserError
 
 VERBS: dict[str, Verb] = {
@@ -15,6 +15,7 @@ VERBS: dict[str, Verb] = {
     for verb in (
         Verb("train", TrainConfig, "kncompress.commands.train", "Factor a model and repair it by distillation."),
         Verb("compress", CompressConfig, "kncompress.commands.compress", "Factor a model, without training."),
+        Verb("plan", PlanConfig, "kncompress.commands.plan", "Choose every map's factors within a parameter budget."),
         Verb("inspect", InspectConfig, "kncompress.commands.inspect", "Count what factors save, without weights."),
         Verb("evaluate", EvaluateConfig, "kncompress.commands.evaluate", "Measure a model's perplexity."),
     )

@@ -175,9 +175,13 @@ class OptimizerConfig:
     """Share of the steps in which the rate rises."""
     final: float = 0.1
     """Rate at the end as a share of the peak."""
+    factor_rates: str = "one"
+    """``one``: every factor takes ``lr``; ``scaled``: each takes the rate at which a step moves its map's weight as
+    ``lr`` would move a dense one (``kron.gauge.step_scales``)."""
 
     def __post_init__(self) -> None:
         _choice("optimizer.name", self.name, ("adamw", "muon"))
+        _choice("optimizer.factor_rates", self.factor_rates, ("one", "scaled"))
         _positive("optimizer.lr", self.lr)
         _not_negative("optimizer.weight_decay", self.weight_decay)
         for name in ("beta1", "beta2", "warmup", "final"):
@@ -277,25 +281,59 @@ class RunConfig:
 
 
 @dataclass
+class CalibrationConfig:
+    """Factors fitted to what the maps see on the training split of ``data.source``: ``start`` calibrated, sequential.
+
+    Both need the second moments of the inputs of the maps that are factored.
+    """
+
+    tokens: int = 16384
+    """Tokens of the calibration text: the first ones of the training split."""
+    context: int | None = None
+    """Tokens in a block of it; null: ``data.context``, or else the model's context length, at most 1024."""
+    gauge: str = "equal"
+    """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
+    (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
+    sweeps: int = 20
+    """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
+    bias: bool = True
+    """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
+    moments: str | None = None
+    """Folder where the moments of the dense model's inputs are kept and found again; null: they are not kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context", "sweeps"):
+            _positive(f"calibration.{name}", getattr(self, name))
+        _choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
+
+
+@dataclass
 class FactoringConfig(RunConfig):
     """Keys of the verbs that factor a model."""
 
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     start: str = "nearest"
-    """Start of the factors: ``nearest`` (to the weights) or ``random``."""
+    """Start of the factors: ``random``; ``nearest`` to the weights; ``calibrated``: the least error on the inputs of
+    each map; ``sequential``: the same, on inputs from the layers factored before, against the dense outputs."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     dtype: str = "float32"
     """Type of the saved weights: float32, float16 or bfloat16."""
 
     def __post_init__(self) -> None:
-        _choice("start", self.start, ("nearest", "random"))
+        _choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
         _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the start reads text."""
+        return self.start in ("calibrated", "sequential")
 
 
 @dataclass
 class TrainConfig(FactoringConfig):
     """``train``: teacher and text in, repaired student out."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -308,6 +346,46 @@ class TrainConfig(FactoringConfig):
 @dataclass
 class CompressConfig(FactoringConfig):
     """``compress``: factor a model and save it, without training."""
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """``plan``: choose a shape for every map, so that the model keeps to a budget with the least harm.
+
+    Moments come from the first ``calibration.tokens`` of the training split of ``data.source``, harms from the
+    ``harm_tokens`` after them; the finished plan is measured on the validation split.
+    """
+
+    budget: float = 0.667
+    """Up to 1: share of all unique parameters, embedding and head included, tied ones once; above 1: their number."""
+    speed: bool = False
+    """Only shapes whose product takes at most 1 / 1.3 of the dense multiply-adds; the others stay dense."""
+    harm: str | None = None
+    """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
+    harm_tokens: int = 2048
+    """Tokens on which the harm of each map is measured."""
+    measure: bool | None = None
+    """Fit the plan and measure its KL and perplexity; null: unless ``harm`` is given."""
+    validation_tokens: int = 8192
+    """Tokens of the validation split that this is measured on."""
+    precision: str = "auto"
+    """Of the harms: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
+    start: str = "calibrated"
+    """Fit with which the plan is measured: ``calibrated`` or ``sequential``."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _positive("budget", self.budget)
+        for name in ("harm_tokens", "validation_tokens"):
+            _positive(name, getattr(self, name))
+        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("start", self.start, ("calibrated", "sequential"))
+
+    @property
+    def measures(self) -> bool:
+        """Whether the finished plan is fitted and measured."""
+        return self.harm is None if self.measure is None else self.measure
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``compress``: factor a model and save it, without training. Needs no text and no tokenizer."""
+"""``compress``: factor a model and save it, without training. Text and tokenizer are for the starts that calibrate."""
 
 import time
 from dataclasses import asdict
@@ -11,8 +11,9 @@ from kncompress.config import CompressConfig
 from kncompress.errors import UserError
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
+from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
 from kncompress.tasks.depth import student_config
-from kncompress.tasks.student import factor_, load_dense, model_config, tokenizer_if_any
+from kncompress.tasks.student import factor_, load_dense, load_teacher, model_config, tokenizer_if_any
 from kncompress.tracking.record import RunRecord
 from kncompress.tracking.whole_file import write_text
 
@@ -21,7 +22,9 @@ def check(config: CompressConfig) -> None:
     """Cheap checks before anything is written: the model exists and the factors fit it."""
     if config.model.path is None:
         raise UserError("model.path=null: compress needs a model that exists")
-    plan_from_config(config.factors, student_config(model_config(config.model), config.factors))
+    fields = model_config(config.model)
+    plan_from_config(config.factors, student_config(fields, config.factors))
+    check_calibration(config, fields)
 
 
 def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
@@ -29,11 +32,17 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
     check(config)
     with RunRecord.open(run_dir, "compress", asdict(config), config.seed) as record:
         L.seed_everything(config.seed, verbose=False)
-        model = load_dense(config.model)
+        text = None
+        if config.needs_text:
+            model, tokenizer = load_teacher(config.model)
+            text = calibration_text(config, model.config, tokenizer)
+        else:
+            model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
         began = time.perf_counter()
-        report = factor_(model, config.factors, config.start)
+        with fit_progress() as progress:
+            report = factor_(model, config.factors, config.start, text, config.calibration, progress)
         seconds = time.perf_counter() - began
-        folder = save_model(model, run_dir / "model", tokenizer_if_any(config.model), getattr(torch, config.dtype))
+        folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype))
         write_text(run_dir / "report.json", report.as_json())
         write_text(run_dir / "report.txt", report.table() + "\n")
         print(report.table())
@@ -50,5 +59,9 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
         }
         if report.mean_error is not None:
             metrics["error/mean"] = report.mean_error
+        if report.weighted_error is not None:
+            metrics["error/weighted"] = report.weighted_error
+        if text is not None:
+            metrics |= {"seconds/moments": report.seconds_moments, "calibration/tokens": len(text.tokens)}
         record.finish("finished", metrics, folder)
     return metrics

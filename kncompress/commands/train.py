@@ -18,6 +18,7 @@ from kncompress.metrics import Comparison, Perplexity, bits_per_byte
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
 from kncompress.tasks.batches import blocks_of_a_step
+from kncompress.tasks.calibration import check_calibration
 from kncompress.tasks.depth import student_config
 from kncompress.tasks.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
 from kncompress.tasks.pretraining import ILKDPretraining
@@ -52,6 +53,7 @@ def check(config: TrainConfig) -> None:
     if config.data.context is not None and config.data.context > positions:
         raise UserError(f"data.context={config.data.context}: the model has {positions} positions")
     plan_from_config(config.factors, student_config(fields, config.factors))
+    check_calibration(config, fields)
     blocks_of_a_step(config.trainer, config.data.context or positions, processes(config.trainer))
     if config.trainer.strategy == "fsdp" and config.optimizer.name == "muon":
         raise UserError("optimizer.name=muon: needs whole matrices, which trainer.strategy=fsdp cuts; give adamw")

@@ -1,19 +1,40 @@
 """The mathematics of Kronecker sums; needs torch alone."""
 
+from kncompress.kron.calibrated import calibrated_factors
+from kncompress.kron.embeddings import calibrated_embedding
+from kncompress.kron.gauge import Gauge, regauge, step_scales
+from kncompress.kron.hybrid_linear import HybridLinear
+from kncompress.kron.hybrids import calibrated_hybrid, nearest_hybrid
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
+from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
 from kncompress.kron.product import kronecker_linear, kronecker_weight
-from kncompress.kron.shape import KroneckerShape, ShapeError, divisors
+from kncompress.kron.shape import HybridShape, KroneckerShape, Shape, ShapeError, divisors, parse_shape
 
 __all__ = [
     "Factors",
+    "Gauge",
+    "HybridLinear",
+    "HybridShape",
     "KroneckerEmbedding",
     "KroneckerLinear",
     "KroneckerShape",
+    "Moment",
+    "PreparedMoment",
+    "Shape",
     "ShapeError",
+    "calibrated_embedding",
+    "calibrated_factors",
+    "calibrated_hybrid",
+    "corrected_bias",
     "divisors",
     "kronecker_linear",
     "kronecker_weight",
     "nearest_factors",
+    "nearest_hybrid",
+    "parse_shape",
+    "regauge",
     "relative_error",
+    "step_scales",
+    "weighted_error",
 ]

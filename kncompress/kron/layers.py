@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kncompress.kron.nearest import nearest_factors
 from kncompress.kron.product import kronecker_linear, kronecker_weight, without_autocast
-from kncompress.kron.shape import KroneckerShape, ShapeError
+from kncompress.kron.shape import KroneckerShape, Shape, ShapeError
 
 
 class _Factored(nn.Module):
@@ -52,11 +52,7 @@ class _Factored(nn.Module):
         self.right = nn.Parameter(right)
 
     def extra_repr(self) -> str:
-        shape = self.shape
-        return (
-            f"{shape}, parameters={shape.parameters:,} of {shape.dense_parameters:,}, "
-            f"multiply_adds={shape.multiply_adds:,} of {shape.dense_multiply_adds:,}"
-        )
+        return costs_of(self.shape)
 
 
 class KroneckerLinear(_Factored):
@@ -132,14 +128,27 @@ class KroneckerLinear(_Factored):
         """The equal ``nn.Linear``."""
         with without_autocast(self.left.device):
             weight = self.weight
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        dense.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense.train(self.training)
+        return dense_linear(weight, self.bias, self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """``nn.Linear`` that owns ``weight`` (M, N) and a copy of ``bias``."""
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().clone())
+    return dense.train(training)
+
+
+def costs_of(shape: Shape) -> str:
+    """One line: the shape, its parameters and its multiply-adds."""
+    return (
+        f"{shape}, parameters={shape.parameters:,} of {shape.dense_parameters:,}, "
+        f"multiply_adds={shape.multiply_adds:,} of {shape.dense_multiply_adds:,}"
+    )
 
 
 class KroneckerEmbedding(_Factored):

@@ -54,7 +54,7 @@ def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
     matrix = matrix.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
     with without_autocast(matrix.device):
         left, right = _truncated_svd(matrix, shape.terms)
-    sign = _sign(right)
+    sign = sign_of(right)
     return Factors(
         (left * sign).reshape(-1, m1, n1).to(weight.dtype).contiguous(),
         (right * sign).reshape(-1, m2, n2).to(weight.dtype).contiguous(),
@@ -77,8 +77,15 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             gram += double.T @ double
         vectors = torch.linalg.eigh(gram).eigenvectors  # columns, smallest first
         basis = vectors.flip(1)[:, :rank].T.to(matrix.dtype)
-    image = basis @ matrix.T
-    sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # (rank, 1)
+    return balanced(basis @ matrix.T, basis)
+
+
+def balanced(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms image[r]^T basis[r] with equal norms, for a ``basis`` of unit vectors.
+
+    A null term keeps a null image, and a basis vector of the size of the largest term's.
+    """
+    sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # (R, 1)
     most = sigma.max()
     null = sigma <= 10 * torch.finfo(sigma.dtype).eps * most
     root = sigma.sqrt()
@@ -86,7 +93,7 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return image, basis * torch.where(null, torch.where(most > 0, most.sqrt(), 1.0), root)
 
 
-def _sign(right: Tensor) -> Tensor:
+def sign_of(right: Tensor) -> Tensor:
     """(R, 1): 1 or -1, so that the first of each row's largest entries becomes positive."""
     size = right.abs()
     # Entries within rounding of the largest count as largest, or noise would choose among equals.

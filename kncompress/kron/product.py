@@ -75,6 +75,10 @@ def kronecker_linear(
         extra = product_cost((m1, n1), (m2, n2), terms, order)[0] - m1 * m2 * n1 * n2
         if extra > 0 and x.numel() * extra > _FORMING * terms * m1 * m2 * (n1 * n2) ** 2:
             order = "formed"
+    if order == "right" and n1 == m2 == 1:  # outer products: the two plain products of a low-rank map
+        return F.linear(F.linear(x, right.reshape(terms, n2)), left.reshape(terms, m1).T, bias)
+    if order == "left" and m1 == n2 == 1:
+        return F.linear(F.linear(x, left.reshape(terms, n1)), right.reshape(terms, m2).T, bias)
     if order == "right":
         y = _right_first(x, left, right)
     elif order == "left":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerShape, ShapeError
+from kncompress.kron import HybridShape, KroneckerShape, Shape, ShapeError, parse_shape
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
 
 Keep = Literal["keep"]
@@ -37,7 +37,7 @@ class RightFactor:
             raise UserError(f"{prefix}{error}") from error
 
 
-Entry = KroneckerShape | RightFactor | Keep
+Entry = Shape | RightFactor | Keep
 
 
 class Plan:
@@ -56,7 +56,7 @@ class Plan:
         lines = (f"  {pattern}: {entry}" for pattern, entry in self.entries)
         return "\n".join(("Plan", *lines))
 
-    def resolve(self, source: Any) -> dict[str, KroneckerShape]:
+    def resolve(self, source: Any) -> dict[str, Shape]:
         """Shape of every map that is factored, in the model's order.
 
         Args:
@@ -66,7 +66,7 @@ class Plan:
             UserError: a pattern matches nothing, or a shape does not fit its map.
         """
         anatomy = source if isinstance(source, Anatomy) else anatomy_of(source)
-        chosen: dict[str, KroneckerShape | None] = {}
+        chosen: dict[str, Shape | None] = {}
         for pattern, entry in self.entries:
             for site in _matches(pattern, anatomy):
                 chosen[site.name] = _shape(pattern, entry, site)
@@ -83,13 +83,15 @@ def _matches(pattern: str, anatomy: Anatomy) -> list[Site]:
     raise UserError(f"factors.maps.{pattern}: matches no map of the model; nearest names: {', '.join(near)}")
 
 
-def _shape(pattern: str, entry: Entry, site: Site) -> KroneckerShape | None:
+def _shape(pattern: str, entry: Entry, site: Site) -> Shape | None:
     if isinstance(entry, RightFactor):
         return entry.fit(site)
     if entry == "keep":
         return None
-    if not isinstance(entry, KroneckerShape):
+    if not isinstance(entry, (KroneckerShape, HybridShape)):
         raise UserError(f"factors.maps.{pattern}={entry}: not a Kronecker shape or keep")
+    if site.group == "embedding" and isinstance(entry, HybridShape):
+        raise UserError(f"factors.maps.{pattern}={entry}: an embedding takes a single Kronecker shape, without +")
     if (entry.out_features, entry.in_features) != (site.out_features, site.in_features):
         raise UserError(
             f"factors.maps.{pattern}={entry}: makes {entry.out_features}x{entry.in_features}, "
@@ -168,6 +170,6 @@ def _explicit(pattern: str, text: str) -> Entry:
     if text == "keep":
         return "keep"
     try:
-        return KroneckerShape.parse(text)
+        return parse_shape(text)
     except ShapeError as error:
         raise UserError(f"factors.maps.{pattern}={text}: {error}; or keep") from error

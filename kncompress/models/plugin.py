@@ -69,13 +69,13 @@ class KroneckerLoader(HfQuantizer):
 
 def _shapes(model: Any, maps: Mapping[str, str]) -> dict[str, Any]:
     """The plan of a folder, checked against the model class; a head that the class has not is left out."""
-    from kncompress.kron import KroneckerShape, ShapeError
+    from kncompress.kron import ShapeError, parse_shape
     from kncompress.models.anatomy import anatomy_of
     from kncompress.models.plan import Plan
 
     anatomy = anatomy_of(model)
     try:
-        shapes = {name: KroneckerShape.parse(text) for name, text in maps.items()}
+        shapes = {name: parse_shape(text) for name, text in maps.items()}
         if not anatomy.has_head:
             shapes.pop("head", None)
         return Plan(shapes).resolve(anatomy)

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape
+from kncompress.kron import HybridLinear, HybridShape, KroneckerEmbedding, KroneckerLinear, Shape
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
+
+FACTORED = (KroneckerLinear, HybridLinear, KroneckerEmbedding)
+"""Factored modules."""
 
 
 class FusedMaps(nn.Module):
     """Several maps of one input, (..., N) -> (..., M1 + M2 + ...): their outputs side by side.
 
     Stands where a model has one dense module for several maps, such as GPT-2's ``c_attn`` for Q, K and V.
-    Each child is a ``KroneckerLinear`` or, where the map stays dense, an ``nn.Linear``.
+    Each child is a ``KroneckerLinear``, a ``HybridLinear`` or, where the map stays dense, an ``nn.Linear``.
     """
 
     def __init__(self, maps: Mapping[str, nn.Module]) -> None:
@@ -65,7 +68,7 @@ def dense_bias(module: nn.Module, site: Site) -> Tensor | None:
     return None if bias is None else bias.detach()[site.start : site.start + site.out_features]
 
 
-def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, KroneckerShape]) -> nn.Module:
+def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Shape]) -> nn.Module:
     """What takes the place of a dense module: on the meta device, in the weight's type."""
     weight = old.get_parameter("weight")
     bias = getattr(old, "bias", None) is not None
@@ -74,6 +77,8 @@ def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Kroneck
         shape = shapes.get(site.name)
         if shape is None:
             return nn.Linear(site.in_features, site.out_features, bias, "meta", weight.dtype)
+        if isinstance(shape, HybridShape):
+            return HybridLinear(shape, bias, device="meta", dtype=weight.dtype)
         if site.group == "embedding":
             padding_idx = getattr(old, "padding_idx", None)
             return KroneckerEmbedding(shape, padding_idx, device="meta", dtype=weight.dtype)
@@ -84,7 +89,7 @@ def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Kroneck
     return FusedMaps({str(site.part): one(site) for site in sites})
 
 
-def swap_(model: Any, shapes: Mapping[str, KroneckerShape]) -> None:
+def swap_(model: Any, shapes: Mapping[str, Shape]) -> None:
     """Put empty factored modules, on the meta device, in the place of dense ones."""
     anatomy = anatomy_of(model)
     for _, sites in anatomy.modules():
@@ -114,7 +119,7 @@ def unswap_(model: Any) -> None:
     anatomy = anatomy_of(model)
     for _, sites in anatomy.modules():
         old = module_at(model, sites[0])
-        if isinstance(old, (KroneckerLinear, KroneckerEmbedding, FusedMaps)):
+        if isinstance(old, (*FACTORED, FusedMaps)):
             put_module(model, sites[0], _dense_module(old, sites))
     if "_tied_weights_keys" in model.__dict__:
         del model._tied_weights_keys
@@ -127,9 +132,7 @@ def unswap_(model: Any) -> None:
 
 def _dense_module(old: nn.Module, sites: list[Site]) -> nn.Module:
     parts = [old] if sites[0].part is None else list(old.children())
-    dense: list[Any] = [
-        part.to_dense() if isinstance(part, (KroneckerLinear, KroneckerEmbedding)) else part for part in parts
-    ]
+    dense: list[Any] = [part.to_dense() if isinstance(part, FACTORED) else part for part in parts]
     if sites[0].group in ("embedding", "head"):
         return dense[0]
     weight = torch.cat([part.weight.detach() for part in dense])

@@ -1,7 +1,7 @@
 """Optimisers and their schedule."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kncompress.config import OptimizerConfig
-from kncompress.kron import KroneckerEmbedding
+from kncompress.kron import KroneckerEmbedding, KroneckerLinear
 
 _WRAPPED = "_fsdp_wrapped_module."
 
@@ -24,6 +24,8 @@ class ParameterGroups:
     """Dense matrices that are neither an embedding nor a head tied to one."""
     decayed: frozenset[str]
     """Matrices and factors, but no embedding."""
+    rates: Mapping[str, float]
+    """Learning rate of each factor, relative to that of a dense weight, under ``factor_rates=scaled``."""
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
@@ -32,7 +34,21 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
     embeddings = {id(p) for table in tables for p in table.parameters()}
     free = {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.ndim >= 2}
     matrices = (n for n, p in free.items() if p.ndim == 2 and not n.startswith(("lm_head", "score")))
-    return ParameterGroups(frozenset(matrices), frozenset(free))
+    return ParameterGroups(frozenset(matrices), frozenset(free), _factor_rates(model))
+
+
+def _factor_rates(model: nn.Module) -> dict[str, float]:
+    """{name of a factor: its rate}, by the rule of ``kron.gauge.step_scales`` for the factors as they are.
+
+    A step of rate h on the left factors moves the weight by h sqrt(R) b, b the root mean square of the right ones.
+    """
+    rates = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KroneckerLinear | KroneckerEmbedding):
+            for side, other in (("left", module.right), ("right", module.left)):
+                size = math.sqrt(module.shape.terms) * float(other.detach().float().square().mean().sqrt())
+                rates[f"{name}.{side}".lstrip(".")] = 1 / size if size > 0 else 1.0
+    return rates
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, groups: ParameterGroups | None = None) -> Optimizer:
@@ -43,11 +59,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, groups: Parameter
     groups = groups or parameter_groups(model)
     trained = {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters() if p.requires_grad}
     if config.name == "adamw":
-        return _adamw(trained, groups.decayed, config)
+        return _adamw(trained, groups, config)
     matrices = [p for name, p in trained.items() if name in groups.layer_matrices]
     rest = {name: p for name, p in trained.items() if name not in groups.layer_matrices}
     muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return OptimizerPair(muon, _adamw(rest, groups.decayed, config))
+    return OptimizerPair(muon, _adamw(rest, groups, config))
 
 
 def warmup_cosine(steps: int, config: OptimizerConfig) -> Callable[[int], float]:
@@ -98,10 +114,15 @@ class OptimizerPair(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def _adamw(parameters: Mapping[str, nn.Parameter], decayed: Collection[str], config: OptimizerConfig) -> AdamW:
-    groups = [
-        {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+def _adamw(parameters: Mapping[str, nn.Parameter], groups: ParameterGroups, config: OptimizerConfig) -> AdamW:
+    """One parameter group for each combination of weight decay and rate, decayed ones first."""
+    parts: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = groups.rates.get(name, 1.0) if config.factor_rates == "scaled" else 1.0
+        parts.setdefault((name not in groups.decayed, rate), []).append(parameter)
+    options = [
+        {"params": part, "lr": config.lr * rate, "weight_decay": 0.0 if exempt else config.weight_decay}
+        for (exempt, rate), part in sorted(parts.items(), key=lambda entry: entry[0])
     ]
     # Not fused: Lightning refuses to clip gradients for a fused optimiser under mixed precision, bf16 included.
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
+    return AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2))

@@ -1,7 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kncompress.data.tokens import TokenStream, token_stream
 from kncompress.metrics import Comparison, Perplexity, compare, perplexity
 from kncompress.models.compress import CompressionReport, unique_parameters
 from kncompress.tasks.batches import BatchPlan, plan_batches
+from kncompress.tasks.calibration import calibration_text, fit_progress
 from kncompress.tasks.processes import processes
 from kncompress.tasks.student import load_teacher, make_student, new_model
 
@@ -48,6 +49,8 @@ class TrainingJob:
             facts["parameters/teacher"] = unique_parameters(self.teacher)
         if self.report is not None and self.report.mean_error is not None:
             facts["error/mean"] = self.report.mean_error
+        if self.report is not None and self.report.weighted_error is not None:
+            facts["error/weighted"] = self.report.weighted_error
         return facts
 
     def scores(self, trainer: L.Trainer) -> Scores:
@@ -72,7 +75,11 @@ def prepare(config: TrainConfig) -> TrainingJob:
         student, tokenizer = new_model(config.model, read_split(config.data, "train"))
     else:
         teacher, tokenizer = load_teacher(config.model)
-        student, report, layers = make_student(teacher, config.factors, config.start)
+        text = calibration_text(config, teacher.config, tokenizer)
+        with fit_progress() as progress:
+            student, report, layers = make_student(
+                teacher, config.factors, config.start, text, config.calibration, progress
+            )
     context = config.data.context or student.config.max_position_embeddings
     limit = config.trainer.validation_tokens
     data = TextDataModule(
@@ -113,7 +120,7 @@ class StartScores(Callback):
 
 def reload_student(config: TrainConfig, checkpoint: Path) -> Any:
     """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
-    job = prepare(config)
+    job = prepare(replace(config, start="random"))  # its factors are replaced by the checkpoint's
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
     job.student.load_state_dict(weights)

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from kncompress.config import FactorsConfig, ModelConfig
+from kncompress.config import CalibrationConfig, FactorsConfig, ModelConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
 from kncompress.hub import local_folder
 from kncompress.models.compress import CompressionReport, Start, compress_
+from kncompress.models.fitting import Progress
+from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import load_config, load_model
 from kncompress.tasks.depth import student_config, student_layers
@@ -114,20 +116,36 @@ def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_config(fields), tokenizer
 
 
-def factor_(model: Any, factors: FactorsConfig, start: str) -> CompressionReport:
-    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place."""
+def factor_(
+    model: Any,
+    factors: FactorsConfig,
+    start: str,
+    text: CalibrationText | None = None,
+    settings: CalibrationConfig | None = None,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place.
+
+    ``text``, ``settings`` and ``progress`` are those of ``compress_``.
+    """
     plan = plan_from_config(factors, student_config(model.config, factors))
-    return compress_(model, plan, cast(Start, start), layers=student_layers(factors, model.config))
+    layers = student_layers(factors, model.config)
+    return compress_(model, plan, cast(Start, start), progress, layers, text, settings)
 
 
 def make_student(
-    teacher: Any, factors: FactorsConfig, start: str
+    teacher: Any,
+    factors: FactorsConfig,
+    start: str,
+    text: CalibrationText | None = None,
+    settings: CalibrationConfig | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, CompressionReport, tuple[int, ...] | None]:
     """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
 
-    The layers are those of the teacher that were kept, counted from 0; None where all were.
+    The layers are those of the teacher that were kept, counted from 0; None where all were. Arguments as ``factor_``.
     """
     student = copy.deepcopy(teacher)
-    report = factor_(student, factors, start)
+    report = factor_(student, factors, start, text, settings, progress)
     student.requires_grad_(True)
     return student, report, report.layers

@@ -37,6 +37,7 @@ class RunRecord:
         self._wall_before: float = fields["wall_seconds"]
         self._metrics: dict[str, float | int | None] = {}
         self._model: str | None = None
+        self._plan: str | None = None
 
     @classmethod
     def open(
@@ -108,6 +109,7 @@ class RunRecord:
         metrics: Mapping[str, SupportsFloat] | None = None,
         model: str | Path | None = None,
         error: BaseException | None = None,
+        plan: str | Path | None = None,
     ) -> None:
         """Write ``result.json`` and complete ``run.json``.
 
@@ -117,15 +119,19 @@ class RunRecord:
                 measured. None keeps those of an earlier call.
             model: model folder inside the run folder, absolute or relative to it. None keeps the earlier one.
             error: what ended the run; its first line goes into ``run.json``.
+            plan: file of chosen factors inside the run folder, as ``model``; ``result.json`` names it only
+                where there is one.
 
         Raises:
             TypeError: a metric is not a number.
-            ValueError: ``model`` lies outside the run folder or does not exist.
+            ValueError: ``model`` or ``plan`` lies outside the run folder or does not exist.
         """
         if metrics is not None:
             self._metrics = {name: _number(name, value) for name, value in metrics.items()}
         if model is not None:
-            self._model = self._inside(Path(model))
+            self._model = self._inside("model", Path(model))
+        if plan is not None:
+            self._plan = self._inside("plan", Path(plan))
         self.fields |= {
             "status": status,
             "ended": _now(),
@@ -139,13 +145,15 @@ class RunRecord:
                 "metrics": self._metrics,
                 "model": self._model,
             }
+            if self._plan is not None:
+                result["plan"] = self._plan
             _write_json(self.folder / "result.json", result)
             self.save()
 
-    def _inside(self, model: Path) -> str:
-        path = (self.folder / model).resolve()
+    def _inside(self, name: str, given: Path) -> str:
+        path = (self.folder / given).resolve()
         if not path.exists() or not path.is_relative_to(self.folder.resolve()):
-            raise ValueError(f"model={model}: not in the run folder {self.folder}")
+            raise ValueError(f"{name}={given}: not in the run folder {self.folder}")
         return path.relative_to(self.folder.resolve()).as_posix()
 
     def close(self) -> None:

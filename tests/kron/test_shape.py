@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from kncompress.kron import KroneckerShape, ShapeError, divisors, kronecker_linear, kronecker_weight
+from kncompress.kron import (
+    HybridShape,
+    KroneckerShape,
+    ShapeError,
+    divisors,
+    kronecker_linear,
+    kronecker_weight,
+    parse_shape,
+)
 
 sides = st.integers(1, 12)
 
@@ -118,3 +126,41 @@ def test_lists_become_tuples_and_shapes_hash():
 @given(st.integers(1, 3000))
 def test_divisors(number):
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+HYBRID = "576x1(x)1x1536*8 + 288x1536(x)2x1"
+
+
+def test_hybrid_text_and_counts():
+    shape = HybridShape.parse(HYBRID)
+    assert str(shape) == HYBRID and HybridShape.parse(f"  {HYBRID.replace(' + ', '+')} ") == shape
+    assert len({shape, HybridShape(list(shape.parts))}) == 1
+    assert (shape.out_features, shape.in_features) == (576, 1536)
+    assert shape.parameters == 8 * (576 + 1536) + 288 * 1536 + 2
+    assert shape.multiply_adds == 8 * (576 + 1536) + 288 * 1536 + 576
+    assert shape.numbers_written == 8 + 288
+    assert shape.dense_parameters == shape.dense_multiply_adds == 576 * 1536
+
+
+@given(shapes())
+def test_parse_shape_reads_both(shape):
+    assert parse_shape(str(shape)) == shape
+    outer = KroneckerShape.fit(shape.out_features, shape.in_features, (1, shape.in_features))
+    if (outer.left, outer.right) != (shape.left, shape.right):
+        assert parse_shape(f"{outer} + {shape}") == HybridShape((outer, shape))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4x4(x)2x2 +", "'': not a Kronecker shape; write left(x)right*terms, as in 768x768(x)4x1*2"),
+        ("4x4(x)2x2 + 4x4(x)2x1", "4x4(x)2x1: makes 8x4, but 4x4(x)2x2 makes 8x8"),
+        ("4x4(x)2x2 + 4x4(x)2x2*2", "4x4(x)2x2*2: stands twice; give one part more terms"),
+    ],
+)
+def test_bad_hybrids_are_named(text, message):
+    with pytest.raises(ShapeError) as error:
+        parse_shape(text)
+    assert str(error.value).replace("' '", "''") == message
+    with pytest.raises(ShapeError, match="parts=1: a hybrid has two parts or more"):
+        HybridShape((KroneckerShape((4, 4), (2, 2)),))

@@ -3,22 +3,30 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from models.conftest import config_of, random_model
 from torch import nn
 from transformers import GPT2ForSequenceClassification
 
-from kncompress.config import FactorConfig, FactorsConfig
+from kncompress.config import CalibrationConfig, FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape, kronecker_weight
+from kncompress.kron import HybridShape, KroneckerEmbedding, KroneckerLinear, KroneckerShape, kronecker_weight
 from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_, unique_parameters
+from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import Plan, RightFactor, plan_from_config
 from kncompress.models.pretrained import to_dense
-from kncompress.models.swap import FusedMaps
+from kncompress.models.swap import FusedMaps, dense_weight, module_at
 
 HALF = RightFactor((2, 1))
 EVERYTHING = Plan({"layers.*": HALF, "embedding": RightFactor((1, 2))})
+
+
+@pytest.fixture
+def text():
+    return CalibrationText(np.random.default_rng(0).integers(2, 96, 1024), context=16, batch_tokens=256)
 
 
 def full_rank(out_features, in_features):
@@ -192,8 +200,10 @@ def test_nearest_start_draws_no_random_numbers(tiny):
 
 def test_progress_names_each_factored_map(tiny):
     seen = []
-    compress_(tiny, Plan({"layers.1.attn.q": HALF, "embedding": RightFactor((1, 2))}), progress=seen.append)
-    assert seen == ["embedding", "layers.1.attn.q"]
+    plan = Plan({"layers.1.attn.q": HALF, "embedding": RightFactor((1, 2))})
+    compress_(tiny, plan, progress=lambda what, share: seen.append((what, share)))
+    assert [what for what, _ in seen] == ["embedding", "layers.1.attn.q"]
+    assert seen[0][1] == 0 < seen[1][1] < 1
 
 
 def test_a_plan_that_does_not_fit_changes_nothing(tiny):
@@ -215,6 +225,121 @@ def test_every_factor_gets_a_gradient(tiny, ids):
     factors = {n: p for n, p in tiny.named_parameters() if n.endswith((".left", ".right"))}
     assert len(factors) == 2 * (1 + 18)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors.values())
+
+
+def hybrid(site):
+    """Outer products beside a sum with small right factors."""
+    outer = KroneckerShape((site.out_features, 1), (1, site.in_features), 2)
+    return HybridShape((outer, KroneckerShape((site.out_features // 2, site.in_features // 2), (2, 2))))
+
+
+def every_hybrid(model):
+    """All maps of a model as hybrids, but the embedding."""
+    sites = [site for site in anatomy_of(model).sites.values() if site.group != "embedding"]
+    return Plan({"embedding": RightFactor((1, 2)), **{site.name: hybrid(site) for site in sites}})
+
+
+@pytest.mark.parametrize("start", ["nearest", "random", "calibrated", "sequential"])
+def test_hybrids_of_every_start(model_of_kind, ids, text, start):
+    dense = copy.deepcopy(model_of_kind)
+    before = unique_parameters(dense)
+    report = compress_(model_of_kind, every_hybrid(dense), start, text=text)
+    rows = {row.name: row for row in report.rows}
+    up, wide = rows["layers.1.mlp.up"], anatomy_of(dense).sites["layers.1.mlp.up"].out_features
+    assert up.parameters == 2 * (wide + 24) + wide * 24 // 4 + 4
+    assert up.shape == f"{wide}x1(x)1x24*2 + {wide // 2}x12(x)2x2"
+    assert before - report.parameters_after == sum(row.dense_parameters - row.parameters for row in report.rows)
+    assert report.parameters_after == unique_parameters(model_of_kind)
+    twin = to_dense(model_of_kind)
+    torch.testing.assert_close(twin(ids).logits, model_of_kind(ids).logits, atol=1e-3, rtol=1e-4)
+    if start == "random":
+        assert report.mean_error is None
+        return
+    module = model_of_kind.base_model.get_submodule(anatomy_of(dense).sites["layers.1.mlp.up"].module)
+    site = anatomy_of(dense).sites["layers.1.mlp.up"]
+    weight = dense_weight(module_at(dense, site), site)
+    assert up.error == pytest.approx(float((weight - module.weight.detach()).norm() / weight.norm()), rel=1e-4)
+
+
+def test_calibration_helps_what_it_sees(model_of_kind, text):
+    """Fewer errors on the calibration inputs, more in the weights."""
+    reports = {}
+    for start in ("nearest", "calibrated"):
+        model = copy.deepcopy(model_of_kind)
+        reports[start] = compress_(model, Plan({"layers.1.mlp.*": HALF}), start, text=text)
+        with torch.no_grad():
+            difference = model(text_ids(text)).logits - model_of_kind(text_ids(text)).logits
+        reports[start, "logits"] = float(difference.norm())
+    nearest, calibrated = reports["nearest"], reports["calibrated"]
+    assert nearest.weighted_error is None and 0 < calibrated.weighted_error < calibrated.mean_error
+    assert nearest.mean_error < calibrated.mean_error
+    assert reports["calibrated", "logits"] < reports["nearest", "logits"]
+
+
+def text_ids(text):
+    return torch.from_numpy(text.tokens[:1024]).view(-1, 16)
+
+
+def test_biases_take_the_mean_of_the_error(tiny, text):
+    """With the correction the mean output of a map is the dense one's."""
+    dense = copy.deepcopy(tiny)
+    plan = Plan({"layers.1.mlp.up": HALF})
+    seen = {}
+    for bias in (True, False):
+        model = copy.deepcopy(dense)
+        compress_(model, plan, "calibrated", text=text, settings=CalibrationConfig(bias=bias))
+        up = model.transformer.h[1].mlp.c_fc
+        up.register_forward_hook(lambda _, x, y, bias=bias: seen.__setitem__(bias, (x[0], y)))
+        with torch.no_grad():
+            model(text_ids(text))
+    exact = dense.transformer.h[1].mlp.c_fc(seen[True][0]).flatten(0, 1).mean(0).detach()
+    off = {bias: float((y.flatten(0, 1).mean(0) - exact).norm()) for bias, (_, y) in seen.items()}
+    assert off[True] < 0.05 * off[False]
+
+
+def test_a_map_without_bias_gets_none(text):
+    model = random_model(config_of("llama"))
+    names = set(model.state_dict())
+    compress_(model, EVERYTHING, "calibrated", text=text)
+    assert not [name for name in set(model.state_dict()) - names if name.endswith("bias")]
+
+
+@pytest.mark.parametrize("start", ["nearest", "calibrated", "sequential"])
+@pytest.mark.parametrize("gauge", ["unit_right", "equal_rms"])
+def test_a_gauge_moves_scale_and_nothing_else(tiny, text, start, gauge):
+    plan = Plan({"layers.1.*": HALF, "embedding": RightFactor((1, 2))})
+    models = [copy.deepcopy(tiny) for _ in range(2)]
+    for model, chosen in zip(models, ("equal", gauge), strict=True):
+        compress_(model, plan, start, text=text, settings=CalibrationConfig(gauge=chosen))
+    torch.testing.assert_close(models[1](text_ids(text)).logits, models[0](text_ids(text)).logits, atol=1e-3, rtol=1e-3)
+    up = models[1].transformer.h[1].mlp.c_fc
+    if gauge == "unit_right":
+        assert float(up.right.norm()) == pytest.approx(1, rel=1e-4)
+    else:
+        assert float(up.right.square().mean()) == pytest.approx(float(up.left.square().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_a_start_that_reads_needs_text(tiny, start):
+    before = {name: id(module) for name, module in tiny.named_modules()}
+    with pytest.raises(UserError, match=f"start={start}: needs a text"):
+        compress_(tiny, EVERYTHING, start)
+    assert {name: id(module) for name, module in tiny.named_modules()} == before
+
+
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_calibration_follows_the_dropped_layers(tiny, text, start):
+    report = compress_(tiny, EVERYTHING, start, layers=(0, 2), text=text)
+    assert report.layers == (0, 2) and 0 < report.weighted_error < 1
+    assert len(tiny.transformer.h) == 2
+
+
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_a_classifier_is_calibrated(tiny_config, ids, text, start):
+    model = GPT2ForSequenceClassification(tiny_config).train()
+    report = compress_(model, EVERYTHING, start, text=text)
+    assert report.weighted_error is not None
+    assert all(module.training for module in model.modules())
 
 
 def test_half_precision_maps_keep_their_type(tiny):

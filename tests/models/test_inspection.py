@@ -7,6 +7,7 @@ from models.conftest import config_of, random_model
 from transformers import GPT2Config
 
 from kncompress.errors import UserError
+from kncompress.kron import parse_shape
 from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_, unique_parameters
 from kncompress.models.inspection import inspect_config, predict
@@ -24,6 +25,21 @@ PLANS = {
         }
     ),
 }
+
+
+def test_hybrids_are_counted_as_they_are_made(kind):
+    config = config_of(kind)
+    site = anatomy_of(config).sites["layers.1.mlp.down"]
+    outer = f"{site.out_features}x1(x)1x{site.in_features}*3"
+    plan = Plan({site.name: parse_shape(f"{outer} + {site.out_features // 2}x{site.in_features // 2}(x)2x2*2")})
+    model = random_model(config_of(kind))
+    made, told = compress_(model, plan), inspect_config(config, plan)
+    assert told.totals["parameters/student"] == made.parameters_after == unique_parameters(model)
+    row = next(row for row in told.maps if row.name == site.name)
+    assert row.shape == str(plan.entries[0][1])
+    assert row.parameters == sum(p.numel() for p in module_at(model, site).parts.parameters())
+    assert row.multiply_adds == made.rows[0].multiply_adds
+    assert row.shape in inspection_text(told)
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2)])

@@ -5,7 +5,7 @@ from transformers import GPT2Config
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerShape
+from kncompress.kron import HybridShape, KroneckerShape
 from kncompress.models.plan import Plan, RightFactor, plan_from_config
 
 GPT2_SMALL = GPT2Config()
@@ -71,7 +71,24 @@ def test_maps_come_last():
     assert len(shapes) == 18
 
 
+def test_a_hybrid_is_a_shape_like_any():
+    text = "3072x1(x)1x768*8 + 1536x768(x)2x1"
+    shapes = resolve(mlp=FactorConfig([2, 1]), maps={"layers.3.mlp.up": text, "layers.4.mlp.up": "keep"})
+    assert shapes["layers.3.mlp.up"] == HybridShape.parse(text)
+    assert str(shapes["layers.3.mlp.up"]) == text
+    assert "layers.4.mlp.up" not in shapes
+
+
 MISTAKES = [
+    ({"maps": {"layers.1.attn.q": "768x1(x)1x768 +"}}, "factors.maps.layers.1.attn.q=768x1(x)1x768 +: "),
+    (
+        {"maps": {"layers.1.mlp.up": "768x1(x)1x768 + 384x768(x)2x1"}},
+        "factors.maps.layers.1.mlp.up=768x1(x)1x768 + 384x768(x)2x1: makes 768x768, but layers.1.mlp.up is 3072x768",
+    ),
+    (
+        {"maps": {"embedding": "50257x1(x)1x768 + 50257x384(x)1x2"}},
+        "factors.maps.embedding=50257x1(x)1x768 + 50257x384(x)1x2: an embedding takes a single Kronecker shape",
+    ),
     ({"mlp": FactorConfig([7, 1])}, "factors.mlp.right=[7, 1]: 7 does not divide 3072"),
     ({"embedding": FactorConfig([1, 5])}, "factors.embedding.right=[1, 5]: 5 does not divide 768"),
     ({"mlp": FactorConfig([2])}, "factors.mlp.right=[2]: must be two numbers"),

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from kncompress.errors import UserError
+from kncompress.kron import parse_shape
+from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_, factored_maps, unique_parameters
 from kncompress.models.plan import Plan, RightFactor
 from kncompress.models.pretrained import load_config, load_model, save_model, to_dense
@@ -112,6 +114,43 @@ def test_every_kind_of_model_comes_back(model_of_kind, tmp_path, ids):
     assert {name: p.shape for name, p in dense.named_parameters()} == {
         name: p.shape for name, p in type(dense)(dense.config).named_parameters()
     }
+
+
+def hybrids(model):
+    """Every map of layer 1, and an untied head, as outer products beside a sum; the embedding by 2."""
+    entries = {"embedding": RightFactor((1, 2))}
+    for site in anatomy_of(model).sites.values():
+        if site.layer == 1 or site.name == "head":
+            sum_of = f"{site.out_features // 2}x{site.in_features // 2}(x)2x2*2"
+            entries[site.name] = parse_shape(f"{site.out_features}x1(x)1x{site.in_features}*2 + {sum_of}")
+    return Plan(entries)
+
+
+def test_hybrids_come_back_in_another_process(model_of_kind, tmp_path, ids):
+    """Both families, tied and untied, with biases: logits to the bit, a continuation, the dense export."""
+    compress_(model_of_kind, hybrids(model_of_kind))
+    continued = model_of_kind.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    save_model(model_of_kind, tmp_path / "model")
+    torch.save({"ids": ids, "logits": model_of_kind(ids).logits, "continued": continued}, tmp_path / "expected.pt")
+    names = load_file(tmp_path / "model" / "model.safetensors")
+    assert sum(".parts.1.right" in name for name in names) == sum(
+        "+" in t for t in factored_maps(model_of_kind).values()
+    )
+    code = """
+import sys, kncompress, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+told = torch.load(sys.argv[2], weights_only=True)
+assert torch.equal(model(told["ids"]).logits, told["logits"])
+again = model.generate(told["ids"], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+assert torch.equal(again, told["continued"])
+from kncompress.models.pretrained import to_dense
+dense = to_dense(model)
+torch.testing.assert_close(dense(told["ids"]).logits, told["logits"], atol=1e-3, rtol=1e-4)
+assert not any("parts" in name for name in dense.state_dict())
+print(sum(p.numel() for p in model.parameters()))
+"""
+    assert int(run_python(code, tmp_path / "model", tmp_path / "expected.pt")) == unique_parameters(model_of_kind)
 
 
 @pytest.mark.parametrize("order", ["import kncompress, transformers", "import transformers.quantizers, kncompress"])

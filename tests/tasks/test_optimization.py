@@ -10,7 +10,7 @@ from torch import nn
 
 from kncompress.config import OptimizerConfig, TrainerConfig
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerEmbedding, KroneckerShape
+from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape
 from kncompress.tasks.batches import plan_batches
 from kncompress.tasks.optimization import (
     OptimizerPair,
@@ -152,3 +152,22 @@ def test_groups_know_parameters_by_their_names_before_fsdp_cut_them() -> None:
     wrapped.norm = nn.LayerNorm(8)
     decayed, kept = build_optimizer(wrapped, OptimizerConfig(), groups).param_groups
     assert [p.shape for p in decayed["params"]] == [(64,)] and len(kept["params"]) == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scaled_rates_move_the_weight_as_a_dense_one(side: str) -> None:
+    torch.manual_seed(0)
+    layer = KroneckerLinear(KroneckerShape((32, 16), (2, 4), terms=3), bias=True)
+    before = layer.weight.detach().clone()
+    groups = parameter_groups(layer)
+    optimizer = build_optimizer(layer, OptimizerConfig(lr=0.01, weight_decay=0, factor_rates="scaled"), groups)
+    for name, parameter in layer.named_parameters():
+        # Signs at random, as the first step of Adam makes of any gradient.
+        parameter.grad = torch.randn_like(parameter).sign() if name == side else torch.zeros_like(parameter)
+    optimizer.step()
+    moved = (layer.weight.detach() - before).square().mean().sqrt()
+    assert moved == pytest.approx(0.01, rel=0.25)
+    (plain,) = build_optimizer(
+        nn.Linear(4, 4, bias=False), OptimizerConfig(lr=0.01, factor_rates="scaled")
+    ).param_groups
+    assert plain["lr"] == 0.01

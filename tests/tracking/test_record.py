@@ -90,6 +90,18 @@ def test_model_must_lie_in_the_folder(tmp_path):
                 record.finish("finished", {}, path)
 
 
+def test_a_plan_is_named_where_there_is_one(tmp_path):
+    with open_run(tmp_path) as record:
+        (tmp_path / "plan.yaml").write_text("maps: {}")
+        record.finish("finished", {}, plan="plan.yaml")
+    assert read(tmp_path, "result.json")["plan"] == "plan.yaml"
+    with open_run(tmp_path / "two") as record:
+        with pytest.raises(ValueError, match=r"plan=absent\.yaml: not in the run folder"):
+            record.finish("finished", {}, plan="absent.yaml")
+        record.finish("finished", {})
+    assert "plan" not in read(tmp_path / "two", "result.json")
+
+
 @pytest.mark.parametrize("error", [ValueError("bad\nmore lines"), UserError("seed=x: not a number"), SystemExit(3)])
 def test_failed_run(tmp_path, error):
     with pytest.raises(type(error)), open_run(tmp_path) as record:

@@ -46,6 +46,59 @@ def test_random_and_nearest_starts_differ_as_they_should(command: Any, tiny: Pat
     assert errors["nearest"] < dense.norm() < errors["random"]
 
 
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_a_calibrated_start_reads_text_and_tells_its_error(
+    command: Any, tiny: Path, text: Path, tmp_path: Path, start: str
+) -> None:
+    kept = tmp_path / "moments"
+    words = ["compress", f"model={tiny}", f"start={start}", f"data.source={text}", "calibration.tokens=500"]
+    words += [f"calibration.moments={kept}"]
+    code, out, err = command(*words, "run_dir=run")
+    assert code == 0, err
+    metrics, report = read(Path("run"), "result.json")["metrics"], read(Path("run"), "report.json")
+    assert 0 < metrics["error/weighted"] < 1 and metrics["error/weighted"] == report["weighted_error"]
+    assert metrics["calibration/tokens"] == 500
+    assert 0 < metrics["seconds/moments"] < metrics["seconds/fit"]
+    assert "on inputs" in out
+    assert AutoModelForCausalLM.from_pretrained("run/model").config.quantization_config.maps
+    assert (kept / "head.safetensors").exists()
+    # What is kept is found again, and is not taken for that of another text.
+    assert command(*words, "run_dir=again")[0] == 0
+    assert read(Path("again"), "report.json")["rows"] == report["rows"]
+    code, _, err = command(*words, "calibration.tokens=400", "run_dir=other")
+    assert code == 2 and "of another text or model" in err and err.count("\n") == 1
+
+
+def test_starts_without_calibration_need_no_text(command: Any, tiny: Path) -> None:
+    assert command("compress", f"model={tiny}", "data.source=nowhere", "run_dir=run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.source=nowhere"], "data.source=nowhere: no such file or folder"),
+        (["calibration.context=64"], "calibration.context=64: the model has 32 positions"),
+        (["calibration.tokens=0"], "calibration.tokens=0: must be greater than 0"),
+        (["calibration.gauge=left"], "calibration.gauge=left: not one of equal, unit_right, equal_rms"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(
+    command: Any, tiny: Path, text: Path, words: list[str], message: str
+) -> None:
+    for verb in ("compress", "train"):
+        start = ["start=calibrated", f"data.source={text}"]
+        code, _, err = command(verb, f"model={tiny}", *start, *words, "run_dir=run")
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+        assert not Path("run").exists()
+
+
+def test_a_calibrated_start_needs_a_tokenizer(command: Any, tiny: Path, text: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    code, _, err = command("compress", f"model={bare}", "start=calibrated", f"data.source={text}", "run_dir=run")
+    assert code == 2 and "tokenizer" in err and len(err.strip().splitlines()) == 1, err
+
+
 def test_the_dense_preset_changes_nothing(command: Any, tiny: Path) -> None:
     assert command("compress", f"model={tiny}", "factors=dense", "run_dir=run")[0] == 0
     before, after = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (tiny, "run/model"))

@@ -119,17 +119,20 @@ def test_torchrun_starts_the_processes(small: list[str], tmp_path: Path) -> None
 
 
 def _kill_and_resume(
-    watched: Any, words: list[str], tmp_path: Path, kills: int, number: int, steps: int
+    watched: Any, words: list[str], tmp_path: Path, numbers: list[int], steps: int
 ) -> dict[int, list[str]]:
-    """Run ``words`` with ``resume=auto``, killed at random moments; the batches by step that its weights have seen."""
+    """Run ``words`` with ``resume=auto``, stopped by each signal of ``numbers`` at a random moment.
+
+    Returns the batches by step that the weights have seen.
+    """
     moments = random.Random(7)
     line = [*words, "resume=auto", f"run_dir={tmp_path / 'killed'}"]
     seen: dict[int, list[str]] = {}
-    for attempt in range(kills + 1):
+    for attempt, number in enumerate([*numbers, None]):
         log = tmp_path / f"log{attempt}"
-        if attempt < kills:
+        if number is not None:
             stopped = watched(*line, log=log, start=True)
-            wanted, deadline = moments.randint(1, 2 * steps // (kills + 1)), time.monotonic() + 120
+            wanted, deadline = moments.randint(1, 2 * steps // (len(numbers) + 1)), time.monotonic() + 120
             while len(_batches(log)) < wanted and stopped.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert stopped.poll() is None, "killed too late"
@@ -167,22 +170,22 @@ def _compare(watched: Any, words: list[str], tmp_path: Path, seen: dict[int, lis
 LONG = ["trainer.steps=60", "trainer.validate_every=10", "trainer.checkpoint_every=4", "trainer.dropout=true"]
 
 
+KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
+
+
 @pytest.mark.parametrize(
-    ("kills", "processes"),
-    [(2, 1), pytest.param(5, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+    ("numbers", "processes"),
+    [
+        ([TERMINATE, KILL], 1),
+        pytest.param([KILL] * 5, 1, marks=pytest.mark.slow),
+        pytest.param([KILL, TERMINATE], 2, marks=pytest.mark.slow),
+    ],
 )
-def test_killed_runs_end_with_the_same_weights(
-    watched: Any, small: list[str], tmp_path: Path, kills: int, processes: int
+def test_stopped_runs_end_with_the_same_weights(
+    watched: Any, small: list[str], tmp_path: Path, numbers: list[int], processes: int
 ) -> None:
     words = [*small, *LONG, *(TWO if processes == 2 else [])]
-    seen = _kill_and_resume(watched, words, tmp_path, kills, signal.SIGKILL, 60)
-    _compare(watched, words, tmp_path, seen)
-
-
-@pytest.mark.slow
-def test_terminated_processes_resume_to_the_same_weights(watched: Any, small: list[str], tmp_path: Path) -> None:
-    words = [*small, *LONG, *TWO]
-    seen = _kill_and_resume(watched, words, tmp_path, 2, signal.SIGTERM, 60)
+    seen = _kill_and_resume(watched, words, tmp_path, numbers, 60)
     _compare(watched, words, tmp_path, seen)
 
 

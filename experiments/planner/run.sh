@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Two thirds of all unique parameters of SmolLM2-135M, no training: the paper's recipe, uniform outer products, the planner.
+# Usage: KNCOMPRESS_DATA=<folder with wikitext2/> experiments/planner/run.sh [folder for the runs]
+set -euo pipefail
+here="$(dirname "$0")"
+out="${1:-runs/planner}"
+text="$KNCOMPRESS_DATA/wikitext2"
+fit=("data.source=$text/wiki.train.tokens" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+
+evaluate() {
+  [ -e "$out/$1-evaluated/result.json" ] || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" \
+    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12288
+}
+compress() { # name, factors, start
+  [ -e "$out/$1/result.json" ] || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1"
+  evaluate "$1" "$out/$1/model"
+}
+plan() { # name, overrides
+  [ -e "$out/$1-plan/result.json" ] || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" "${@:2}"
+  cp "$out/$1-plan/plan.yaml" "$here/$1.yaml"
+  compress "$1" "$here/$1.yaml" calibrated
+}
+
+evaluate dense smollm2
+compress kngpt2-nearest kngpt2 nearest
+compress kngpt2-calibrated kngpt2 calibrated
+compress uniform "$here/uniform.yaml" calibrated
+compress uniform_dense_embedding "$here/uniform_dense_embedding.yaml" calibrated
+plan planner budget=0.667 validation_tokens=4096
+plan planner_speed budget=0.667 speed=true "harm=$out/planner-plan"
+plan planner_0.8 budget=0.8 "harm=$out/planner-plan"
+compress planner-sequential "$here/planner.yaml" sequential
+python "$here/report.py" "$out"

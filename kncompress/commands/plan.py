@@ -1,0 +1,101 @@
+"""``plan``: choose every map's factors within a parameter budget, by measured harm."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from kncompress.config import PlanConfig
+from kncompress.metrics import Comparison
+from kncompress.models.budget import BudgetPlan, HarmTable, spend
+from kncompress.tasks.planning import HARMS, check_plan, fit_and_score, measure, texts
+from kncompress.tasks.student import load_teacher
+from kncompress.tasks.training import keep_freed_memory
+from kncompress.tracking.plan_files import command_line, draw_plan, plan_table, write_plan
+from kncompress.tracking.record import RunRecord
+from kncompress.tracking.whole_file import write_text
+
+
+def check(config: PlanConfig) -> None:
+    """Cheap checks before anything is written: model, text and budget."""
+    check_plan(config)
+
+
+def run(config: PlanConfig, run_dir: Path) -> dict[str, float]:
+    """Plan in ``run_dir``: ``harm.json``, ``plan.yaml``, ``plan.json``, ``plan.png``; returns the metrics."""
+    table = check_plan(config)
+    keep_freed_memory()
+    with RunRecord.open(run_dir, "plan", asdict(config), config.seed) as record:
+        L.seed_everything(config.seed, verbose=False)
+        # The moments are read three times: for the screening, the errors and the fit.
+        with tempfile.TemporaryDirectory(prefix=".moments-", dir=run_dir) as folder:
+            if config.calibration.moments is None:
+                config = replace(config, calibration=replace(config.calibration, moments=folder))
+            metrics = _plan(config, run_dir, table)
+        record.finish("finished", metrics, plan="plan.yaml")
+    return metrics
+
+
+def _plan(config: PlanConfig, run_dir: Path, table: HarmTable | None) -> dict[str, float]:
+    model: Any = None
+    if table is None or config.measures:
+        model, tokenizer = load_teacher(config.model)
+        text, harm_text = texts(config, model.config, tokenizer)
+    if table is None:
+        table = measure(config, model, text, harm_text)
+    write_text(run_dir / HARMS, json.dumps(table.as_dict()) + "\n")
+    plan = spend(table, config.budget, config.speed)
+    file = write_plan(run_dir, plan, command_line())
+    print(plan_table(plan))
+    if not draw_plan(run_dir / "plan.png", plan):
+        print("no picture: matplotlib is not installed (extra `reports`)")
+    _print_totals(plan)
+    metrics = _metrics(plan)
+    if config.measures:
+        report, score = fit_and_score(config, model, tokenizer, text, plan)
+        assert report.parameters_after == plan.parameters
+        metrics |= _scores(score)
+        print(
+            f"measured on {score.tokens:,} tokens: KL {score.kl:.4f}, perplexity {score.student.perplexity:,.2f} "
+            f"(dense {score.teacher.perplexity:,.2f})"
+        )
+    print(f"plan: {os.path.relpath(file)}")
+    return metrics
+
+
+def _print_totals(plan: BudgetPlan) -> None:
+    table = plan.table
+    print(
+        f"\nparameters     {plan.parameters:>15,} of {table.parameters:,} ({plan.parameters / table.parameters:.1%}), "
+        f"budget {plan.budget:,}\n"
+        f"multiply-adds  {plan.multiply_adds:>15,} of {table.multiply_adds:,} "
+        f"({plan.multiply_adds / table.multiply_adds:.1%}) per token\n"
+        f"predicted KL   {plan.kl:>15.4f} nats per token"
+    )
+
+
+def _metrics(plan: BudgetPlan) -> dict[str, float]:
+    table = plan.table
+    return {
+        "budget": plan.budget,
+        "parameters/teacher": table.parameters,
+        "parameters/student": plan.parameters,
+        "multiply_adds/teacher": table.multiply_adds,
+        "multiply_adds/student": plan.multiply_adds,
+        "kl/predicted": plan.kl,
+        "kl/sum": sum(plan.harms.values()),
+        "exponent": table.exponent,
+    }
+
+
+def _scores(score: Comparison) -> dict[str, float]:
+    return {
+        "kl/measured": score.kl,
+        "perplexity/teacher": score.teacher.perplexity,
+        "perplexity/student": score.student.perplexity,
+        "tokens": score.tokens,
+    }

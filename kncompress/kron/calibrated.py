@@ -1,0 +1,127 @@
+"""Factors fitted to what a map really sees: the least error on its inputs instead of on its entries.
+
+Minimises f(A, B) = tr(D C D^T), D = W - sum_r A_r (x) B_r, with C the ridged second moment of the inputs. Given one
+side, the other is a linear least squares problem, so f never rises in alternating least squares:
+
+- A given B: sum_(s,k1) A_s[i1, k1] G[(s, k1), (r, j1)] = sum_(i2, j2) (W C)[(i1, i2), (j1, j2)] B_r[i2, j2]
+  with G[(r, j1), (s, k1)] = sum_(j2, k2) (B_r^T B_s)[j2, k2] C[(j1, j2), (k1, k2)];
+- B given A: the mirror image.
+
+Where n1 or n2 is 1, C acts on one factor alone: with C = L L^T, f is the squared Frobenius distance of W_hat L from
+W L, both Kronecker sums of the same shape, so the nearest sum of W L is the optimum. Outer products are of that kind
+(whitened SVD: SVD-LLM, Wang et al. 2024).
+
+Never worse than the nearest sum, on the moment without ridge too: f falls from there, and of all sums of the shape
+the nearest has the least ridge part of f.
+"""
+
+import torch
+from torch import Tensor
+
+from kncompress.kron.alternating import Problem, alternate
+from kncompress.kron.gauge import canonical
+from kncompress.kron.moments import Moment, PreparedMoment, prepare, weighted_error
+from kncompress.kron.nearest import Factors, nearest_factors
+from kncompress.kron.product import without_autocast
+from kncompress.kron.shape import KroneckerShape, ShapeError
+
+SWEEPS = 12
+TOLERANCE = 3e-3
+
+_CLOSE = 1e-4
+"""Shares of f this close to nothing, or to no gain, are compared with the start anew: rounding may decide."""
+
+
+@torch.no_grad()
+def calibrated_factors(
+    weight: Tensor,
+    shape: KroneckerShape,
+    moment: Moment | PreparedMoment,
+    *,
+    sweeps: int = SWEEPS,
+    tolerance: float = TOLERANCE,
+    start: Factors | None = None,
+    history: list[float] | None = None,
+) -> Factors:
+    """The Kronecker sum of ``shape`` with the least error on the inputs that ``moment`` describes.
+
+    The optimum in closed form where n1 or n2 is 1, else alternating least squares, which ends in a local optimum.
+    Same gauge and sign as ``nearest_factors``, and as there a term without use has one null factor. Weights in
+    half precision are fitted in float32, float64 ones in float64.
+
+    Args:
+        weight: (M, N), out x in.
+        shape: the factors' shape.
+        moment: of the inputs, (N, N). Prepare it once where maps share an input, and to choose the ridge or
+            centring.
+        sweeps: most sweeps over both sides.
+        tolerance: stop where a sweep lowers the squared error by less than this share.
+        start: factors to start from; None: the nearest sum.
+        history: gets sqrt(f / tr(W C W^T)), the error by the ridged moment, at the start and after each half
+            step; for a closed form only that of the result.
+
+    Returns:
+        Factors of the weight's type and device.
+
+    Raises:
+        ShapeError: ``weight`` is not (M, N), or the moment not (N, N).
+        ValueError: ``weight`` or the moment holds a value that is not finite.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    exact = weight.detach().to(dtype)
+    first = nearest_factors(exact, shape) if start is None else Factors(start.left.to(dtype), start.right.to(dtype))
+    prepared = prepare(moment)
+    check_moment(prepared, shape)
+    result = first
+    unit = float(exact.abs().amax())
+    if unit > 0.0:
+        with without_autocast(weight.device):
+            result, errors = _fitted(exact / unit, unit, shape, prepared, first, sweeps, tolerance)
+        if history is not None:
+            history.extend(max(0.0, error) ** 0.5 for error in errors)
+        doubtful = errors[-1] < _CLOSE or (len(errors) > 1 and errors[0] - errors[-1] < _CLOSE * errors[-1])
+        if doubtful and weighted_error(exact, first, prepared) <= weighted_error(exact, result, prepared):
+            result = first
+    return Factors(result.left.to(weight.dtype), result.right.to(weight.dtype))
+
+
+def _fitted(
+    weight: Tensor,
+    unit: float,
+    shape: KroneckerShape,
+    moment: PreparedMoment,
+    start: Factors,
+    sweeps: int,
+    tolerance: float,
+) -> tuple[Factors, list[float]]:
+    """Factors of ``unit`` times ``weight``, in the gauge of nearest ones, and the shares of f on the way there."""
+    if 1 in (shape.left[1], shape.right[1]):
+        fitted, errors = _whitened(weight, shape, moment)
+    else:
+        matrix = (moment.matrix / max(moment.scale, torch.finfo(torch.float32).tiny)).to(weight)
+        begin = Factors(start.left / unit, start.right)
+        fitted, errors = alternate(Problem.of(weight, shape, matrix), begin, sweeps, tolerance)
+    left, right = canonical(fitted.left.flatten(1), fitted.right.flatten(1))
+    root = unit**0.5
+    return Factors((left * root).view_as(fitted.left), (right * root).view_as(fitted.right)), errors
+
+
+def check_moment(moment: PreparedMoment, shape: KroneckerShape) -> None:
+    """Raises ShapeError where the moment is not (N, N)."""
+    if len(moment.plain) != shape.in_features:
+        raise ShapeError(f"second={list(moment.plain.shape)}: {shape} needs {[shape.in_features] * 2}")
+
+
+def _whitened(weight: Tensor, shape: KroneckerShape, moment: PreparedMoment) -> tuple[Factors, list[float]]:
+    """The optimum where C acts on one factor alone, and its f as a share of tr(W C W^T)."""
+    lower = moment.cholesky.to(weight)
+    whitened = weight @ lower
+    left, right = nearest_factors(whitened, shape)
+    # Terms are orthogonal, so what they hold adds up.
+    held = float((left.double().square().sum((1, 2)) * right.double().square().sum((1, 2))).sum())
+    total = float(torch.linalg.vector_norm(whitened, dtype=torch.float64)) ** 2
+    if shape.left[1] == 1:
+        right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
+    else:
+        left = torch.linalg.solve_triangular(lower, left, upper=False, left=False)
+    return Factors(left, right), [1 - held / total]

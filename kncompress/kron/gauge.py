@@ -1,0 +1,131 @@
+"""Which of the many equal pairs of factors to take: rotation, scale, and the step sizes that follow from it.
+
+A Kronecker sum does not change when one factor of a term is multiplied by c and the other divided by it, nor when
+the terms are mixed by an invertible R x R matrix on the left and its inverse transpose on the right. Training sees
+the difference.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kncompress.kron.nearest import Factors, balanced, sign_of
+from kncompress.kron.shape import KroneckerShape
+
+Gauge = Literal["equal", "unit_right", "equal_rms"]
+GAUGES: tuple[Gauge, ...] = ("equal", "unit_right", "equal_rms")
+
+
+@torch.no_grad()
+def regauge(factors: Factors, gauge: Gauge) -> Factors:
+    """The same Kronecker sum with the scale of each term shared otherwise between its two factors.
+
+    Args:
+        factors: of any type and device.
+        gauge: ``equal``: both factors of a term have the same Frobenius norm; ``unit_right``: the right factor
+            has norm 1; ``equal_rms``: the entries of both have the same root mean square. A term with a null
+            factor keeps its scales, but for a right factor that ``unit_right`` can make of norm 1.
+
+    Raises:
+        ValueError: another gauge.
+    """
+    if gauge not in GAUGES:
+        raise ValueError(f"gauge={gauge}: not one of {', '.join(GAUGES)}")
+    left, right = factors
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    a, b = left.to(dtype), right.to(dtype)
+    size_a = torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True)
+    size_b = torch.linalg.vector_norm(b, dim=(1, 2), keepdim=True)
+    if gauge == "unit_right":
+        scale, null = size_b, size_b == 0
+    else:
+        ratio = size_b / size_a
+        if gauge == "equal_rms":
+            ratio = ratio * math.sqrt(a[0].numel() / b[0].numel())
+        scale, null = ratio.sqrt(), (size_a == 0) | (size_b == 0)
+    scale = torch.where(null, 1.0, scale)
+    return Factors((a * scale).to(left.dtype), (b / scale).to(right.dtype))
+
+
+def canonical(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum of products left[r]^T right[r], (R, p) and (R, q), in the form that nearest factors have.
+
+    Terms are orthogonal on both sides, largest first, of equal norms; the sign is fixed by the right side; a
+    null term has a null larger side.
+    """
+    if left.shape[1] < right.shape[1]:
+        basis, image = _rotated(left, right)
+    else:
+        basis, image = _rotated(right, left)
+    image, basis = balanced(image, basis)
+    left, right = (basis, image) if left.shape[1] < right.shape[1] else (image, basis)
+    sign = sign_of(right)
+    return left * sign, right * sign
+
+
+def _rotated(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
+    """(orthonormal basis (R, small), image (R, large)) of the same sum, images orthogonal and largest first."""
+    basis, image = orthonormal(small, large)
+    double = image.double()
+    vectors = torch.linalg.eigh(double @ double.T).eigenvectors.flip(1).T.to(image.dtype)
+    return vectors @ basis, vectors @ image
+
+
+def orthonormal(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum with the rows of ``small`` orthonormal; R <= its columns.
+
+    Rows that depend on others become new directions with a null ``large`` row: nothing is lost, and a fit can use
+    them again.
+    """
+    basis, mix = torch.linalg.qr(small.T)  # small^T = basis mix
+    return basis.T.contiguous(), mix @ large
+
+
+class Scales(NamedTuple):
+    """Learning rates of the two factors, relative to that of a dense weight."""
+
+    left: float
+    right: float
+
+
+def step_scales(shape: KroneckerShape, gauge: Gauge = "equal", std: float = 0.02) -> Scales:
+    """Rates at which one Adam step of either factor moves the entries of W_hat by a root mean square of 1.
+
+    An Adam step of rate h moves each entry of a parameter by about h. Moving the left factors by D moves the
+    entry ((i1, i2), (j1, j2)) by sum_r D_r[i1, j1] B_r[i2, j2]: its mean square over all entries, for steps
+    whose signs differ between the terms, is h^2 R b^2, with b the root mean square of a right factor's entries.
+    So the left factors take the rate 1 / (sqrt(R) b) for a root mean square of 1, and the right factors
+    1 / (sqrt(R) a). Weights of standard deviation ``std`` with terms of equal size have R a^2 b^2 = std^2, so
+    the product of the two rates is 1 / (sqrt(R) std), and the gauge settles their quotient left / right = a / b:
+
+    - ``equal``: a / b = sqrt(m2 n2 / (m1 n1)): the small factor takes the larger rate;
+    - ``unit_right``: b = 1 / sqrt(m2 n2), so the rates are sqrt(m2 n2 / R) and 1 / (std sqrt(m2 n2));
+    - ``equal_rms``: both take the same, R^(-1/4) / sqrt(std).
+
+    It says what a step does to the weight, as a dense weight's own rate of 1 would, and not which rate trains
+    best. Both factors step at once, so the two moves add up.
+
+    Args:
+        shape: of the sum.
+        gauge: of the factors at the start.
+        std: root mean square of the weight's entries.
+
+    Raises:
+        ValueError: another gauge, or ``std`` is not above 0.
+    """
+    if gauge not in GAUGES:
+        raise ValueError(f"gauge={gauge}: not one of {', '.join(GAUGES)}")
+    if not std > 0:
+        raise ValueError(f"std={std}: must be above 0")
+    left, right = math.prod(shape.left), math.prod(shape.right)
+    product = std / math.sqrt(shape.terms)  # a b
+    if gauge == "unit_right":
+        b = 1 / math.sqrt(right)
+    elif gauge == "equal":
+        b = math.sqrt(product * math.sqrt(left / right))
+    else:
+        b = math.sqrt(product)
+    a = product / b
+    return Scales(1 / (math.sqrt(shape.terms) * b), 1 / (math.sqrt(shape.terms) * a))

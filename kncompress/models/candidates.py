@@ -1,0 +1,181 @@
+"""Shapes that one map may take, and the weighted error of each, without a fit where that can be had.
+
+Outer products need none: one eigendecomposition tells the error of every rank (whitened SVD). Kronecker sums are
+fitted, so their kinds are tried on few layers first, and only those that beat the outer products of their size there
+are fitted on all.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kncompress.kron import (
+    HybridShape,
+    KroneckerShape,
+    PreparedMoment,
+    Shape,
+    ShapeError,
+    calibrated_factors,
+    calibrated_hybrid,
+)
+from kncompress.kron.product import without_autocast
+
+STEPS = 32
+"""Ranks in the ladder of outer products, evenly spread up to where they have as many numbers as the dense map."""
+SIDES = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 4))
+"""Right factors of Kronecker sums, besides (2, k) with k of ``LONG``."""
+LONG = (16, 32)
+TERM_SHARES = (0.3, 0.5, 0.7)
+"""Parts of the dense parameters that sums of several terms are sized for."""
+SCREEN_SHARE = 0.5
+SCREEN_SWEEPS = 3
+MARGIN = 0.03
+"""Of the error, by which a kind must beat outer products on a screened map to be fitted on others."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One shape for a map. Multiply-adds are per token; the error is relative, on the calibration text."""
+
+    shape: str
+    """Shape as in ``factors.maps``, or ``keep``."""
+    parameters: int
+    multiply_adds: int
+    error: float
+
+    @classmethod
+    def of(cls, shape: Shape, error: float) -> "Option":
+        """What a shape costs."""
+        return cls(str(shape), shape.parameters, shape.multiply_adds, error)
+
+
+class Spectrum:
+    """Whitened singular values of a weight W (M, N): errors of all ranks at once, and the best weight of each.
+
+    With C = L L^T the ridged moment: where M <= N from the eigenvectors U of W C W^T, the best weight of rank r being
+    U_r U_r^T W; else from those of L^T W^T W L.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor, moment: PreparedMoment) -> None:
+        self.weight, self.moment = weight, moment
+        with without_autocast(weight.device):
+            exact = weight.double()
+            self.wide = weight.shape[0] <= weight.shape[1]
+            if self.wide:
+                gram = exact @ moment.matrix @ exact.T
+            else:
+                whitened = exact @ moment.cholesky
+                gram = whitened.T @ whitened
+            values, vectors = torch.linalg.eigh(gram)
+        self.vectors = vectors.flip(1)
+        self.values = values.flip(0).clamp(min=0)
+        """Squared singular values, largest first."""
+
+    def error(self, rank: float) -> float:
+        """Error of the best weight of a rank; between whole ranks the squared error is interpolated."""
+        total = float(self.values.sum())
+        if total <= 0:
+            return 0.0
+        whole = min(int(rank), len(self.values))
+        left = float(self.values[whole:].sum())
+        if whole < len(self.values):
+            left -= (rank - whole) * float(self.values[whole])
+        return (max(0.0, left) / total) ** 0.5
+
+    def error_at(self, parameters: int) -> float:
+        """Error of the outer products with so many numbers."""
+        return self.error(parameters / sum(self.weight.shape))
+
+    @torch.no_grad()
+    def best(self, rank: int) -> Tensor:
+        """The weight of that rank with the least error, (M, N)."""
+        with without_autocast(self.weight.device):
+            kept, exact = self.vectors[:, :rank], self.weight.double()
+            if self.wide:
+                made = kept @ (kept.T @ exact)
+            else:
+                lower = self.moment.cholesky
+                right = torch.linalg.solve_triangular(lower, kept.T, upper=False, left=False)
+                made = (exact @ (lower @ kept)) @ right
+        return made.to(self.weight.dtype)
+
+
+def ranks(outputs: int, inputs: int, steps: int = STEPS) -> list[int]:
+    """Ranks with fewer numbers than the dense map, evenly spread, smallest first."""
+    most = outputs * inputs / (outputs + inputs)
+    found = {max(1, round(most * step / steps)) for step in range(1, steps)}
+    return sorted(rank for rank in found if rank * (outputs + inputs) < outputs * inputs)
+
+
+def outer(outputs: int, inputs: int, rank: int) -> KroneckerShape:
+    """Outer products: a low-rank map."""
+    return KroneckerShape((outputs, 1), (1, inputs), rank)
+
+
+def sums(outputs: int, inputs: int) -> Iterator[list[KroneckerShape]]:
+    """Kinds of Kronecker sums: each a list of shapes with one right factor and a rising number of terms."""
+    for right in (*SIDES, *((2, k) for k in LONG)):
+        try:
+            one = KroneckerShape.fit(outputs, inputs, right)
+        except ShapeError:
+            continue
+        dense, most = one.dense_parameters, min(right[0] * right[1], one.left[0] * one.left[1])
+        terms = {int(share * dense / one.parameters) for share in TERM_SHARES} | {1} if most > 4 else range(1, most)
+        shapes = [KroneckerShape(one.left, right, count) for count in sorted(terms) if 1 <= count <= most]
+        shapes = [shape for shape in shapes if shape.parameters < dense and min(one.left) > 1]
+        if shapes:
+            yield shapes
+
+
+def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
+    """Each of the smaller shapes with outer products beside it, in about as many numbers."""
+    found: list[Shape] = []
+    for shape in shapes:
+        rank = shape.parameters // (shape.out_features + shape.in_features)
+        if rank and 2 * shape.parameters < shape.dense_parameters:
+            found.append(HybridShape((outer(shape.out_features, shape.in_features, rank), shape)))
+    return found
+
+
+def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> float:
+    """Error of a fitted shape by the ridged moment."""
+    history: list[float] = []
+    if isinstance(shape, HybridShape):
+        calibrated_hybrid(weight, shape, moment, rounds=2, history=history)
+    else:
+        calibrated_factors(weight, shape, moment, sweeps=sweeps, history=history)
+    return min(history, default=0.0)
+
+
+def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
+    """Kinds of shapes whose middle one beats the outer products of its size on this map by ``MARGIN``.
+
+    Hybrids are tried for the kinds that come near.
+    """
+    spectrum = Spectrum(weight, moment)
+    won: list[list[Shape]] = []
+    for shapes in sums(*weight.shape):
+        ratio = _against(weight, shapes, moment, spectrum)
+        if ratio < 1 - MARGIN:
+            won.append(list(shapes))
+        mixed = hybrids(shapes) if ratio < 1 + MARGIN else []
+        if mixed and _against(weight, mixed, moment, spectrum) < 1 - MARGIN:
+            won.append(mixed)
+    return won
+
+
+def _against(weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, spectrum: Spectrum) -> float:
+    """Error of the middle one of a kind, relative to that of the outer products of its size."""
+    dense = weight.numel()
+    middle = min(shapes, key=lambda shape: abs(shape.parameters / dense - SCREEN_SHARE))
+    known = spectrum.error_at(middle.parameters)
+    return error_of(weight, middle, moment, SCREEN_SWEEPS) / known if known > 0 else math.inf
+
+
+def kind_of(name: str) -> str:
+    """What maps of the same place in several layers share: ``mlp.up`` of ``layers.3.mlp.up``."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name

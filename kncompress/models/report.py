@@ -1,0 +1,94 @@
+"""What factoring a model saves and costs: a row for each map, and the totals."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """One factored map. Multiply-adds are per token."""
+
+    name: str
+    shape: str
+    parameters: int
+    """Numbers in the factors, without bias; 0 for a head that shares the embedding's."""
+    dense_parameters: int
+    multiply_adds: int
+    dense_multiply_adds: int
+    error: float | None
+    """||W - W_hat|| / ||W||, Frobenius; None for a random start."""
+    weighted: float | None = None
+    """Relative error of the outputs on the calibration text; of the embedding: of its rows and of what a tied head
+    makes of them. None for a start without calibration."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What ``compress_`` did: a row for each factored map, and totals of the whole model.
+
+    Before is the model that ``compress_`` was given, with all its layers.
+    """
+
+    rows: tuple[MapReport, ...]
+    parameters_before: int
+    """Unique parameters of the whole model, biases and norms included, tied ones once."""
+    parameters_after: int
+    multiply_adds_before: int
+    """Multiply-adds of all maps, dense ones included, per token; without attention itself."""
+    multiply_adds_after: int
+    layers: tuple[int, ...] | None = None
+    """Layers of the given model that were kept, counted from 0; None: all of them."""
+    seconds_moments: float = 0.0
+    """Time that went into running the model on the calibration text and taking moments."""
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error over the factored weights, a tied head not counted again; None without any."""
+        errors = [row.error for row in self.rows if row.error is not None and row.parameters]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def weighted_error(self) -> float | None:
+        """Mean relative error of the outputs on the calibration text, counted as ``mean_error``."""
+        errors = [row.weighted for row in self.rows if row.weighted is not None and row.parameters]
+        return sum(errors) / len(errors) if errors else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready."""
+        totals = {key: value for key, value in asdict(self).items() if key != "rows"}
+        means = {"mean_error": self.mean_error, "weighted_error": self.weighted_error}
+        return {**totals, **means, "rows": [asdict(row) for row in self.rows]}
+
+    def as_json(self) -> str:
+        """``as_dict`` as text."""
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    def table(self) -> str:
+        """A text table, one line a map, and the totals; after it the layers kept, where some were dropped."""
+        head = ("map", "shape", "parameters", "of", "multiply-adds", "of", "error", "on inputs")
+        lines = [head, *(_cells(row) for row in self.rows)]
+        lines.append(
+            ("model", "", f"{self.parameters_after:,}", f"{self.parameters_before:,}",
+             f"{self.multiply_adds_after:,}", f"{self.multiply_adds_before:,}", _number(self.mean_error),
+             _number(self.weighted_error))
+        )  # fmt: skip
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        text = [_line(line, widths) for line in lines]
+        if self.layers is not None:
+            text.append(f"layers kept: {', '.join(map(str, self.layers))}")
+        return "\n".join(text)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cells(row: MapReport) -> tuple[str, ...]:
+    counts = (row.parameters, row.dense_parameters, row.multiply_adds, row.dense_multiply_adds)
+    return (row.name, row.shape, *(f"{count:,}" for count in counts), _number(row.error), _number(row.weighted))
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    aligned = zip("<<>>>>>>", widths, cells, strict=True)
+    return "  ".join(f"{cell:{side}{width}}" for side, width, cell in aligned).rstrip()
