@@ -5,7 +5,7 @@ set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/planner}"
 text="$KNCOMPRESS_DATA/wikitext2"
-fit=("data.source=$text/wiki.train.tokens" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+fit=("data.source=$text/wiki.train.tokens" data.text_format=lines calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
 
 evaluate() {
   [ -e "$out/$1-evaluated/result.json" ] || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" \
