@@ -32,7 +32,8 @@ def watched(tmp_path: Path) -> Any:
         line = [sys.executable, str(WATCHED), "train", *words]
         options: dict[str, Any] = {"cwd": tmp_path, "env": environment | {"WATCH": str(log)} | variables, "text": True}
         if start:
-            return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+            with (tmp_path / "output.txt").open("a") as output:
+                return subprocess.Popen(line, stdout=output, stderr=output, **options)
         return subprocess.run(line, capture_output=True, timeout=300, check=False, **options)
 
     return run
@@ -135,7 +136,7 @@ def _kill_and_resume(
             wanted, deadline = moments.randint(1, 2 * steps // (len(numbers) + 1)), time.monotonic() + 120
             while len(_batches(log)) < wanted and stopped.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert stopped.poll() is None, "killed too late"
+            assert stopped.poll() is None, (tmp_path / "output.txt").read_text()
             os.kill(stopped.pid, number)
             stopped.wait(60)
             if number == signal.SIGTERM:
