@@ -144,11 +144,21 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -
     if outcome["status"] != "finished" or not file.exists():
         result |= changes
         write_text(file, json.dumps(result, indent=2) + "\n")
+    if outcome["status"] == "interrupted":
+        _mark_interrupted(folder / "run.json")
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
         write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(words)))
     if job.sweep_dir is not None and job.sweep_jobs:
         write_sweep_table(job.sweep_dir, job.sweep_jobs)
+
+
+def _mark_interrupted(file: Path) -> None:
+    """Of a run that had just finished when the signal came, the record says so too: it can be resumed."""
+    with contextlib.suppress(OSError, ValueError):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run["status"] == "finished":
+            write_text(file, json.dumps(run | {"status": "interrupted"}, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -190,6 +190,8 @@ def test_swallowed_signal_still_gives_its_exit_code(environment, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert _result(tmp_path / "new")["status"] == "interrupted"
+    # It had written that it finished: a resume must not take it for that.
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["status"] == "interrupted"
 
 
 def _start(environment: dict[str, str], cwd: Path, *words: str) -> subprocess.Popen:

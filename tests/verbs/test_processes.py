@@ -168,7 +168,7 @@ def _compare(watched: Any, words: list[str], tmp_path: Path, seen: dict[int, lis
 
 
 # Dropout draws from the random states that the checkpoints hold.
-LONG = ["trainer.steps=60", "trainer.validate_every=10", "trainer.checkpoint_every=4", "trainer.dropout=true"]
+LONG = ["trainer.steps=120", "trainer.validate_every=10", "trainer.checkpoint_every=4", "trainer.dropout=true"]
 
 
 KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
