@@ -19,9 +19,9 @@ metric p_v I + lambda C. Alternating least squares:
 import torch
 from torch import Tensor
 
-from kncompress.kron.alternating import normal_matrix, solve
+from kncompress.kron.alternating import descend, normal_matrix, solve
 from kncompress.kron.calibrated import check_moment
-from kncompress.kron.gauge import canonical, orthonormal
+from kncompress.kron.gauge import canonical
 from kncompress.kron.moments import Moment, PreparedMoment, prepare
 from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.product import without_autocast
@@ -130,23 +130,7 @@ class _Fit:
 
     def run(self, left: Tensor, right: Tensor, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor, list[float]]:
         """The factors after the fit, and f / total at the start and after each half step; it never rises."""
-        history: list[float] = []
-        accepted = left, right
-        for sweep in range(sweeps + 1):
-            value, solved, value_solved = self._right_step(left, right)
-            if history and not value <= history[-1]:
-                break
-            before = history[-1] if history else value
-            history.append(value)
-            if value_solved < value:  # else rounding: there was nothing to gain
-                right, value = solved, value_solved
-            history.append(value)
-            accepted = left, right
-            if sweep == sweeps or value <= 0 or (sweep > 0 and before - value < tolerance * value):
-                break
-            right, left = orthonormal(right, left)
-            left = self._left_step(left, right)
-        return *accepted, history
+        return descend(left, right, self._right_step, self._left_step, sweeps, tolerance)
 
     def _left_step(self, left: Tensor, right: Tensor) -> Tensor:
         """Left factors with less f for orthonormal right ones; the best where m2 = 1 or R = 1."""
