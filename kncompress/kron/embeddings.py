@@ -205,12 +205,27 @@ class _Fit:
     def _split(self, rows: Tensor, gram: Tensor, wanted: Tensor) -> Tensor:
         """X (m2, R, n2) with rows[i] X[i] + gram X[i] metric = wanted[i], in the eigenbasis of the metric."""
         turned = wanted @ self.vectors  # (m2, R, n2)
-        systems = rows[:, None] + self.values.clamp(min=0)[:, None, None] * gram  # (m2, n2, R, R)
-        solved = [
-            solve(system, side[None])[0]
-            for system, side in zip(systems.flatten(0, 1), turned.transpose(1, 2).flatten(0, 1), strict=True)
-        ]
-        return torch.stack(solved).view(len(rows), -1, rows.shape[1]).transpose(1, 2) @ self.vectors.T
+        values = self.values.clamp(min=0)
+        found = [_shifted(row, gram, values, side) for row, side in zip(rows, turned, strict=True)]
+        return torch.stack(found) @ self.vectors.T
+
+
+def _shifted(row: Tensor, gram: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """X (R, n) with (row + values[j] gram) X[:, j] = wanted[:, j], for semidefinite (R, R) matrices.
+
+    Both are made diagonal at once, so that all columns are solved for together; where terms depend on each other,
+    each by itself.
+    """
+    lower, failed = torch.linalg.cholesky_ex(row)
+    if failed:
+        systems = row + values[:, None, None] * gram
+        return torch.cat([solve(s, side[None]) for s, side in zip(systems, wanted.T, strict=True)]).T
+    half = torch.linalg.solve_triangular(lower, gram, upper=False)
+    half = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    shifts, basis = torch.linalg.eigh((half + half.T) / 2)
+    turned = basis.T @ torch.linalg.solve_triangular(lower, wanted, upper=False)
+    solved = turned / (1 + shifts.clamp(min=0)[:, None] * values)
+    return torch.linalg.solve_triangular(lower.T, basis @ solved, upper=True)
 
 
 def _row_weights(frequencies: Tensor, count: int) -> Tensor:

@@ -45,10 +45,7 @@ def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
         ShapeError: ``weight`` is not (M, N).
         ValueError: ``weight`` holds a value that is not finite.
     """
-    if tuple(weight.shape) != (shape.out_features, shape.in_features):
-        raise ShapeError(f"weight={list(weight.shape)}: {shape} needs {[shape.out_features, shape.in_features]}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight: holds values that are not finite")
+    check_weight(weight, shape)
     (m1, n1), (m2, n2) = shape.left, shape.right
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     matrix = matrix.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
@@ -59,6 +56,14 @@ def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
         (left * sign).reshape(-1, m1, n1).to(weight.dtype).contiguous(),
         (right * sign).reshape(-1, m2, n2).to(weight.dtype).contiguous(),
     )
+
+
+def check_weight(weight: Tensor, shape: KroneckerShape) -> None:
+    """Raises ShapeError where the weight is not (M, N), ValueError where it is not finite."""
+    if tuple(weight.shape) != (shape.out_features, shape.in_features):
+        raise ShapeError(f"weight={list(weight.shape)}: {shape} needs {[shape.out_features, shape.in_features]}")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight: holds values that are not finite")
 
 
 def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

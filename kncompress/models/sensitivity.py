@@ -16,10 +16,7 @@ from kncompress.config import CalibrationConfig
 from kncompress.errors import UserError
 from kncompress.kron import (
     KroneckerShape,
-    Moment,
-    PreparedMoment,
     Shape,
-    ShapeError,
     calibrated_embedding,
     kronecker_weight,
 )
@@ -29,6 +26,7 @@ from kncompress.models.calibration import input_of, moments, token_frequencies
 from kncompress.models.candidates import Option, Spectrum, error_of, kind_of, outer, ranks, screened
 from kncompress.models.fitting import InputMoment, Progress, Work
 from kncompress.models.harm import HarmMeter
+from kncompress.models.ladder import dense_adds, keep, sizes
 from kncompress.models.layerwise import CalibrationText
 from kncompress.models.swap import dense_bias, dense_weight, module_at
 
@@ -39,10 +37,7 @@ FAR_SHARE = 0.2
 FAR_EVERY = 3
 TOGETHER = (0.75, 0.5)
 """Shares at which the KL of all maps of the layers together is compared with the sum."""
-EMBEDDING_STEPS = 8
-"""Ranks of an embedding: its fits take long, so the ladder is short, and begins at ``EMBEDDING_FROM`` steps."""
-EMBEDDING_FROM = 3
-EMBEDDING_SWEEPS = 1
+EMBEDDING_SWEEPS = 2
 SWEEPS = 4
 _LEAST_KL = 1e-9
 
@@ -109,17 +104,11 @@ def measure_harms(
     return HarmTable(
         *facts,
         sum(parameter.numel() for parameter in model.parameters()),
-        _dense_adds(anatomy),
+        dense_adds(anatomy),
         tuple(found.maps[name] for name in anatomy.sites),
         _together(meter, found, exponent, work),
         exponent,
     )
-
-
-def size_table(anatomy: Anatomy, parameters: int) -> HarmTable:
-    """Candidates by their sizes alone, without errors and harms: what budgets can be reached."""
-    maps = [_sized(anatomy, site) for site in anatomy.sites.values()]
-    return HarmTable("", "", parameters, _dense_adds(anatomy), tuple(maps))
 
 
 def exponents(maps: Sequence[MapHarms]) -> list[float]:
@@ -146,7 +135,7 @@ def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
     """About the multiply-adds of what is done for a map."""
     once = meter.cost(site) / (2 if meter.bf16 else 1)
     if site.group == "embedding":
-        shapes = [KroneckerShape.parse(option.shape) for option in _sized(anatomy, site).options[1:]]
+        shapes = [KroneckerShape.parse(option.shape) for option in sizes(anatomy, site).options[1:]]
         return sum(once + 20.0 * site.out_features * site.in_features * shape.terms for shape in shapes)
     smaller = min(site.out_features, site.in_features)
     return 30.0 * site.in_features * smaller**2 + once * (1 + (site.layer is None or site.layer % FAR_EVERY == 0))
@@ -197,7 +186,7 @@ def _map(
     weight, bias = _weight(model, site)
     prepared = moment.prepared(bias and settings.bias)
     spectrum = Spectrum(weight, prepared)
-    options = [_keep(site)]
+    options = [keep(site)]
     for rank in ranks(*weight.shape):
         options.append(Option.of(outer(site.out_features, site.in_features, rank), spectrum.error(rank)))
     for shapes in kinds:
@@ -231,85 +220,25 @@ def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
     return tuple(made)
 
 
-def _keep(site: Site, adds: int | None = None) -> Option:
-    dense = site.out_features * site.in_features
-    return Option("keep", dense, dense if adds is None else adds, 0.0)
-
-
 def _embedding(
     model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, meter: HarmMeter, found: _Found
 ) -> None:
-    """The embedding, and the head tied to it: the KL of every candidate is measured.
-
-    Outer products come from ``separable``, for a fit of each rank takes as long as all the rest.
-    """
+    """The embedding, and the head tied to it: every candidate is fitted, and its KL measured."""
     site = anatomy.sites["embedding"]
     weight, _ = _weight(model, site)
     frequencies = token_frequencies(text, len(weight))
     prepared = None if head is None else head.prepared(False)
-    spectrum, scale = separable(weight, frequencies, prepared)
-    row = _sized(anatomy, site)
+    row = sizes(anatomy, site)
     options, references = [row.options[0]], []
     for option in row.options[1:]:
         shape = KroneckerShape.parse(option.shape)
-        if shape.left[1] == 1:
-            made, error = spectrum.best(shape.terms) / scale, spectrum.error(shape.terms)
-        else:
-            history: list[float] = []
-            factors = calibrated_embedding(
-                weight, shape, frequencies, prepared, sweeps=EMBEDDING_SWEEPS, history=history
-            )
-            made, error = kronecker_weight(*factors), min(history)
-        references.append(Reference(error, max(meter.kl({site.name: made}), _LEAST_KL)))
-        options.append(replace(option, error=error))
+        history: list[float] = []
+        made = kronecker_weight(
+            *calibrated_embedding(weight, shape, frequencies, prepared, sweeps=EMBEDDING_SWEEPS, history=history)
+        )
+        references.append(Reference(min(history), max(meter.kl({site.name: made}), _LEAST_KL)))
+        options.append(replace(option, error=min(history)))
     found.maps[site.name] = MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))
-
-
-def separable(weight: Tensor, frequencies: Tensor, head: PreparedMoment | None) -> tuple[Spectrum, Tensor]:
-    """Low-rank approximations of an embedding in closed form.
-
-    The rows' metrics p_v I + C, which ask for an iterative fit, become (p_v + mean p) (I + C), with C of mean
-    diagonal 1 and half of p spread evenly.
-
-    Returns:
-        The spectrum of the rows times ``scale``, and ``scale`` (V, 1).
-    """
-    count, width = weight.shape
-    shares = frequencies.to(weight.device).double() * count + 1
-    scale = (shares / 2).sqrt()[:, None].to(weight)
-    eye = torch.eye(width, dtype=torch.float64, device=weight.device)
-    metric = eye if head is None else eye + head.matrix / max(head.scale, 1e-30)
-    moment = Moment(metric.float(), torch.zeros(width, device=weight.device), count)
-    return Spectrum(weight * scale, PreparedMoment(moment, ridge=1e-6)), scale
-
-
-def _sized(anatomy: Anatomy, site: Site) -> MapHarms:
-    """The candidates of a map that need no screening, without errors."""
-    size = site.out_features, site.in_features
-    dense = site.out_features * site.in_features
-    if site.group != "embedding":
-        shapes = [Option.of(outer(*size, rank), 0.0) for rank in ranks(*size)]
-        return MapHarms(site.name, dense, dense, (_keep(site), *shapes), ())
-    made = [outer(*size, rank) for rank in ranks(*size, EMBEDDING_STEPS)[EMBEDDING_FROM - 1 :]]
-    made += [shape for right in ((1, 2), (1, 4)) if (shape := _fitting(*size, right)) is not None]
-    head = anatomy.tied and anatomy.has_head
-    adds = dense if head else 0
-    options = [
-        Option(str(s), s.parameters, s.terms * s.in_features + (s.multiply_adds if head else 0), 0.0) for s in made
-    ]
-    return MapHarms(site.name, dense, adds, (_keep(site, adds), *options), ())
-
-
-def _fitting(outputs: int, inputs: int, right: tuple[int, int]) -> KroneckerShape | None:
-    try:
-        return KroneckerShape.fit(outputs, inputs, right)
-    except ShapeError:
-        return None
-
-
-def _dense_adds(anatomy: Anatomy) -> int:
-    """Multiply-adds of all dense maps, per token; a tied head as much as its own would."""
-    return sum(_sized(anatomy, site).multiply_adds for site in anatomy.sites.values())
 
 
 def _together(meter: HarmMeter, found: _Found, exponent: float, work: Work) -> tuple[tuple[float, float], ...]:

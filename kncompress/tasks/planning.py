@@ -15,9 +15,10 @@ from kncompress.models.anatomy import anatomy_of
 from kncompress.models.budget import BudgetPlan, HarmTable, spend
 from kncompress.models.compress import CompressionReport, Start, compress_
 from kncompress.models.inspection import predict
+from kncompress.models.ladder import size_table
 from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import Plan, plan_from_config
-from kncompress.models.sensitivity import measure_harms, size_table
+from kncompress.models.sensitivity import measure_harms
 from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
 from kncompress.tasks.student import model_config
 from kncompress.tasks.training import precision

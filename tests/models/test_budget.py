@@ -19,9 +19,10 @@ from kncompress.models.budget import HarmTable, MapHarms, Reference, knapsack, s
 from kncompress.models.candidates import Option, Spectrum, outer, ranks, sums
 from kncompress.models.compress import compress_, unique_parameters
 from kncompress.models.harm import HarmMeter, divergence, replaced
+from kncompress.models.ladder import size_table
 from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import plan_from_config
-from kncompress.models.sensitivity import exponents, measure_harms, size_table
+from kncompress.models.sensitivity import exponents, measure_harms
 from kncompress.models.swap import dense_weight, module_at
 
 SETTINGS = CalibrationConfig(sweeps=2)
