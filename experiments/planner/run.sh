@@ -9,7 +9,7 @@ fit=("data.source=$text/wiki.train.tokens" data.text_format=lines calibration.to
 
 evaluate() {
   [ -e "$out/$1-evaluated/result.json" ] || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" \
-    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12288
+    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000
 }
 compress() { # name, factors, start
   [ -e "$out/$1/result.json" ] || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1"
@@ -22,12 +22,15 @@ plan() { # name, overrides
 }
 
 evaluate dense smollm2
+plan planner budget=0.667 validation_tokens=4096
+compress planner-sequential "$here/planner.yaml" sequential
+for shapes in uniform uniform_dense_embedding uniform_3x3 uniform_1x3 uniform_2x32; do
+  compress "$shapes" "$here/$shapes.yaml" calibrated
+done
+compress uniform-sequential "$here/uniform.yaml" sequential
 compress kngpt2-nearest kngpt2 nearest
 compress kngpt2-calibrated kngpt2 calibrated
-compress uniform "$here/uniform.yaml" calibrated
-compress uniform_dense_embedding "$here/uniform_dense_embedding.yaml" calibrated
-plan planner budget=0.667 validation_tokens=4096
 plan planner_speed budget=0.667 speed=true "harm=$out/planner-plan"
 plan planner_0.8 budget=0.8 "harm=$out/planner-plan"
-compress planner-sequential "$here/planner.yaml" sequential
+compress uniform_3x3-sequential "$here/uniform_3x3.yaml" sequential
 python "$here/report.py" "$out"
