@@ -362,7 +362,7 @@ class PlanConfig(RunConfig):
     """Only shapes whose product takes at most 1 / 1.3 of the dense multiply-adds; the others stay dense."""
     harm: str | None = None
     """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
-    harm_tokens: int = 2048
+    harm_tokens: int = 1024
     """Tokens on which the harm of each map is measured."""
     measure: bool | None = None
     """Fit the plan and measure its KL and perplexity; null: unless ``harm`` is given."""

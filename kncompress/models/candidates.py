@@ -152,20 +152,22 @@ def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) 
 
 
 def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
-    """Kinds of shapes whose middle one beats the outer products of its size on this map by ``MARGIN``.
+    """Kinds of shapes whose middle one beats the outer products of its size on this map by ``MARGIN``: the best, and
+    the best of those that take as few multiply-adds as parameters.
 
     Hybrids are tried for the kinds that come near.
     """
     spectrum = Spectrum(weight, moment)
-    won: list[list[Shape]] = []
+    won: list[tuple[float, list[Shape]]] = []
     for shapes in sums(*weight.shape):
         ratio = _against(weight, shapes, moment, spectrum)
-        if ratio < 1 - MARGIN:
-            won.append(list(shapes))
-        mixed = hybrids(shapes) if ratio < 1 + MARGIN else []
-        if mixed and _against(weight, mixed, moment, spectrum) < 1 - MARGIN:
-            won.append(mixed)
-    return won
+        won.append((ratio, list(shapes)))
+        if ratio < 1 + MARGIN and (mixed := hybrids(shapes)):
+            won.append((_against(weight, mixed, moment, spectrum), mixed))
+    better = sorted((kind for kind in won if kind[0] < 1 - MARGIN), key=lambda kind: kind[0])
+    kinds = [shapes for _, shapes in better]
+    lean = next((shapes for shapes in kinds if shapes[0].multiply_adds <= 1.1 * shapes[0].parameters), None)
+    return kinds[:1] if lean is None or lean is kinds[0] else [kinds[0], lean]
 
 
 def _against(weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, spectrum: Spectrum) -> float:

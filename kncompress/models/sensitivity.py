@@ -84,7 +84,8 @@ def measure_harms(
     work.begin("teacher")
     meter = HarmMeter(model, harm_text, bf16)
     costs = {site.name: _cost(anatomy, site, meter) for site in anatomy.sites.values()}
-    work.expect(sum(costs.values()))
+    screening = sum(_screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy))
+    work.expect(sum(costs.values()) + screening)
     kinds = _screen(model, anatomy, text, settings, work)
     found = _Found()
     readers = _readers(anatomy)
@@ -145,7 +146,7 @@ def _screen(
     model: Any, anatomy: Anatomy, text: CalibrationText, settings: CalibrationConfig, work: Work
 ) -> dict[str, list[list[Shape]]]:
     """{map: kinds of shapes that beat outer products in the screened layer nearest to it}."""
-    chosen = sorted({min(1, anatomy.layers - 1), anatomy.layers // 2})
+    chosen = _screened_layers(anatomy)
     readers = {
         name: [site for site in sites if site.layer in chosen]
         for name, sites in _readers(anatomy).items()
@@ -160,11 +161,21 @@ def _screen(
             prepared = shared.prepared(bias and settings.bias)
             assert site.layer is not None
             winners[site.layer, kind_of(site.name)] = screened(weight, prepared)
+            work.finish(_screen_cost(site))
     return {
         site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], kind_of(site.name)]
         for site in anatomy.sites.values()
         if site.layer is not None
     }
+
+
+def _screened_layers(anatomy: Anatomy) -> list[int]:
+    return sorted({min(1, anatomy.layers - 1), anatomy.layers // 2})
+
+
+def _screen_cost(site: Site) -> float:
+    """About the multiply-adds of trying all kinds of shapes on a map."""
+    return 1.6e5 * site.out_features * site.in_features
 
 
 def _weight(model: Any, site: Site) -> tuple[Tensor, bool]:
