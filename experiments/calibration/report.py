@@ -1,6 +1,7 @@
-"""Collect the runs of ``run.sh`` into ``results.csv`` beside this file, and print them as a table.
+"""Collect the runs of ``run.sh`` or ``mini.sh`` into ``<name>.csv`` beside this file, and print them as a table.
 
-Usage: python experiments/calibration/report.py RUNS; runs that are not there are left out.
+Usage: python experiments/calibration/report.py RUNS NAME; runs that are not there are left out. Where there are runs
+with several numbers of calibration tokens, ``<name>_sizes.csv`` and ``<name>_sizes.svg`` show them (matplotlib).
 """
 
 import csv
@@ -17,7 +18,7 @@ SHAPES = {
     "one_term": "one term, factor 2 on the hidden side",
     "two_by_two": "2x2, 2 terms",
     "four_by_four": "4x4, 8 terms",
-    "outer_products": "209 outer products",
+    "outer_products": "outer products",
 }
 STARTS = ("nearest", "calibrated", "sequential")
 COLUMNS = {
@@ -27,6 +28,7 @@ COLUMNS = {
     "error/weighted": "on inputs",
     "seconds/moments": "s moments",
     "seconds/fit": "s fit",
+    "peak_gb": "peak GB",
 }
 
 
@@ -49,6 +51,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         for start in STARTS:
             made, scored = metrics(folder / f"{shape}-{start}"), metrics(folder / f"{shape}-{start}-evaluated")
             if made is not None and scored is not None:
+                made["peak_gb"] = (
+                    json.loads((folder / f"{shape}-{start}" / "run.json").read_text())["peak_memory_bytes"] / 1e9
+                )
                 values = {key: made[key] for key in COLUMNS if key in made}
                 found.append({"shape": shape, "start": start} | values | _perplexity(scored))
     return found
@@ -58,11 +63,47 @@ def _perplexity(scored: dict[str, float]) -> dict[str, float]:
     return {"perplexity": scored["perplexity"]}
 
 
-def main(folder: Path) -> None:
-    """Write the file and print the table."""
+def sizes(folder: Path) -> list[tuple[str, str, int, float]]:
+    """(shape, start, calibration tokens, perplexity) of the runs that differ in their calibration tokens."""
+    found = []
+    for run in folder.glob("*-*-*-evaluated"):
+        scored, (shape, start, tokens, _) = metrics(run), run.name.split("-")
+        if scored is not None:
+            found.append((shape, start, int(tokens), scored["perplexity"]))
+    return sorted(found)
+
+
+def draw(found: list[tuple[str, str, int, float]], file: Path) -> None:
+    """Perplexity against calibration tokens, a line for each shape and start."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "kncompress"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for shape, start in sorted({row[:2] for row in found}):
+        points = [row[2:] for row in found if row[:2] == (shape, start)]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{SHAPES[shape]}, {start}")
+    axes.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel="perplexity, no training")
+    axes.set_xticks(sorted({row[2] for row in found}), [f"{row // 1024}k" for row in sorted({row[2] for row in found})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main(folder: Path, name: str) -> None:
+    """Write the files and print the table."""
     found = rows(folder)
+    if scanned := sizes(folder):
+        with (HERE / f"{name}_sizes.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["shape", "start", "tokens", "perplexity"])
+            writer.writerows([*row[:3], f"{row[3]:.6g}"] for row in scanned)
+        draw(scanned, HERE / f"{name}_sizes.svg")
     keys = ["shape", "start", *COLUMNS, "perplexity"]
-    with (HERE / "results.csv").open("w", newline="") as stream:
+    with (HERE / f"{name}.csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(keys)
         for row in found:
@@ -80,4 +121,4 @@ def _cell(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

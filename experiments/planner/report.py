@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLUMNS = ("perplexity", "parameters", "share", "multiply_adds", "kl_predicted", "kl_measured", "seconds")
+COLUMNS = ("perplexity", "parameters", "share", "multiply_adds", "kl_predicted", "kl_measured", "seconds", "peak_gb")
 
 
 def metrics_of(run: Path) -> dict[str, float]:
@@ -18,10 +18,10 @@ def metrics_of(run: Path) -> dict[str, float]:
     return json.loads(file.read_text())["metrics"] if file.exists() else {}
 
 
-def seconds_of(run: Path) -> float | str:
-    """Wall time of a run."""
+def run_of(run: Path) -> dict[str, float]:
+    """Its record; empty where it has not been made."""
     file = run / "run.json"
-    return json.loads(file.read_text())["wall_seconds"] if file.exists() else ""
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def main(folder: Path) -> None:
@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
         made, plan, scored = metrics_of(folder / name), metrics_of(folder / f"{name}-plan"), metrics_of(evaluated)
         share = made["parameters/student"] / made["parameters/teacher"] if made else 1.0
         adds = made["multiply_adds/student"] / made["multiply_adds/teacher"] if made else 1.0
+        cost = run_of(folder / f"{name}-plan") or run_of(folder / name)
         values = {
             "perplexity": f"{scored['perplexity']:.2f}",
             "parameters": f"{scored['parameters']:.0f}",
@@ -39,7 +40,8 @@ def main(folder: Path) -> None:
             "multiply_adds": f"{adds:.3f}",
             "kl_predicted": f"{plan['kl/predicted']:.4f}" if plan else "",
             "kl_measured": f"{plan['kl/measured']:.4f}" if "kl/measured" in plan else "",
-            "seconds": seconds_of(folder / f"{name}-plan") or seconds_of(folder / name),
+            "seconds": f"{cost['wall_seconds']:.0f}" if cost else "",
+            "peak_gb": f"{cost['peak_memory_bytes'] / 1e9:.2f}" if cost else "",
         }
         rows.append([name, *(values[column] for column in COLUMNS)])
     with (HERE / "results.csv").open("w", newline="") as stream:

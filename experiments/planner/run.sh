@@ -4,19 +4,20 @@
 set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/planner}"
+finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
 text="$KNCOMPRESS_DATA/wikitext2"
 fit=("data.source=$text/wiki.train.tokens" data.text_format=lines calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
 
 evaluate() {
-  [ -e "$out/$1-evaluated/result.json" ] || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" \
+  finished "$out/$1-evaluated" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" \
     "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000
 }
 compress() { # name, factors, start
-  [ -e "$out/$1/result.json" ] || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1"
+  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1"
   evaluate "$1" "$out/$1/model"
 }
 plan() { # name, overrides
-  [ -e "$out/$1-plan/result.json" ] || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" "${@:2}"
+  finished "$out/$1-plan" || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" "${@:2}"
   cp "$out/$1-plan/plan.yaml" "$here/$1.yaml"
   compress "$1" "$here/$1.yaml" calibrated
 }

@@ -1,6 +1,7 @@
 """What a process is and how it ends: its rank among others, its status and exit code."""
 
 import os
+import sys
 from typing import Literal
 
 from kncompress.errors import UserError
@@ -16,6 +17,16 @@ def process_rank() -> int:
     # Lightning's own launcher tells only these two: both are 0 in the first process of the first node alone.
     parts = (os.environ.get(name, "") for name in ("LOCAL_RANK", "NODE_RANK"))
     return sum(int(part) for part in parts if part.isdecimal())
+
+
+def peak_memory() -> int | None:
+    """Largest resident set of this process so far, in bytes; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def outcome(error: BaseException | None) -> tuple[Status, int]:

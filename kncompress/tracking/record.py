@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import config_differences, read_config, write_config
 from kncompress.tracking.origin import code_commit, machine, versions
-from kncompress.tracking.process import Status, outcome, process_rank
+from kncompress.tracking.process import Status, outcome, peak_memory, process_rank
 from kncompress.tracking.whole_file import write_text
 
 # Any of these in a folder says that a run has been there.
@@ -98,9 +98,10 @@ class RunRecord:
         self.save()
 
     def save(self) -> None:
-        """Write ``run.json`` with the seconds so far; seconds after the last write are lost to a SIGKILL."""
+        """Write ``run.json`` with seconds and peak memory so far; what follows is lost to a SIGKILL."""
         if self.writes:
             self.fields["wall_seconds"] = round(self._wall_before + time.monotonic() - self._since, 3)
+            self.fields["peak_memory_bytes"] = peak_memory()
             _write_json(self.folder / "run.json", self.fields)
 
     def finish(
@@ -188,6 +189,7 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
         "started": _now(),
         "ended": None,
         "wall_seconds": 0.0,
+        "peak_memory_bytes": None,
         "wandb_id": None,
         "error": None,
         "resumes": [],

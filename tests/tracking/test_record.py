@@ -51,6 +51,7 @@ def test_finished_run(tmp_path):
     assert (run["verb"], run["status"], run["seed"], run["error"]) == ("train", "finished", 3, None)
     assert run["command"] == sys.argv
     assert run["wall_seconds"] >= 0.01
+    assert 10**7 < run["peak_memory_bytes"] < 10**12
     assert run["started"] <= run["ended"]
     assert run["versions"]["python"] == sys.version.split()[0]
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__ == run["versions"]["torch"]
