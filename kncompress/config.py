@@ -119,6 +119,9 @@ class FactorsConfig:
     the map out of it."""
     maps: dict[str, str] = field(default_factory=dict)
     """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
+    scalars: bool = False
+    """A number to learn for each term (Krony-PT), 1 at the start, of all factored maps; of single ones by ``s*`` before
+    the shape in ``maps``."""
 
 
 @dataclass
@@ -299,12 +302,25 @@ class CalibrationConfig:
     bias: bool = True
     """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
     moments: str | None = None
-    """Folder where the moments of the dense model's inputs are kept and found again; null: they are not kept."""
+    """Folder where the moments of the dense model's inputs, before any ``symmetries``, are kept and found again; null:
+    they are not kept."""
+    symmetries: list[str] = field(default_factory=list)
+    """Exact changes of the dense weights, made before the fit where it then loses less: ``hidden``: order of each
+    layer's feed-forward units; ``heads``: basis of each head's values, and without rotary embeddings of its queries and
+    keys; ``residual``: one order of the residual coordinates, from the weights alone. A start at random has none."""
+    repair: int = 0
+    """Passes over the text in which, after any start but random, each block is trained against the dense block's
+    outputs; 0: none."""
+    repair_lr: float = 1e-3
+    """Peak rate of that, for a dense weight; factors take the rates that ``optimizer.factor_rates=scaled`` gives."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context", "sweeps"):
+        for name in ("tokens", "context", "sweeps", "repair_lr"):
             _positive(f"calibration.{name}", getattr(self, name))
+        _not_negative("calibration.repair", self.repair)
         _choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
+        for name in self.symmetries:
+            _choice("calibration.symmetries", name, ("hidden", "heads", "residual"))
 
 
 @dataclass
@@ -323,11 +339,13 @@ class FactoringConfig(RunConfig):
     def __post_init__(self) -> None:
         _choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
         _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        if self.calibration.repair and self.start == "random":
+            raise UserError(f"calibration.repair={self.calibration.repair}: needs a start that is fitted, not random")
 
     @property
     def needs_text(self) -> bool:
-        """Whether the start reads text."""
-        return self.start in ("calibrated", "sequential")
+        """Whether the start, or the repair after it, reads text."""
+        return self.start in ("calibrated", "sequential") or self.calibration.repair > 0
 
 
 @dataclass

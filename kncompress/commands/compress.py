@@ -61,6 +61,8 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
             metrics["error/mean"] = report.mean_error
         if report.weighted_error is not None:
             metrics["error/weighted"] = report.weighted_error
+        if report.repair is not None:
+            metrics |= report.repair.as_metrics()
         if text is not None:
             metrics |= {"seconds/moments": report.seconds_moments, "calibration/tokens": len(text.tokens)}
         record.finish("finished", metrics, folder)

@@ -86,18 +86,19 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
     keep_freed_memory()
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
         L.seed_everything(config.seed, verbose=False)
-        job = prepare(config)
+        job = prepare(config, repair=not (run_dir / "checkpoints" / LAST).exists())
         loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, _sweep(run_dir))
         start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
         trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
         code = 1
         metrics: dict[str, float] = {}
         try:
-            log_facts(loggers, job.facts)
+            repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
+            log_facts(loggers, job.facts | repair)
             tokens_per_second = fit(config, job, run_dir, trainer)
             job.student.eval()
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
-            metrics["tokens_per_second"] = tokens_per_second
+            metrics |= repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
                 model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype)
                 record.finish("finished", metrics, model)
@@ -111,6 +112,16 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             finish_loggers(loggers, code, metrics)
             end_children(trainer, failed=code != 0)
     return metrics
+
+
+def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:
+    """What block-wise repair did, kept in ``file`` for a run that is resumed; nothing where there was none."""
+    if job.report is None or job.report.repair is None:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    facts = job.report.repair.as_metrics()
+    if write:
+        write_text(file, json.dumps(facts))
+    return facts
 
 
 def _trainer(

@@ -9,7 +9,7 @@ from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
 from kncompress.kron.product import kronecker_linear, kronecker_weight
-from kncompress.kron.shape import HybridShape, KroneckerShape, Shape, ShapeError, divisors, parse_shape
+from kncompress.kron.shape import HybridShape, KroneckerShape, Shape, ShapeError, divisors, parse_shape, with_scalars
 
 __all__ = [
     "Factors",
@@ -37,4 +37,5 @@ __all__ = [
     "relative_error",
     "step_scales",
     "weighted_error",
+    "with_scalars",
 ]

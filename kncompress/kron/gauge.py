@@ -9,8 +9,9 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.nearest import Factors, balanced, sign_of
 from kncompress.kron.shape import KroneckerShape
 
@@ -129,3 +130,21 @@ def step_scales(shape: KroneckerShape, gauge: Gauge = "equal", std: float = 0.02
         b = math.sqrt(product)
     a = product / b
     return Scales(1 / (math.sqrt(shape.terms) * b), 1 / (math.sqrt(shape.terms) * a))
+
+
+def factor_rates(model: nn.Module) -> dict[str, float]:
+    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales`` as they are.
+
+    A step of rate h on the left factors moves the weight by h sqrt(R) b, b the root mean square of the right ones; one
+    on the scalars by h sqrt(R) a b.
+    """
+    rates: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KroneckerLinear | KroneckerEmbedding):
+            terms = math.sqrt(module.shape.terms)
+            a, b = (float(factors.detach().float().square().mean().sqrt()) for factors in module.scaled_factors())
+            moves = {"left": terms * b, "right": terms * a}
+            if module.scale is not None:
+                moves["scale"] = terms * a * b
+            rates |= {f"{name}.{side}".lstrip("."): 1 / size if size > 0 else 1.0 for side, size in moves.items()}
+    return rates

@@ -54,8 +54,7 @@ class HybridLinear(nn.Module):
     def set_factors(self, factors: Sequence[Factors]) -> None:
         """Take the factors of each part as new parameters."""
         for part, (left, right) in zip(self._parts(), factors, strict=True):
-            part.left = nn.Parameter(left)
-            part.right = nn.Parameter(right)
+            part.set_factors(left, right)
 
     def _parts(self) -> list[KroneckerLinear]:
         return [part for part in self.parts if isinstance(part, KroneckerLinear)]

@@ -12,18 +12,46 @@ from kncompress.kron.shape import KroneckerShape, Shape, ShapeError
 
 
 class _Factored(nn.Module):
-    """Left and right factors of ``shape`` as parameters."""
+    """Left and right factors of ``shape`` as parameters, and where it has scalars ``scale`` (R,), which starts at 1.
+
+    A scale of 1 keeps the gauge of the factors, and with it what a step of theirs does. An Adam step of rate h then
+    turns a term up or down by the share h: between the factors' own steps, which are about h over the size of an
+    entry, and none. With unit-norm factors and the norm in the scale, at about 0.02 sqrt(M N), one rate for all
+    would tear the factors and leave the scale where it is.
+    """
 
     def __init__(self, shape: KroneckerShape, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.shape = shape
         self.left = nn.Parameter(torch.empty(shape.terms, *shape.left, device=device, dtype=dtype))
         self.right = nn.Parameter(torch.empty(shape.terms, *shape.right, device=device, dtype=dtype))
+        self.scale: nn.Parameter | None
+        if shape.scalars:
+            self.scale = nn.Parameter(torch.ones(shape.terms, device=device, dtype=dtype))
+        else:
+            self.register_parameter("scale", None)
+
+    @torch.no_grad()
+    def set_factors(self, left: Tensor, right: Tensor) -> None:
+        """Take (R, m1, n1) and (R, m2, n2) as new parameters; scalars become 1."""
+        self.left = nn.Parameter(left)
+        self.right = nn.Parameter(right)
+        if self.scale is not None:
+            self.scale = nn.Parameter(left.new_ones(len(left)))
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors, the smaller of the two times the scalars where there are any."""
+        if self.scale is None:
+            return self.left, self.right
+        scale = self.scale[:, None, None]
+        if self.left.numel() < self.right.numel():
+            return self.left * scale, self.right
+        return self.left, self.right * scale
 
     @property
     def weight(self) -> Tensor:
         """The formed weight, (M, N); made anew at each call."""
-        return kronecker_weight(self.left, self.right)
+        return kronecker_weight(*self.scaled_factors())
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -35,6 +63,8 @@ class _Factored(nn.Module):
         """
         if self.left.is_meta:
             return
+        if self.scale is not None:
+            self.scale.fill_(1.0)
         terms, size = self.shape.terms, self.right[0].numel()
         norm = math.sqrt(std * math.sqrt(self.shape.dense_parameters / terms))
         self.left.normal_(std=norm / math.sqrt(self.left[0].numel()))
@@ -47,19 +77,17 @@ class _Factored(nn.Module):
 
     @torch.no_grad()
     def _fit(self, weight: Tensor) -> None:
-        left, right = nearest_factors(weight, self.shape)
-        self.left = nn.Parameter(left)
-        self.right = nn.Parameter(right)
+        self.set_factors(*nearest_factors(weight, self.shape))
 
     def extra_repr(self) -> str:
         return costs_of(self.shape)
 
 
 class KroneckerLinear(_Factored):
-    """y = W x + bias with W = sum_r left[r] (x) right[r]; (..., N) -> (..., M).
+    """y = W x + bias with W = sum_r s_r left[r] (x) right[r]; (..., N) -> (..., M).
 
-    Parameters ``left`` (R, m1, n1), ``right`` (R, m2, n2) and ``bias`` (M,) or None. Starts from
-    ``reset_parameters()``; nothing is drawn on the meta device.
+    Parameters ``left`` (R, m1, n1), ``right`` (R, m2, n2), ``scale`` (R,) or None for s = 1, and ``bias`` (M,) or
+    None. Starts from ``reset_parameters()``; nothing is drawn on the meta device.
     """
 
     def __init__(
@@ -99,7 +127,7 @@ class KroneckerLinear(_Factored):
     def tied_to(cls, embedding: "KroneckerEmbedding") -> "KroneckerLinear":
         """The language-model head that shares the embedding's factors (the same Parameters), without bias."""
         head = cls(embedding.shape, bias=False, device="meta")
-        head.left, head.right = embedding.left, embedding.right
+        head.left, head.right, head.scale = embedding.left, embedding.right, embedding.scale
         return head
 
     @property
@@ -121,7 +149,7 @@ class KroneckerLinear(_Factored):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., M)."""
-        return kronecker_linear(x, self.left, self.right, self.bias)
+        return kronecker_linear(x, *self.scaled_factors(), self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -154,9 +182,9 @@ def costs_of(shape: Shape) -> str:
 class KroneckerEmbedding(_Factored):
     """A (V, D) = (M, N) table as a Kronecker sum; a look-up makes only the rows asked for.
 
-    Row i is sum_r left[r, i // m2] (x) right[r, i % m2]. Parameters ``left`` (R, m1, n1) and ``right``
-    (R, m2, n2). Positions that hold ``padding_idx`` give no gradient, as in ``nn.Embedding``; the row itself
-    starts null only where it shares its left factors with no other row (m2 = 1).
+    Row i is sum_r s_r left[r, i // m2] (x) right[r, i % m2]. Parameters ``left`` (R, m1, n1), ``right``
+    (R, m2, n2) and ``scale`` (R,) or None for s = 1. Positions that hold ``padding_idx`` give no gradient, as in
+    ``nn.Embedding``; the row itself starts null only where it shares its left factors with no other row (m2 = 1).
 
     Raises:
         ShapeError: ``padding_idx`` is not one of the V rows.
@@ -205,18 +233,19 @@ class KroneckerEmbedding(_Factored):
         Raises:
             IndexError: an integer outside [0, V), on CPU.
         """
-        terms, m1, n1 = self.left.shape
-        _, m2, n2 = self.right.shape
+        left, right = self.scaled_factors()
+        terms, m1, n1 = left.shape
+        _, m2, n2 = right.shape
         flat = ids.reshape(-1)
         # Row i of term r is row r m1 + i of the stacked factors. An i outside [0, m1) cannot pass for a row
         # of another term: a negative one fails for the first term, one too large for the last.
         term = torch.arange(terms, device=ids.device, dtype=ids.dtype)[:, None]
-        a = F.embedding(flat // m2 + m1 * term, self.left.reshape(terms * m1, n1))  # (R, L, n1)
+        a = F.embedding(flat // m2 + m1 * term, left.reshape(terms * m1, n1))  # (R, L, n1)
         with without_autocast(a.device):  # as nn.Embedding, which autocast leaves alone
             if m2 == 1:
-                rows = F.linear(a.reshape(terms, -1).T, self.right.reshape(terms, n2).T)  # (L n1, n2)
+                rows = F.linear(a.reshape(terms, -1).T, right.reshape(terms, n2).T)  # (L n1, n2)
             else:
-                b = F.embedding(flat % m2 + m2 * term, self.right.reshape(terms * m2, n2))  # (R, L, n2)
+                b = F.embedding(flat % m2 + m2 * term, right.reshape(terms * m2, n2))  # (R, L, n2)
                 rows = torch.einsum("rli,rlj->lij", a, b)
         rows = rows.reshape(*ids.shape, n1 * n2)
         if self.padding_idx is None:

@@ -1,12 +1,12 @@
 """The shape of a Kronecker sum, or of several: a checked value that knows its size and its cost."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Order = Literal["right", "left"]
 
-_TEXT = re.compile(r"\s*(\d+)\s*x\s*(\d+)\s*\(x\)\s*(\d+)\s*x\s*(\d+)\s*(?:\*\s*(\d+)\s*)?", re.ASCII)
+_TEXT = re.compile(r"\s*(s\s*\*)?\s*(\d+)\s*x\s*(\d+)\s*\(x\)\s*(\d+)\s*x\s*(\d+)\s*(?:\*\s*(\d+)\s*)?", re.ASCII)
 
 
 class ShapeError(ValueError):
@@ -52,9 +52,10 @@ def _pair(name: str, value: object) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class KroneckerShape:
-    """Shape of ``sum_r left[r] (x) right[r]``, a map of (M, N) = (m1 m2, n1 n2) = (out, in).
+    """Shape of ``sum_r s_r left[r] (x) right[r]``, a map of (M, N) = (m1 m2, n1 n2) = (out, in).
 
-    Prints as ``768x768(x)4x1*2`` (left, right, terms; a single term is left out) and parses the same text.
+    Prints as ``768x768(x)4x1*2`` (left, right, terms; a single term is left out) and parses the same text; with
+    ``s*`` before it where each term has a scalar of its own to learn, else s is 1.
 
     Raises:
         ShapeError: a side is not a positive whole number, or there are more terms than can be independent.
@@ -66,6 +67,8 @@ class KroneckerShape:
     """(m2, n2): rows and columns of each right factor."""
     terms: int = 1
     """R: number of summed products."""
+    scalars: bool = False
+    """Whether each term has a learned scalar."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "left", _pair("left", self.left))
@@ -102,12 +105,14 @@ class KroneckerShape:
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ShapeError(f"{text!r}: not a Kronecker shape; write left(x)right*terms, as in 768x768(x)4x1*2")
-        m1, n1, m2, n2, terms = (int(group) for group in match.groups(default="1"))
-        return cls((m1, n1), (m2, n2), terms)
+        scalars, *sizes = match.groups(default="")
+        m1, n1, m2, n2, terms = (int(size or 1) for size in sizes)
+        return cls((m1, n1), (m2, n2), terms, bool(scalars))
 
     def __str__(self) -> str:
         (m1, n1), (m2, n2) = self.left, self.right
-        return f"{m1}x{n1}(x){m2}x{n2}" + (f"*{self.terms}" if self.terms > 1 else "")
+        product = f"{m1}x{n1}(x){m2}x{n2}" + (f"*{self.terms}" if self.terms > 1 else "")
+        return f"s*{product}" if self.scalars else product
 
     @property
     def out_features(self) -> int:
@@ -121,8 +126,8 @@ class KroneckerShape:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors: R (m1 n1 + m2 n2)."""
-        return self.terms * (self.left[0] * self.left[1] + self.right[0] * self.right[1])
+        """Numbers in all factors, and the scalars: R (m1 n1 + m2 n2), or R more."""
+        return self.terms * (self.left[0] * self.left[1] + self.right[0] * self.right[1] + self.scalars)
 
     @property
     def dense_parameters(self) -> int:
@@ -136,7 +141,7 @@ class KroneckerShape:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds for one input vector, in the cheaper order."""
+        """Multiply-adds for one input vector, in the cheaper order. Scalars cost none: a factor takes them first."""
         return product_cost(self.left, self.right, self.terms, self.order)[0]
 
     @property
@@ -226,6 +231,13 @@ class HybridShape:
 
 
 Shape = KroneckerShape | HybridShape
+
+
+def with_scalars(shape: Shape) -> Shape:
+    """The same shape with a learned scalar for each term, of every part of a hybrid."""
+    if isinstance(shape, HybridShape):
+        return HybridShape(tuple(replace(part, scalars=True) for part in shape.parts))
+    return replace(shape, scalars=True)
 
 
 def parse_shape(text: str) -> Shape:

@@ -50,9 +50,11 @@ class Family:
     """Weights of the layers' maps lie (in, out), as in transformers' ``Conv1D``."""
     rows: tuple[MapRow, ...]
     sizes: Callable[[Any], dict[str, int]]
-    """Config -> ``vocabulary``, ``width`` (residual stream), ``layers``, and the sizes that the rows name."""
+    """Config -> ``vocabulary``, ``width`` (residual stream), ``layers``, ``head``, and the sizes that the rows name."""
     std: Callable[[Any, bool], float]
     """(config, residual) -> standard deviation of a fresh weight."""
+    rotary: bool = False
+    """Queries and keys are turned by their positions within each head."""
     by_layer: tuple[str, ...] = ("layer_types",)
     """Config fields that hold a list with one entry a layer, where the config has them."""
 
@@ -61,6 +63,7 @@ def _gpt2_sizes(config: Any) -> dict[str, int]:
     return {
         "vocabulary": config.vocab_size,
         "width": config.n_embd,
+        "head": config.n_embd // config.n_head,
         "hidden": config.n_inner or 4 * config.n_embd,
         "layers": config.n_layer,
     }
@@ -75,6 +78,7 @@ def _llama_sizes(config: Any) -> dict[str, int]:
     return {
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
+        "head": head,
         "hidden": config.intermediate_size,
         "queries": config.num_attention_heads * head,
         "keys": (config.num_key_value_heads or config.num_attention_heads) * head,
@@ -127,6 +131,7 @@ FAMILIES: dict[str, Family] = {
         ),
         sizes=_llama_sizes,
         std=_llama_std,
+        rotary=True,
     ),
 }
 

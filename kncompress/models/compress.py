@@ -1,6 +1,7 @@
 """Replace a model's dense maps by Kronecker sums, in place, and report what that saves and costs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from kncompress.config import CalibrationConfig
 from kncompress.errors import UserError
 from kncompress.kron import HybridLinear, KroneckerShape, Shape
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
+from kncompress.models.arrangement import arrange_
+from kncompress.models.blockwise import BlockRepair
 from kncompress.models.calibration import input_of, moments, token_frequencies
 from kncompress.models.fitting import (
     Fitted,
@@ -83,16 +86,28 @@ def compress_(
     shapes = plan.resolve(anatomy)
     if factored_maps(model):
         raise UserError("model: its maps are factored already; make it dense first (to_dense)")
+    settings = settings or CalibrationConfig()
     if start in CALIBRATED and text is None:
         raise UserError(f"start={start}: needs a text to calibrate on")
+    if settings.repair and (text is None or start == "random"):
+        raise UserError(f"calibration.repair={settings.repair}: needs a text, and a start other than random")
+    if settings.repair and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise UserError(f"calibration.repair={settings.repair}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
     if layers is not None:
         keep_layers_(model, layers)
-    work = Work(progress)
-    fits = _Factoring(model, anatomy, shapes, settings or CalibrationConfig(), work).run(start, text)
+    work, repair = Work(progress), None
+    arrangement = None
+    if settings.symmetries and shapes and start != "random" and not next(model.parameters()).is_meta:
+        arrangement = arrange_(model, shapes, settings, text if start in CALIBRATED else None, work)
+        settings = replace(settings, moments=None)  # what is kept there is of the model as it was
+    if settings.repair and shapes and text is not None and not next(model.parameters()).is_meta:
+        repair = BlockRepair(model, shapes, text, settings, work)
+    fits = _Factoring(model, anatomy, shapes, settings, work).run(start, text)
     if shapes:
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})
+    repaired = None if repair is None else repair.run()
     rows = _rows(anatomy, shapes, fits)
     saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
     return CompressionReport(
@@ -103,6 +118,8 @@ def compress_(
         _multiply_adds(anatomy) - saved,
         None if layers is None else tuple(layers),
         work.seconds_moments,
+        repaired,
+        arrangement=arrangement,
     )
 
 
@@ -242,6 +259,8 @@ def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, site: Site, fitt
         for module, factors in zip(modules, fitted.parts, strict=True):
             module.get_parameter("left").copy_(factors.left)
             module.get_parameter("right").copy_(factors.right)
+            if module.scale is not None:
+                module.get_parameter("scale").fill_(1.0)
         bias = fitted.bias
     if bias is not None:
         part.get_parameter("bias").copy_(bias)

@@ -95,7 +95,11 @@ class HiddenStates:
 
     @torch.no_grad()
     def call(self, layer: nn.Module, number: int) -> Tensor:
-        """The output of ``layer`` for batch ``number``, on its device."""
+        """The output of ``layer`` for batch ``number``, on its device, without a graph."""
+        return self.output(layer, number)
+
+    def output(self, layer: nn.Module, number: int) -> Tensor:
+        """The output of ``layer`` for batch ``number``, (B, T, D), on its device."""
         args, options = self._options[self._shapes[number]]
         with without_autocast(self.device):
             output = layer(self.chunks[number].to(self.device), *args, **options)

@@ -1,14 +1,14 @@
 """Which map becomes which Kronecker sum: patterns over map names, checked against a model's sizes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import HybridShape, KroneckerShape, Shape, ShapeError, parse_shape
+from kncompress.kron import HybridShape, KroneckerShape, Shape, ShapeError, parse_shape, with_scalars
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
 
 Keep = Literal["keep"]
@@ -23,6 +23,8 @@ class RightFactor:
     terms: int = 1
     key: str = ""
     """Config key that error messages name, e.g. ``factors.mlp``."""
+    scalars: bool = False
+    """Whether each term has a learned scalar."""
 
     def fit(self, site: Site) -> KroneckerShape:
         """The shape of one map.
@@ -31,7 +33,8 @@ class RightFactor:
             UserError: the factor does not fit it.
         """
         try:
-            return KroneckerShape.fit(site.out_features, site.in_features, self.right, self.terms)
+            shape = KroneckerShape.fit(site.out_features, site.in_features, self.right, self.terms)
+            return replace(shape, scalars=self.scalars)
         except ShapeError as error:
             prefix = f"{self.key}." if self.key else f"{site.name}: "
             raise UserError(f"{prefix}{error}") from error
@@ -119,6 +122,8 @@ def plan_from_config(factors: FactorsConfig, source: Any) -> Plan:
             entries.extend(_group(group, config, factors, anatomy))
     for pattern, text in factors.maps.items():
         entries.append((pattern, _explicit(pattern, text)))
+    if factors.scalars:
+        entries = [(pattern, _scaled(entry)) for pattern, entry in entries]
     plan = Plan(entries)
     plan.resolve(anatomy)
     return plan
@@ -140,6 +145,13 @@ def _group(group: str, config: FactorConfig, factors: FactorsConfig, anatomy: An
     for site in anatomy.sites.values():
         if site.group == group and site.layer in chosen:
             yield site.name, RightFactor(right[::-1] if site.mirrored else right, config.terms, key)
+
+
+def _scaled(entry: Entry) -> Entry:
+    """The same with a learned scalar for each term."""
+    if isinstance(entry, RightFactor):
+        return replace(entry, scalars=True)
+    return entry if entry == "keep" else with_scalars(entry)
 
 
 def _right(key: str, value: Any) -> tuple[int, int]:

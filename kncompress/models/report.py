@@ -24,6 +24,44 @@ class MapReport:
 
 
 @dataclass(frozen=True)
+class RepairReport:
+    """What block-wise repair did to the hidden states, on text that no step has seen, where there is enough.
+
+    Errors: mean over tokens of |h - h_dense|^2 / |h_dense|^2 after each block, from the first that is not as it was.
+    The errors of single maps are those of the fit before it.
+    """
+
+    before: tuple[float, ...]
+    """Of the model as it was fitted."""
+    after: tuple[float, ...]
+    """Of the repaired one."""
+    seconds: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Mean errors over the blocks and the time, as they stand in ``result.json``."""
+        count = max(1, len(self.before))
+        return {
+            "blocks/before": sum(self.before) / count,
+            "blocks/after": sum(self.after) / count,
+            "seconds/repair": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Exact changes of the dense weights that were made before the fit: ``calibration.symmetries``."""
+
+    hidden: tuple[int, ...] = ()
+    """Layers whose hidden units have another order."""
+    values: tuple[int, ...] = ()
+    """Layers whose values have another basis in each head."""
+    queries: tuple[int, ...] = ()
+    """Layers whose queries and keys have another basis in each head."""
+    residual: tuple[int, ...] | None = None
+    """Coordinate of the given model that each coordinate of the residual stream was; None: as they were."""
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """What ``compress_`` did: a row for each factored map, and totals of the whole model.
 
@@ -41,6 +79,10 @@ class CompressionReport:
     """Layers of the given model that were kept, counted from 0; None: all of them."""
     seconds_moments: float = 0.0
     """Time that went into running the model on the calibration text and taking moments."""
+    repair: RepairReport | None = None
+    """Block-wise reconstruction; None where there was none."""
+    arrangement: Arrangement | None = None
+    """None: no changes were asked for."""
 
     @property
     def mean_error(self) -> float | None:
@@ -65,7 +107,8 @@ class CompressionReport:
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
     def table(self) -> str:
-        """A text table, one line a map, and the totals; after it the layers kept, where some were dropped."""
+        """A text table, one line a map, and the totals; after it the layers kept, where some were dropped, and what
+        repair did, where there was any."""
         head = ("map", "shape", "parameters", "of", "multiply-adds", "of", "error", "on inputs")
         lines = [head, *(_cells(row) for row in self.rows)]
         lines.append(
@@ -77,6 +120,12 @@ class CompressionReport:
         text = [_line(line, widths) for line in lines]
         if self.layers is not None:
             text.append(f"layers kept: {', '.join(map(str, self.layers))}")
+        if self.repair is not None:
+            found = self.repair.as_metrics()
+            text.append(
+                f"repair of blocks: error {found['blocks/before']:.4f} before, {found['blocks/after']:.4f} after, "
+                f"{self.repair.seconds:.0f} s"
+            )
         return "\n".join(text)
 
 

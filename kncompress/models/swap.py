@@ -110,7 +110,8 @@ def tie_head_(model: Any, anatomy: Anatomy) -> None:
     head = anatomy.family.head
     setattr(model, head, KroneckerLinear.tied_to(embedding))
     source = site_path(model, anatomy.sites["embedding"])
-    model._tied_weights_keys = {f"{head}.{side}": f"{source}.{side}" for side in ("left", "right")}
+    names = [name for name, _ in embedding.named_parameters()]
+    model._tied_weights_keys = {f"{head}.{name}": f"{source}.{name}" for name in names}
     model.all_tied_weights_keys = dict(model._tied_weights_keys)
 
 

@@ -11,7 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kncompress.config import OptimizerConfig
-from kncompress.kron import KroneckerEmbedding, KroneckerLinear
+from kncompress.kron import KroneckerEmbedding
+from kncompress.kron.gauge import factor_rates
 
 _WRAPPED = "_fsdp_wrapped_module."
 
@@ -34,21 +35,7 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
     embeddings = {id(p) for table in tables for p in table.parameters()}
     free = {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.ndim >= 2}
     matrices = (n for n, p in free.items() if p.ndim == 2 and not n.startswith(("lm_head", "score")))
-    return ParameterGroups(frozenset(matrices), frozenset(free), _factor_rates(model))
-
-
-def _factor_rates(model: nn.Module) -> dict[str, float]:
-    """{name of a factor: its rate}, by the rule of ``kron.gauge.step_scales`` for the factors as they are.
-
-    A step of rate h on the left factors moves the weight by h sqrt(R) b, b the root mean square of the right ones.
-    """
-    rates = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KroneckerLinear | KroneckerEmbedding):
-            for side, other in (("left", module.right), ("right", module.left)):
-                size = math.sqrt(module.shape.terms) * float(other.detach().float().square().mean().sqrt())
-                rates[f"{name}.{side}".lstrip(".")] = 1 / size if size > 0 else 1.0
-    return rates
+    return ParameterGroups(frozenset(matrices), frozenset(free), factor_rates(model))
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, groups: ParameterGroups | None = None) -> Optimizer:
@@ -115,14 +102,22 @@ class OptimizerPair(Optimizer):
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], groups: ParameterGroups, config: OptimizerConfig) -> AdamW:
-    """One parameter group for each combination of weight decay and rate, decayed ones first."""
-    parts: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    """One parameter group for what decays, one for what does not, and one for each factor that has its own rate.
+
+    Their order follows from names alone: a resumed run may find factors of another size, and so other rates, before it
+    has read its checkpoint.
+    """
+    scaled = groups.rates if config.factor_rates == "scaled" else {}
+    parts: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        rate = groups.rates.get(name, 1.0) if config.factor_rates == "scaled" else 1.0
-        parts.setdefault((name not in groups.decayed, rate), []).append(parameter)
+        parts.setdefault((name not in groups.decayed, name if name in scaled else ""), []).append(parameter)
     options = [
-        {"params": part, "lr": config.lr * rate, "weight_decay": 0.0 if exempt else config.weight_decay}
-        for (exempt, rate), part in sorted(parts.items(), key=lambda entry: entry[0])
+        {
+            "params": part,
+            "lr": config.lr * scaled.get(name, 1.0),
+            "weight_decay": 0.0 if exempt else config.weight_decay,
+        }
+        for (exempt, name), part in sorted(parts.items(), key=lambda entry: entry[0])
     ]
     # Not fused: Lightning refuses to clip gradients for a fused optimiser under mixed precision, bf16 included.
     return AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2))

@@ -68,8 +68,13 @@ class TrainingJob:
         return compare(self.teacher.to(device), student, self.test.tokens, context, **options)
 
 
-def prepare(config: TrainConfig) -> TrainingJob:
-    """Teacher, student and text as the configuration asks for them."""
+def prepare(config: TrainConfig, repair: bool = True) -> TrainingJob:
+    """Teacher, student and text as the configuration asks for them.
+
+    ``repair``: False for a run that goes on from a checkpoint, whose weights come after any repair.
+    """
+    if not repair:
+        config = replace(config, calibration=replace(config.calibration, repair=0))
     teacher, report, layers = None, None, None
     if config.model.path is None:
         student, tokenizer = new_model(config.model, read_split(config.data, "train"))
@@ -120,7 +125,9 @@ class StartScores(Callback):
 
 def reload_student(config: TrainConfig, checkpoint: Path) -> Any:
     """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
-    job = prepare(replace(config, start="random"))  # its factors are replaced by the checkpoint's
+    calibration = replace(config.calibration, repair=0)
+    # Its factors are replaced by the checkpoint's.
+    job = prepare(replace(config, start="random", calibration=calibration))
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
     job.student.load_state_dict(weights)

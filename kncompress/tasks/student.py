@@ -18,6 +18,7 @@ from kncompress.models.fitting import Progress
 from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import load_config, load_model
+from kncompress.models.symmetries import permute_residual_
 from kncompress.tasks.depth import student_config, student_layers
 
 ASSET, PACKAGE = "asset:", "package:"
@@ -62,13 +63,14 @@ def load_dense(config: ModelConfig) -> Any:
 def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
     """Model (float32, evaluation mode) and tokenizer, checked against each other."""
     assert config.path is not None
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_of(config)
     model = load_dense(config)
     check_fit(tokenizer, model.config.vocab_size, config.tokenizer or config.path)
     return model, tokenizer
 
 
-def _tokenizer(config: ModelConfig) -> Any:
+def tokenizer_of(config: ModelConfig) -> Any:
+    """The tokenizer of a model that exists. Raises UserError where there is none."""
     assert config.path is not None
     if config.tokenizer is not None:
         return load_tokenizer(locate(config.tokenizer, "tokenizer", "model.tokenizer"))
@@ -78,7 +80,7 @@ def _tokenizer(config: ModelConfig) -> Any:
 def tokenizer_if_any(config: ModelConfig) -> Any | None:
     """The tokenizer of a model, or None: factoring the weights needs none."""
     try:
-        return _tokenizer(config)
+        return tokenizer_of(config)
     except UserError:
         if config.tokenizer is not None:
             raise
@@ -144,8 +146,12 @@ def make_student(
     """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
 
     The layers are those of the teacher that were kept, counted from 0; None where all were. Arguments as ``factor_``.
+    Where ``settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
     """
     student = copy.deepcopy(teacher)
     report = factor_(student, factors, start, text, settings, progress)
+    if report.arrangement is not None and report.arrangement.residual is not None:
+        # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
+        permute_residual_(teacher, torch.tensor(report.arrangement.residual))
     student.requires_grad_(True)
     return student, report, report.layers

@@ -20,7 +20,12 @@ from kncompress.kron import (
     weighted_error,
 )
 
-TEXTS = ("12x1(x)1x8*3 + 6x8(x)2x1", "12x4(x)1x2 + 6x8(x)2x1 + 12x1(x)1x8", "6x4(x)2x2 + 3x2(x)4x4*2")
+TEXTS = (
+    "12x1(x)1x8*3 + 6x8(x)2x1",
+    "12x4(x)1x2 + 6x8(x)2x1 + 12x1(x)1x8",
+    "6x4(x)2x2 + 3x2(x)4x4*2",
+    "s*12x1(x)1x8*3 + 6x8(x)2x1",
+)
 SHAPES = tuple(map(HybridShape.parse, TEXTS))
 
 
@@ -42,6 +47,12 @@ def formed(parts):
 def test_state_dict_and_repr():
     layer = HybridLinear(SHAPES[0])
     assert list(layer.state_dict()) == ["bias", "parts.0.left", "parts.0.right", "parts.1.left", "parts.1.right"]
+    assert list(HybridLinear(SHAPES[3]).state_dict()) == [
+        *list(layer.state_dict())[:3],
+        "parts.0.scale",
+        "parts.1.left",
+        "parts.1.right",
+    ]
     assert repr(layer).startswith(f"HybridLinear(\n  {TEXTS[0]}, parameters=110 of 96, multiply_adds=")
 
 

@@ -22,6 +22,10 @@ SHAPES = tuple(
         "1x13(x)11x1*4",
         "17x19(x)1x1",
         "1x1(x)17x13",
+        "s*12x10(x)1x3*2",  # a scalar for each term
+        "s*2x3(x)7x5*4",  # the left factors are the smaller ones
+        "s*8x6(x)4x4*8",
+        "s*13x1(x)1x11*4",
     )
 )
 
@@ -40,6 +44,9 @@ def test_state_dict_keys():
     assert list(KroneckerLinear(SHAPES[0]).state_dict()) == ["left", "right", "bias"]
     assert list(KroneckerLinear(SHAPES[0], bias=False).state_dict()) == ["left", "right"]
     assert list(KroneckerEmbedding(SHAPES[0]).state_dict()) == ["left", "right"]
+    scaled = KroneckerShape((12, 10), (1, 2), 2, scalars=True)
+    assert list(KroneckerLinear(scaled).state_dict()) == ["left", "right", "scale", "bias"]
+    assert KroneckerLinear(scaled).scale.tolist() == [1.0, 1.0]
 
 
 def test_repr_names_shape_and_costs():
@@ -94,9 +101,10 @@ def test_lookup_gradients_equal_the_dense_table(shape, padding):
         nn.init.normal_(parameter)
     ids = torch.cat([torch.randint(shape.out_features, (20,)), torch.tensor([1, shape.out_features - 1])])
     upstream = torch.randn(22, shape.in_features, dtype=torch.float64)
-    got = torch.autograd.grad(layer(ids), [layer.left, layer.right], upstream)
+    leaves = list(layer.parameters())
+    got = torch.autograd.grad(layer(ids), leaves, upstream)
     rows = nn.functional.embedding(ids, layer.weight, padding_idx=padding)
-    want = torch.autograd.grad(rows, [layer.left, layer.right], upstream)
+    want = torch.autograd.grad(rows, leaves, upstream)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
 
@@ -145,8 +153,11 @@ def test_embedding_on_meta():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tied_head(shape):
     embedding = KroneckerEmbedding(shape, dtype=torch.float64)
+    for parameter in embedding.parameters():
+        nn.init.normal_(parameter)
     head = KroneckerLinear.tied_to(embedding)
-    assert head.left is embedding.left and head.right is embedding.right and head.bias is None
+    assert head.left is embedding.left and head.right is embedding.right and head.scale is embedding.scale
+    assert head.bias is None
     hidden = torch.randn(3, shape.in_features, dtype=torch.float64)
     torch.testing.assert_close(head(hidden), hidden @ embedding.to_dense().weight.T)
 

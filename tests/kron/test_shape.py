@@ -1,5 +1,7 @@
 """KroneckerShape: checks, text, and counts held against the factors themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from kncompress.kron import (
     kronecker_linear,
     kronecker_weight,
     parse_shape,
+    with_scalars,
 )
 
 sides = st.integers(1, 12)
@@ -23,7 +26,7 @@ sides = st.integers(1, 12)
 def shapes(draw):
     left, right = draw(st.tuples(sides, sides)), draw(st.tuples(sides, sides))
     most = min(left[0] * left[1], right[0] * right[1])
-    return KroneckerShape(left, right, draw(st.integers(1, most)))
+    return KroneckerShape(left, right, draw(st.integers(1, most)), draw(st.booleans()))
 
 
 @given(shapes())
@@ -34,7 +37,9 @@ def test_text_round_trip(shape):
 def test_text_form():
     assert str(KroneckerShape((768, 768), (4, 1))) == "768x768(x)4x1"
     assert str(KroneckerShape((1024, 256), (3, 3), 2)) == "1024x256(x)3x3*2"
+    assert str(KroneckerShape((768, 768), (4, 1), scalars=True)) == "s*768x768(x)4x1"
     assert KroneckerShape.parse(" 768 x 768 (x) 4 x 1 * 2 ") == KroneckerShape((768, 768), (4, 1), 2)
+    assert KroneckerShape.parse(" s * 768x768(x)4x1*2") == KroneckerShape((768, 768), (4, 1), 2, True)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,9 @@ def test_bad_text_is_named(text):
 
 @given(shapes())
 def test_fit_finds_the_same_shape(shape):
-    assert KroneckerShape.fit(shape.out_features, shape.in_features, shape.right, shape.terms) == shape
+    found = KroneckerShape.fit(shape.out_features, shape.in_features, shape.right, shape.terms)
+    assert found == replace(shape, scalars=False)
+    assert with_scalars(found) == replace(shape, scalars=True)
 
 
 @given(shapes())
@@ -55,7 +62,7 @@ def test_counts_match_the_tensors(shape):
     left, right = torch.randn(shape.terms, *shape.left), torch.randn(shape.terms, *shape.right)
     weight = kronecker_weight(left, right)
     assert weight.shape == (shape.out_features, shape.in_features)
-    assert shape.parameters == left.numel() + right.numel()
+    assert shape.parameters == left.numel() + right.numel() + (shape.terms if shape.scalars else 0)
     assert shape.dense_parameters == shape.dense_multiply_adds == weight.numel()
 
 

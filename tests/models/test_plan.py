@@ -127,3 +127,15 @@ def test_a_wrong_pattern_is_answered_with_near_names(tiny_config):
 def test_untied_head_is_a_map(tiny_config):
     tiny_config.tie_word_embeddings = False
     assert str(Plan({"head": RightFactor((1, 2))}).resolve(tiny_config)["head"]) == "96x12(x)1x2"
+
+
+def test_scalars_are_of_every_factored_map(tiny_config):
+    maps = {"layers.1.mlp.up": "96x1(x)1x24*2 + 48x24(x)2x1", "layers.2.*": "keep"}
+    mlp = FactorConfig([2, 1])
+    factors = FactorsConfig(layers=[1, 2], embedding=FactorConfig([1, 2]), mlp=mlp, maps=maps, scalars=True)
+    shapes = plan_from_config(factors, tiny_config).resolve(tiny_config)
+    assert {name: str(shape) for name, shape in shapes.items()} == {
+        "embedding": "s*96x12(x)1x2",
+        "layers.1.mlp.up": "s*96x1(x)1x24*2 + s*48x24(x)2x1",
+        "layers.1.mlp.down": "s*24x48(x)1x2",
+    }

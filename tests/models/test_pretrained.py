@@ -26,6 +26,7 @@ from kncompress.errors import UserError
 from kncompress.kron import parse_shape
 from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_, factored_maps, unique_parameters
+from kncompress.models.inspection import predict
 from kncompress.models.plan import Plan, RightFactor
 from kncompress.models.pretrained import load_config, load_model, save_model, to_dense
 
@@ -416,3 +417,37 @@ def test_code_in_a_folder_is_not_run(tiny, tmp_path):
     for load in (load_model, load_config):
         with pytest.raises(UserError, match=r"model\.path=.*model: "):
             load(folder)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_scalars_of_terms_survive_the_folder(tiny, ids, tmp_path, dtype):
+    """In layers, a hybrid and a tied embedding; also in the dense export."""
+    before = unique_parameters(tiny)
+    shapes = {"embedding": "s*96x12(x)1x2*2", "layers.1.mlp.up": "s*48x24(x)2x1", "layers.2.attn.k": "s*12x12(x)2x2*3"}
+    shapes["layers.2.mlp.down"] = "s*24x1(x)1x96*4 + 12x96(x)2x1"
+    shapes = {name: parse_shape(text) for name, text in shapes.items()}
+    predicted = predict(tiny.config, Plan(shapes))
+    report = compress_(tiny, Plan(shapes))
+    assert predicted.parameters_after == report.parameters_after
+    saved = sum(shape.dense_parameters - shape.parameters for shape in shapes.values())
+    assert report.parameters_after == unique_parameters(tiny) == before - saved
+    scales = {name: p for name, p in tiny.named_parameters() if name.endswith(".scale")}
+    assert sorted(p.numel() for p in scales.values()) == [1, 2, 3, 4]
+    with torch.no_grad():
+        for scale in scales.values():
+            assert scale.eq(1).all()
+            scale.uniform_(0.5, 2)
+        tiny.to(dtype or torch.float32)
+        logits = tiny(ids).logits
+    assert tiny.lm_head.scale is tiny.transformer.wte.scale
+    folder = save_model(tiny, tmp_path / "model", dtype=dtype)
+    assert "s*12x12(x)2x2*3" in (folder / "config.json").read_text()
+    assert sum(name.endswith("scale") for name in load_file(folder / "model.safetensors")) == 4  # the tied one once
+    loaded = load_model(folder, dtype=dtype or torch.float32)
+    assert torch.equal(loaded(ids).logits, logits)
+    assert loaded.lm_head.scale is loaded.transformer.wte.scale
+    if dtype is None:
+        torch.testing.assert_close(to_dense(loaded)(ids).logits, logits)
+    edit_weights(folder, lambda weights: weights.pop("transformer.h.2.attn.c_attn.k.scale"))
+    with pytest.raises(UserError, match=r"lacks weights: transformer.h.2.attn.c_attn.k.scale"):
+        load_model(folder)

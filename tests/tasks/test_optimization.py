@@ -154,10 +154,10 @@ def test_groups_know_parameters_by_their_names_before_fsdp_cut_them() -> None:
     assert [p.shape for p in decayed["params"]] == [(64,)] and len(kept["params"]) == 2
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "scale"])
 def test_scaled_rates_move_the_weight_as_a_dense_one(side: str) -> None:
     torch.manual_seed(0)
-    layer = KroneckerLinear(KroneckerShape((32, 16), (2, 4), terms=3), bias=True)
+    layer = KroneckerLinear(KroneckerShape((32, 16), (2, 4), terms=3, scalars=side == "scale"), bias=True)
     before = layer.weight.detach().clone()
     groups = parameter_groups(layer)
     optimizer = build_optimizer(layer, OptimizerConfig(lr=0.01, weight_decay=0, factor_rates="scaled"), groups)
@@ -171,3 +171,21 @@ def test_scaled_rates_move_the_weight_as_a_dense_one(side: str) -> None:
         nn.Linear(4, 4, bias=False), OptimizerConfig(lr=0.01, factor_rates="scaled")
     ).param_groups
     assert plain["lr"] == 0.01
+
+
+def test_groups_do_not_depend_on_how_large_the_factors_are() -> None:
+    """A resumed run builds its optimiser before it has read the factors that were trained."""
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=0.01, factor_rates="scaled")
+    model = nn.ModuleDict({name: KroneckerLinear(KroneckerShape((4, 6), (2, 2), 2)) for name in "abc"})
+    first = build_optimizer(model, config)
+    order = [names(model, group["params"]) for group in first.param_groups]
+    rates = [group["lr"] for group in first.param_groups]
+    with torch.no_grad():
+        for size, layer in zip((1e-3, 1e3, 1.0), model.values(), strict=True):
+            layer.left.mul_(size)
+    again = build_optimizer(model, config)
+    assert [names(model, group["params"]) for group in again.param_groups] == order
+    assert [group["lr"] for group in again.param_groups] != rates
+    again.load_state_dict(first.state_dict())
+    assert [group["lr"] for group in again.param_groups] == rates

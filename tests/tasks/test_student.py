@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kncompress.config import ModelConfig
+from kncompress.config import CalibrationConfig, FactorConfig, FactorsConfig, ModelConfig
 from kncompress.data.tokenizer import load_tokenizer, train_tokenizer
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.errors import UserError
 from kncompress.models.pretrained import load_model, save_model
-from kncompress.tasks.student import load_teacher, locate, model_config, tokenizer_if_any
+from kncompress.tasks.student import load_teacher, locate, make_student, model_config, tokenizer_if_any
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "The river runs past the old mill and down to the sea. " * 30
@@ -125,3 +125,23 @@ def test_smollm2_perplexity_on_raw_wikitext2() -> None:
     (ids,) = encode([text[:90_000]], tokenizer)
     score = perplexity(model, ids[:15_000], 1024, 512, batch_tokens=2048)
     assert score.perplexity == pytest.approx(18.76, abs=0.02)
+
+
+def test_a_teacher_gets_the_students_order_of_the_residual() -> None:
+    torch.manual_seed(0)
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
+    with torch.no_grad():  # some coordinates are stronger, as in a trained model
+        teacher.transformer.wte.weight.mul_(torch.rand(16, generator=torch.Generator().manual_seed(0)) * 2)
+    ids = torch.arange(16)[None]
+    before = teacher(ids, output_hidden_states=True)
+    factors = FactorsConfig(embedding=FactorConfig([1, 2]), mlp=FactorConfig([2, 1]), layers=[1])
+    settings = CalibrationConfig(symmetries=["hidden", "heads", "residual"])
+    student, report, _ = make_student(teacher, factors, "nearest", settings=settings)
+    assert report.arrangement is not None and report.arrangement.residual is not None
+    order = torch.tensor(report.arrangement.residual)
+    after = teacher(ids, output_hidden_states=True)
+    torch.testing.assert_close(after.logits, before.logits)
+    torch.testing.assert_close(after.hidden_states[1], before.hidden_states[1][..., order])
+    # Layer 0 is dense in both, and so compares coordinate by coordinate.
+    assert torch.equal(student.transformer.h[0].mlp.c_proj.weight, teacher.transformer.h[0].mlp.c_proj.weight)
+    assert torch.equal(student.transformer.wpe.weight, teacher.transformer.wpe.weight)

@@ -180,3 +180,34 @@ def test_evaluate_refuses(command: Any, tiny: Path, text: Path, words: list[str]
     code, _, err = command("evaluate", f"model={tiny}", *given, *words, "run_dir=run")
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not Path("run").exists()
+
+
+def test_block_wise_repair_tells_what_it_did(command: Any, tiny: Path, text: Path) -> None:
+    words = ["compress", f"model={tiny}", f"data.source={text}", "calibration.tokens=2000"]
+    code, _, err = command(*words, "calibration.repair=3", "factors.scalars=true", "run_dir=run")
+    assert code == 0, err
+    metrics, report = read(Path("run"), "result.json")["metrics"], read(Path("run"), "report.json")
+    assert 0 < metrics["blocks/after"] < 0.9 * metrics["blocks/before"] and metrics["seconds/repair"] > 0
+    assert metrics["blocks/after"] == pytest.approx(sum(report["repair"]["after"]) / 2)
+    model = AutoModelForCausalLM.from_pretrained("run/model")
+    scales = torch.cat([p for name, p in model.named_parameters() if name.endswith("scale")])
+    assert len(scales) == 7 and not scales.eq(1).all()  # those of layer 1 were trained
+    code, _, err = command(*words[:2], "start=random", "calibration.repair=3", "run_dir=other")
+    assert code == 2 and "calibration.repair=3: needs a start that is fitted, not random" in err
+    assert len(err.strip().splitlines()) == 1 and not Path("other").exists()
+
+
+def test_symmetries_lower_the_error_of_a_model_that_loads(command: Any, tiny: Path, text: Path) -> None:
+    errors = []
+    for symmetries in ("", "hidden,heads,residual"):
+        words = ["compress", f"model={tiny}", f"calibration.symmetries=[{symmetries}]", f"run_dir=run{symmetries[:1]}"]
+        code, _, err = command(*words)
+        assert code == 0, err
+        errors.append(read(Path(f"run{symmetries[:1]}"), "result.json")["metrics"]["error/mean"])
+    assert errors[1] < errors[0]
+    assert read(Path("runh"), "report.json")["arrangement"]["values"] == [1]
+    model = AutoModelForCausalLM.from_pretrained("runh/model")
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+    code, _, err = command("compress", f"model={tiny}", "calibration.symmetries=[hidden,head]", "run_dir=bad")
+    assert code == 2 and "calibration.symmetries=head: not one of hidden, heads, residual" in err
+    assert err.count("\n") == 1 and not Path("bad").exists()

@@ -218,3 +218,27 @@ def test_the_saved_model_gives_equal_logits_in_another_process(command: Any, sma
     line = [sys.executable, "-c", program, str(Path("run/model").absolute()), str(tmp_path / "logits.pt")]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_run_is_not_repaired_again(
+    command: Any, small: list[str], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*small, "start=nearest", "calibration.repair=2", "calibration.tokens=2000", "factors.scalars=true"]
+    words += ["optimizer.factor_rates=scaled", "trainer.keep=last"]
+    code, _, err = command("train", *words, "run_dir=run")
+    assert code == 0, err
+    metrics, kept = read(Path("run"), "result.json")["metrics"], read(Path("run"), "repair.json")
+    assert 0 < metrics["blocks/after"] < metrics["blocks/before"] == kept["blocks/before"]
+    weights = Path("run/model/model.safetensors").read_bytes()
+    (run := Path("run/run.json")).write_text(json.dumps(read(Path("run"), "run.json") | {"status": "interrupted"}))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("repaired again")
+
+    monkeypatch.setattr("kncompress.models.compress.BlockRepair", refuse)
+    code, _, err = command("train", "resume=run")
+    assert code == 0, err
+    again = read(Path("run"), "result.json")["metrics"]
+    assert {key: again[key] for key in kept} == kept and json.loads(run.read_text())["status"] == "finished"
+    assert again["perplexity/start"] == metrics["perplexity/start"]
+    assert Path("run/model/model.safetensors").read_bytes() == weights
