@@ -47,6 +47,7 @@ def dispatch(verb: Verb, line: Line) -> int:
 
 def _dispatch(verb: Verb, line: Line) -> int:
     child = process_rank() != 0
+    line = replace(line, words=[verb.canonical(word) for word in line.words])
     hydra = open_hydra(verb.name)
     references = References()
     overrides = to_hydra(line.words, defaults_of(verb.name), references, line.multirun, child)

@@ -11,7 +11,7 @@ from kncompress.tracking.whole_file import write_text
 
 _SHOWN = 6
 _LAST = ("exit_code", "error")
-_FIRST = ("perplexity", "loss", "parameters", "error")
+_FIRST = ("perplexity", "glue/average", "loss", "parameters", "error")
 
 
 def sweep_rows(sweep_dir: Path, jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -44,15 +44,17 @@ def verb_help(verb: Verb) -> str:
         lines.append(f"  {key.path}: {key.type} = {key.default}")
         if key.doc:
             lines.append(f"      {key.doc.replace('``', '')}")
-    lines += ["", "examples:", *(f"  kncompress {verb.name} {words}" for words in _examples(defaults))]
+    lines += ["", "examples:", *(f"  kncompress {verb.name} {words}" for words in _examples(verb, defaults))]
     return "\n".join(lines)
 
 
-def _examples(defaults: Mapping[str, str]) -> list[str]:
+def _examples(verb: Verb, defaults: Mapping[str, str]) -> list[str]:
     found = ["model=./my-model run_dir=runs/first"]
     if "factors" in defaults:
         found += ["factors='./my plan.yaml'", "-m factors=kngpt2,kronypt_81m"]
         found.append("-m factors.mlp.right=[1,2],[2,1] factors.mlp.terms=1,2")
+    if verb.name == "glue":
+        found.append("teacher=mini student=runs/first/model data.source=hub 'tasks=[cola,rte]' seeds=3")
     if "trainer" in defaults:
         found += ["experiment=wikitext_ilkd trainer.steps=100", "resume=runs/first"]
     if "data" in defaults:

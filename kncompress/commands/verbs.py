@@ -1,6 +1,7 @@
 """What a verb is: one row of the table in ``__main__``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kncompress.config import RunConfig
 
@@ -17,3 +18,12 @@ class Verb:
     config: type[RunConfig]
     module: str
     summary: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second names of groups: {"teacher": "model"}."""
+
+    def canonical(self, word: str) -> str:
+        """A word of the command line with the group's own name: ``teacher.path=x`` is ``model.path=x``."""
+        key, equals, value = word.partition("=")
+        signs = key[: len(key) - len(key.lstrip("+~"))]
+        first, dot, rest = key[len(signs) :].partition(".")
+        return f"{signs}{self.aliases.get(first, first)}{dot}{rest}{equals}{value}"

@@ -83,6 +83,10 @@ class RowSource:
         if self.name.startswith(HUB) and _cached(self.path, self.configuration) is None:
             _require_hub(self)
 
+    def published(self) -> dict[str, Any]:
+        """Every split under its own name, as ``datasets.Dataset``; its columns are for the caller to check."""
+        return _load(self)
+
     def _format(self) -> str:
         if self.text_format != "auto":
             return self.text_format

@@ -87,11 +87,11 @@ class Objective:
     ) -> Tensor:
         if name == "cross_entropy":
             logits = _given(name, "student.logits", student.logits)
-            return _named(name, cross_entropy, logits, _given(name, "labels", labels))
+            return _named(name, self._on_labels, logits, _given(name, "labels", labels))
         ours = _given(name, f"student.{name}", getattr(student, name))
         theirs = _given(name, f"teacher.{name}", getattr(teacher, name, None))
         if name == "logits":
-            return _named(name, logits_kl, ours, theirs, self.config.temperature, mask)
+            return _named(name, self._on_logits, ours, theirs, mask)
         if name == "embedding":
             return _named(name, mse, ours, theirs, mask)
         loss: Callable[..., Tensor] = mse
@@ -100,6 +100,14 @@ class Objective:
         pairs = zip(ours, self._paired(name, ours, theirs), strict=True)
         layers = [_named(f"{name}, layer {i}", loss, *pair, mask) for i, pair in enumerate(pairs)]
         return torch.stack(layers).mean()
+
+    def _on_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The term ``cross_entropy``."""
+        return cross_entropy(logits, labels)
+
+    def _on_logits(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """The term ``logits``."""
+        return logits_kl(student, teacher, self.config.temperature, mask)
 
     def _paired(self, name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> list[Any]:
         """The teacher's entry for each student layer."""

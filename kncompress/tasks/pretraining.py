@@ -4,21 +4,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from kncompress.config import ObjectiveConfig, OptimizerConfig
-from kncompress.distill import Loss, Objective, Outputs, cross_entropy, layer_mapping
+from kncompress.distill import Loss, Objective, cross_entropy
 from kncompress.metrics import TokenMean
-from kncompress.models.taps import Taps
-from kncompress.tasks.optimization import build_optimizer, build_schedule, parameter_groups
+from kncompress.tasks.distillation import Distillation, teacher_layers
 
 _TEACHER = "teacher."
 
 
-class ILKDPretraining(L.LightningModule):
+class ILKDPretraining(Distillation):
     """Trains a student on text by intermediate-layer knowledge distillation from a frozen teacher.
 
     (KnGPT2, arXiv 2110.08152.) Without a teacher only the cross-entropy term can be used: ordinary pre-training.
@@ -48,38 +46,16 @@ class ILKDPretraining(L.LightningModule):
         dropout: bool = False,
         layers: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.student, self.optimizer_config, self.steps = student.train(), optimizer, steps
-        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
-        if teacher is None and objective.needs_teacher:
-            raise ValueError("the objective compares with a teacher, but there is none")
-        if teacher is not None and layers is None:
-            layers = layer_mapping(_depth(teacher), _depth(student))
-        self.objective = Objective(objective, layers)
-        if not dropout:
-            switch_off_dropout(student)
-        self.student_taps = Taps(student, self.objective.taps)
-        self.teacher_taps = Taps(teacher, self.objective.taps) if teacher is not None else None
-        self._needs_teacher = objective.needs_teacher
-        self._groups = parameter_groups(student)
+        pairs = teacher_layers(student, teacher, layers)
+        super().__init__(student, teacher, Objective(objective, pairs), optimizer, steps, dropout)
         self._losses: list[Tensor] = []
         self.validation_nll = TokenMean()
         self._clock: tuple[float, int] | None = None
         self._tokens = 0
 
-    def train(self, mode: bool = True) -> "ILKDPretraining":
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         ids = batch["input_ids"]
-        student = _outputs(self.student, self.student_taps, ids)
-        teacher = None
-        if self.teacher_taps is not None and self._needs_teacher:
-            with torch.no_grad():
-                teacher = _outputs(self.teacher, self.teacher_taps, ids)
+        student, teacher = self.outputs(input_ids=ids)
         loss = self.objective(student, teacher, batch["labels"])
         self._note(loss)
         self._tokens += ids.numel() * self.trainer.world_size
@@ -127,11 +103,6 @@ class ILKDPretraining(L.LightningModule):
         scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
         self.log_dict(scores, sync_dist=self.trainer.world_size > 1)  # equal on all ranks; Lightning wants it said
 
-    def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.student, self.optimizer_config, self._groups)
-        schedule = build_schedule(optimizer, self.steps, self.optimizer_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -140,12 +111,6 @@ class ILKDPretraining(L.LightningModule):
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr,operator]
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def close(self) -> None:
-        """Takes the taps off both models."""
-        for taps in (self.student_taps, self.teacher_taps):
-            if taps is not None:
-                taps.close()
 
     @property
     def tokens_seen(self) -> int:
@@ -167,22 +132,3 @@ class ILKDPretraining(L.LightningModule):
         if strict and (missing or result.unexpected_keys):
             raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {result.unexpected_keys}")
         return result
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Sets every dropout of ``model`` to 0; the model's config keeps its values."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float | int):  # Llama's attention: no module
-            module.attention_dropout = 0.0
-
-
-def _outputs(model: Any, taps: Taps, ids: Tensor) -> Outputs:
-    logits = model(input_ids=ids, use_cache=False).logits
-    return Outputs(logits, **{name: getattr(taps, name) for name in taps.names})
-
-
-def _depth(model: Any) -> int:
-    return model.config.num_hidden_layers

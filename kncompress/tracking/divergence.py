@@ -8,15 +8,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+ADVICE = "the checkpoints hold the last good weights; try a lower optimizer.lr or trainer.gradient_clip"
+
 
 class DivergedError(FloatingPointError):
     """The loss or its gradient is no longer finite; ``step`` is the optimiser step, counted from 1."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(
-            f"training diverged: the {what} of step {step} is not finite; the checkpoints hold the last good "
-            "weights; try a lower optimizer.lr or trainer.gradient_clip"
-        )
+    def __init__(self, step: int, what: str, advice: str) -> None:
+        super().__init__(f"training diverged: the {what} of step {step} is not finite; {advice}")
         self.step = step
 
 
@@ -27,7 +26,8 @@ class NonFiniteLoss(Callback):
     stay good; once per optimiser step, for a look waits for the device. All ranks stop together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, advice: str = ADVICE) -> None:
+        self.advice = advice
         self._loss_is_finite: Tensor | None = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -44,7 +44,6 @@ class NonFiniteLoss(Callback):
         self._agree(trainer, loss_is_finite, "loss")
         self._agree(trainer, bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))), "gradient")
 
-    @staticmethod
-    def _agree(trainer: Trainer, finite: bool, what: str) -> None:
+    def _agree(self, trainer: Trainer, finite: bool, what: str) -> None:
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise DivergedError(trainer.global_step + 1, what)
+            raise DivergedError(trainer.global_step + 1, what, self.advice)

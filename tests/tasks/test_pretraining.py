@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kncompress.config import FactorConfig, FactorsConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Outputs
-from kncompress.tasks.pretraining import ILKDPretraining, switch_off_dropout
+from kncompress.tasks.distillation import switch_off_dropout
+from kncompress.tasks.pretraining import ILKDPretraining
 from kncompress.tasks.student import make_student
 
 ALL_TERMS = ObjectiveConfig(embedding=1, attention=1, hidden=1, feed_forward=1, logits=1, cross_entropy=1)

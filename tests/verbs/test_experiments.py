@@ -10,6 +10,7 @@ from verbs.conftest import read
 from kncompress.commands.presets import config_folder
 
 EXPERIMENTS = sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))
+GLUE = [name for name in EXPERIMENTS if name.startswith("glue")]
 SMALL_FROM_SCRATCH = [
     "model.architecture.n_embd=16",
     "model.architecture.n_layer=2",
@@ -24,10 +25,10 @@ FROM_THE_HUB = {
 
 
 def test_there_are_experiments() -> None:
-    assert {"wikitext_ilkd", "mini_teacher", *FROM_THE_HUB} <= set(EXPERIMENTS)
+    assert {"wikitext_ilkd", "mini_teacher", "glue_ilkd", *FROM_THE_HUB} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in GLUE])
 def test_one_batch(command: Any, small: list[str], text: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("KNCOMPRESS_DATA", str(text.parent))
     words = [*small, "trainer.steps=1", "run_dir=run"]
@@ -37,6 +38,16 @@ def test_one_batch(command: Any, small: list[str], text: Path, monkeypatch: pyte
     code, _, err = command("train", f"+experiment={name}", *words)
     assert code == 0, err
     assert read(Path("run"), "result.json")["metrics"]["steps"] == 1
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_one_batch_of_glue(command: Any, tiny: Path, tmp_path: Path, name: str) -> None:
+    words = [f"teacher={tiny}", "fine_tuning.epochs=1", "data.train_examples=8", "data.max_length=32"]
+    code, _, err = command("glue", f"+experiment={name}", *words, f"data.cache_dir={tmp_path}", "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    assert metrics["glue/polarity/train_examples"] == 8 and metrics["glue/polarity/dev_examples"] == 50
+    assert 0 < metrics["glue/average/student_ilkd"] <= 1
 
 
 @pytest.mark.parametrize("name", FROM_THE_HUB)

@@ -1,0 +1,64 @@
+"""Collect a suite of ``run.sh`` into ``results.csv`` beside this file, and print its table and what ILKD adds.
+
+The difference of ILKD over plain fine-tuning is paired: same task, seed, examples and start. Its interval is the middle
+95% of a bootstrap that draws tasks, and within each task seeds, so that neither few tasks nor few seeds pass for many.
+
+Usage: python experiments/glue/report.py SUITE
+"""
+
+import csv
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COLUMNS = ("task", "seed", "who", "score", "parameters", "train_examples", "dev_examples", "best_epoch", "seconds")
+DRAWS = 10_000
+
+
+def differences(cells: list[dict], better: str, worse: str) -> dict[str, list[float]]:
+    """{task: score of ``better`` less that of ``worse``, for each seed that has both}, in hundredths."""
+    scores = {(cell["task"], cell["seed"], cell["who"]): cell["score"] for cell in cells}
+    found: dict[str, list[float]] = {}
+    for (task, seed, who), score in sorted(scores.items()):
+        if who == better and (task, seed, worse) in scores:
+            found.setdefault(task, []).append(100 * (score - scores[task, seed, worse]))
+    return found
+
+
+def interval(by_task: dict[str, list[float]], seed: int = 0) -> tuple[float, float]:
+    """95% of the mean over tasks of the mean over seeds, by drawing tasks, and seeds within them, with replacement."""
+    chance = random.Random(seed)
+    tasks = list(by_task.values())
+    means = []
+    for _ in range(DRAWS):
+        drawn = chance.choices(tasks, k=len(tasks))
+        means.append(statistics.fmean(statistics.fmean(chance.choices(task, k=len(task))) for task in drawn))
+    means.sort()
+    return means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
+
+
+def main(suite: Path) -> None:
+    """Write the file; print table and differences."""
+    cells = json.loads((suite / "table.json").read_text())["cells"]
+    with (HERE / "results.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*COLUMNS, "scores"])
+        for cell in cells:
+            scores = " ".join(f"{name}={value:.4f}" for name, value in cell["scores"].items())
+            values = (f"{cell[c]:.6g}" if isinstance(cell[c], float) else cell[c] for c in COLUMNS)
+            writer.writerow([*values, scores])
+    print((suite / "table.md").read_text())
+    for better, worse in (("student_ilkd", "student"), ("student_ilkd", "layerdrop_ilkd"), ("student_ilkd", "teacher")):
+        found = differences(cells, better, worse)
+        if found:
+            low, high = interval(found)
+            each = "; ".join(f"{t} {' '.join(f'{d:+.2f}' for d in values)}" for t, values in found.items())
+            mean = statistics.fmean(map(statistics.fmean, found.values()))
+            print(f"{better} - {worse}: {mean:+.2f} (95%: {low:+.2f} to {high:+.2f}); by seed: {each}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
