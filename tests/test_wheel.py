@@ -50,7 +50,14 @@ def test_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
 
     where = run("-c", "import kncompress; print(kncompress.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stdout + where.stderr
-    words = ["+experiment=wikitext_ilkd", "trainer.steps=2", "trainer.batch_tokens=1024", "run_dir=run", "logger=csv"]
+    words = [
+        "+experiment=wikitext_ilkd",
+        "trainer.steps=2",
+        "trainer.batch_tokens=1024",
+        "calibration.tokens=1024",
+        "run_dir=run",
+        "logger=csv",
+    ]
     # A short test text: scoring the sample's takes longer than the steps.
     (work / "test.txt").write_text("The river runs past the old mill and down to the sea. " * 100)
     done = run("-m", "kncompress", "train", *words, "data.test=test.txt")

@@ -21,7 +21,7 @@ for shape in one_term two_by_two four_by_four outer_products; do
     compress "$shape-$start" "$factors" "$start" calibration.tokens=12288
   done
 done
-for tokens in 1024 2048 4096 8192 16384 32768 65536; do
+for tokens in 1024 4096 16384 65536; do
   for start in calibrated sequential; do
     compress "one_term-$start-$tokens" "$here/one_term.yaml" "$start" "calibration.tokens=$tokens"
     compress "outer_products-$start-$tokens" "$here/outer_products_mini.yaml" "$start" "calibration.tokens=$tokens"

@@ -4,7 +4,8 @@
 set -euo pipefail
 out="${1:-runs/objectives}"
 shift || true
-train() { python -m kncompress train +experiment=wikitext_ilkd "run_dir=$out/$1" "${@:2}"; }
+paper=(start=nearest calibration.symmetries=[] calibration.repair=0)
+train() { python -m kncompress train +experiment=wikitext_ilkd "${paper[@]}" "run_dir=$out/$1" "${@:2}"; }
 
 train ilkd "$@"
 train cross_entropy objective=cross_entropy "$@"

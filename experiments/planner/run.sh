@@ -25,7 +25,7 @@ plan() { # name, overrides
 evaluate dense smollm2
 plan planner budget=0.667 validation_tokens=4096
 compress planner-sequential "$here/planner.yaml" sequential
-for shapes in uniform uniform_dense_embedding uniform_3x3 uniform_1x3 uniform_2x32; do
+for shapes in uniform uniform_dense_embedding uniform_3x3; do
   compress "$shapes" "$here/$shapes.yaml" calibrated
 done
 compress uniform-sequential "$here/uniform.yaml" sequential
@@ -33,5 +33,5 @@ compress kngpt2-nearest kngpt2 nearest
 compress kngpt2-calibrated kngpt2 calibrated
 plan planner_speed budget=0.667 speed=true "harm=$out/planner-plan"
 plan planner_0.8 budget=0.8 "harm=$out/planner-plan"
-compress uniform_3x3-sequential "$here/uniform_3x3.yaml" sequential
+compress uniform_1x3 "$here/uniform_1x3.yaml" calibrated
 python "$here/report.py" "$out"
