@@ -33,5 +33,5 @@ compress kngpt2-nearest kngpt2 nearest
 compress kngpt2-calibrated kngpt2 calibrated
 plan planner_speed budget=0.667 speed=true "harm=$out/planner-plan"
 plan planner_0.8 budget=0.8 "harm=$out/planner-plan"
-compress uniform_1x3 "$here/uniform_1x3.yaml" calibrated
+compress uniform_2x32_dense_embedding "$here/uniform_2x32_dense_embedding.yaml" calibrated
 python "$here/report.py" "$out"
