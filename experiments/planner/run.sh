@@ -18,7 +18,7 @@ compress() { # name, factors, start
 }
 plan() { # name, overrides
   finished "$out/$1-plan" || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" "${@:2}"
-  cp "$out/$1-plan/plan.yaml" "$here/$1.yaml"
+  sed "/^# python/d; s|$KNCOMPRESS_DATA|\$KNCOMPRESS_DATA|g" "$out/$1-plan/plan.yaml" > "$here/$1.yaml"
   compress "$1" "$here/$1.yaml" calibrated
 }
 

@@ -52,8 +52,8 @@ def draw(folder: Path) -> None:
     for name, label in FULL.items():
         if (file := folder / name / "metrics.csv").exists():
             tokens, values = curve(file)
-            axes.plot(tokens, values, marker=".", label=label)
-    axes.set(xlabel="training tokens", ylabel="validation perplexity", yscale="log")
+            axes.plot([count / 1000 for count in tokens], values, marker=".", label=label)
+    axes.set(xlabel="training tokens (thousands)", ylabel="validation perplexity", yscale="log")
     ticks = [100, 120, 150, 200, 300, 500]
     axes.set_ylim(90, 520)
     axes.set_yticks(ticks, [str(tick) for tick in ticks])

@@ -8,11 +8,11 @@ shift || true
 finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
 train() { # name, factors, start, overrides
   finished "$out/$1" || python -m kncompress train +experiment=wikitext_ilkd "factors=$2" "start=$3" \
-    calibration.symmetries=[] calibration.repair=0 logger=none "run_dir=$out/$1" "${@:4}"
+    calibration.symmetries=[] calibration.repair=0 logger=csv "run_dir=$out/$1" "${@:4}"
 }
 plan() { # name, overrides
   finished "$out/$1-plan" || python -m kncompress plan model=mini data=sample "run_dir=$out/$1-plan" "${@:2}"
-  cp "$out/$1-plan/plan.yaml" "$here/$1.yaml"
+  sed "/^# python/d" "$out/$1-plan/plan.yaml" > "$here/$1.yaml"
 }
 short=trainer.tokens=98304
 all='calibration.symmetries=[hidden,heads,residual]'
