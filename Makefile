@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run in so many processes of one thread each.
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-all lint fmt clean
 
@@ -22,10 +25,10 @@ demo: $(STAMP) ## compress the bundled teacher and repair it by distillation (ab
 	$(BIN)/python -m kncompress train +experiment=wikitext_ilkd
 
 test: $(STAMP) ## run the tests that need neither a GPU nor the hub nor long
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP) ## run every test that this machine can run
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
