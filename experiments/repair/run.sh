@@ -30,7 +30,6 @@ for budget in 68 50; do
   done
 done
 train planner_68-sequential-repair "$here/planner_68.yaml" sequential $short calibration.repair=2 "$@"
-train uniform_68-nearest "$here/uniform_68.yaml" nearest $short "$@"
 train full_kngpt2-nearest kngpt2 nearest "$@"
 train full_kngpt2-calibrated-symmetries-repair kngpt2 calibrated "$all" calibration.repair=2 "$@"
 train full_planner-sequential "$here/planner_68.yaml" sequential "$@"
