@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,15 @@ def interrupt_after(run: Path, cells: int) -> threading.Thread:
     return thread
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has SIGINT ignored, which they inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_stopped_suite_goes_on_and_repeats_nothing(command: Any, quick: list[str]) -> None:
     words = [*quick, "tasks=[cola,rte]", "training=[ilkd]", "save_models=true"]
     run = Path("run").absolute()
