@@ -51,9 +51,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         for start in STARTS:
             made, scored = metrics(folder / f"{shape}-{start}"), metrics(folder / f"{shape}-{start}-evaluated")
             if made is not None and scored is not None:
-                made["peak_gb"] = (
-                    json.loads((folder / f"{shape}-{start}" / "run.json").read_text())["peak_memory_bytes"] / 1e9
-                )
+                run = json.loads((folder / f"{shape}-{start}" / "run.json").read_text())
+                if run.get("peak_memory_bytes"):
+                    made["peak_gb"] = run["peak_memory_bytes"] / 1e9
                 values = {key: made[key] for key in COLUMNS if key in made}
                 found.append({"shape": shape, "start": start} | values | _perplexity(scored))
     return found
