@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 HERE = Path(__file__).parent
 SHAPES = {
     "one_term": "one term, factor 2 on the hidden side",
@@ -108,10 +105,11 @@ def main(folder: Path, name: str) -> None:
         writer.writerow(keys)
         for row in found:
             writer.writerow(f"{v:.6g}" if isinstance(v := row.get(key, ""), float) else v for key in keys)
-    table = Table("shape", "start", *COLUMNS.values(), "perplexity")
+    titles = ["shape", "start", *COLUMNS.values(), "perplexity"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for row in found:
-        table.add_row(SHAPES.get(row["shape"], row["shape"]), row["start"], *(_cell(row.get(k)) for k in keys[2:]))
-    Console().print(table)
+        cells = [SHAPES.get(row["shape"], row["shape"]), row["start"], *(_cell(row.get(key)) for key in keys[2:])]
+        print(f"| {' | '.join(cells)} |")
 
 
 def _cell(value: float | None) -> str:
