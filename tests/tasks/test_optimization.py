@@ -57,6 +57,30 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert names(model, trained) == set(dict(model.named_parameters()))
 
 
+def test_the_fused_step_is_that_of_plain_adamw() -> None:
+    torch.manual_seed(0)
+    fused, plain = Model(), Model()
+    plain.load_state_dict(fused.state_dict())
+    ours = build_optimizer(fused, OptimizerConfig(lr=1e-2, weight_decay=0.1))
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [plain.map.weight], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p is not plain.map.weight], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=ours.defaults["betas"],
+        foreach=False,
+    )
+    for step in range(5):
+        ids = torch.arange(step, step + 4)
+        for model, optimizer in ((fused, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            model(ids).backward()
+            optimizer.step()
+    for (name, ours_), theirs_ in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_schedule_reaches_every_parameter_also_after_loading(name: str) -> None:
     config = OptimizerConfig(name=name, lr=0.01, warmup=0.0, final=0.0)
