@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kncompress.kron import KroneckerShape, ShapeError, kronecker_linear, kronecker_weight
+from kncompress.kron import KroneckerShape, ShapeError, kronecker_linear, kronecker_weight, product
 
 ORDERS = ("right", "left", "formed", None)
 
@@ -81,3 +81,40 @@ def test_unknown_order_is_named():
     left, right = random_factors(KroneckerShape((2, 3), (1, 2)))
     with pytest.raises(ShapeError, match="order=up: not one of right, left, formed"):
         kronecker_linear(torch.randn(6, dtype=torch.float64), left, right, order="up")
+
+
+BLOCKS = [("12x64(x)2x1", 4), ("12x64(x)2x1*2", 4), ("64x12(x)1x2", 4), ("64x12(x)1x2*2", 4), ("64x640(x)4x1", 16)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("text", "block"), [*BLOCKS, ("10x64(x)2x1", 0), ("64x12(x)1x3", 0)])
+def test_blocks_of_the_identity_change_nothing(text, block, bias, monkeypatch):
+    """Many vectors and a right factor of one row or column: values and gradients are those of the plain product."""
+    shape = KroneckerShape.parse(text)
+    x = torch.randn(3, 8, shape.in_features, dtype=torch.float64)
+    inputs = [x, *random_factors(shape), *([torch.randn(shape.out_features, dtype=torch.float64)] if bias else [])]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    upstream = torch.randn(3, 8, shape.out_features, dtype=torch.float64)
+
+    def run():
+        y = kronecker_linear(*inputs)
+        return y, *torch.autograd.grad(y, inputs, upstream)
+
+    taken, choose = [], product._block
+    monkeypatch.setattr(product, "_block", lambda *sizes: taken.append(choose(*sizes)) or taken[-1])
+    found = run()
+    assert taken == [block]
+    monkeypatch.setattr(product, "_block", lambda *_: 0)
+    torch.testing.assert_close(found, run())
+
+
+def test_blocks_of_the_identity_under_autocast():
+    """bfloat16 from float32 factors, the bias included; the same to its rounding."""
+    shape = KroneckerShape.parse("64x640(x)4x1")
+    left, right = (factor.float() for factor in random_factors(shape))
+    x, bias = torch.randn(32, 640), torch.randn(256)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kronecker_linear(x, left, right, bias)
+    assert y.dtype == torch.bfloat16
+    wanted = F.linear(x, kronecker_weight(left, right), bias)
+    assert float((y.float() - wanted).norm() / wanted.norm()) < 0.01
