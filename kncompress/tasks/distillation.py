@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kncompress.config import OptimizerConfig
 from kncompress.distill import Objective, Outputs, layer_mapping
+from kncompress.models.activations import fuse_gelu_
 from kncompress.models.taps import Taps
 from kncompress.tasks.optimization import build_optimizer, build_schedule, parameter_groups
 
@@ -45,6 +46,9 @@ class Distillation(L.LightningModule):
         self.objective = objective
         if not dropout:
             switch_off_dropout(student)
+        for model in (student, teacher):
+            if model is not None:
+                fuse_gelu_(model)
         self.student_taps = Taps(student, objective.taps)
         self.teacher_taps = Taps(teacher, objective.taps) if teacher is not None else None
         self._groups = parameter_groups(student)
