@@ -7,7 +7,15 @@ from kncompress import __version__
 from kncompress.commands.overrides import split_flags, unknown_verb
 from kncompress.commands.usage import overview, verb_help
 from kncompress.commands.verbs import Verb
-from kncompress.config import CompressConfig, EvaluateConfig, GlueConfig, InspectConfig, PlanConfig, TrainConfig
+from kncompress.config import (
+    BenchConfig,
+    CompressConfig,
+    EvaluateConfig,
+    GlueConfig,
+    InspectConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from kncompress.errors import UserError
 
 VERBS: dict[str, Verb] = {
@@ -18,6 +26,7 @@ VERBS: dict[str, Verb] = {
         Verb("plan", PlanConfig, "kncompress.commands.plan", "Choose every map's factors within a parameter budget."),
         Verb("inspect", InspectConfig, "kncompress.commands.inspect", "Count what factors save, without weights."),
         Verb("evaluate", EvaluateConfig, "kncompress.commands.evaluate", "Measure a model's perplexity."),
+        Verb("bench", BenchConfig, "kncompress.commands.bench", "Measure speed and memory beside rivals."),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }

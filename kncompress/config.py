@@ -435,6 +435,57 @@ class EvaluateConfig(RunConfig):
 
 
 @dataclass
+class BenchConfig(RunConfig):
+    """``bench``: speed and memory of this package beside its rivals, and beside what this machine can do at best.
+
+    Weights are random, of the sizes of ``model``. Ours and the rivals take turns in one process, or in pairs of fresh
+    ones (``step``, ``startup``, ``memory``); figures are medians.
+    """
+
+    parts: Any = "all"
+    """``all``, or some of ``product``, ``step``, ``fit``, ``generate``, ``tokens``, ``startup``, ``memory``."""
+    size: str = "full"
+    """``full``: the maps of ``model``, 2,048 tokens; ``small``: a GPT-2 of two layers 48 wide, for a look at the verb;
+    its figures mean nothing."""
+    presets: list[str] = field(default_factory=lambda: ["kngpt2", "kronypt_81m", "kronypt_80m", "outer"])
+    """Of ``product``: presets of factors; ``outer``: outer products of half the parameters; ``speed``: shapes that
+    ``plan speed=true`` may choose."""
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    """Of the student in the other parts."""
+    precision: str = "auto"
+    """``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+    threads: int | None = None
+    """CPU threads; null: as torch has it."""
+    tokens: int | None = None
+    """Tokens of a product and of a training step; null: by ``size``."""
+    repeats: int | None = None
+    """Rounds; null: by ``size``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text of ``tokens``."""
+
+    PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tokens", "repeats"):
+            _positive(name, getattr(self, name))
+        _choice("size", self.size, ("full", "small"))
+        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        for name in self.chosen:
+            _choice("parts", name, ("all", *self.PARTS))
+        if self.factors.depth is not None:
+            raise UserError(f"factors.depth={self.factors.depth}: bench compares models of one depth; give null")
+
+    @property
+    def chosen(self) -> list[str]:
+        """Parts to measure, in order."""
+        named = [self.parts] if isinstance(self.parts, str) else list(self.parts)
+        return list(self.PARTS) if "all" in named else [str(name) for name in named]
+
+
+@dataclass
 class GlueDataConfig:
     """The GLUE tasks, and how they become sequences."""
 

@@ -1,0 +1,112 @@
+"""``bench``: speed and memory, against rivals and against what this machine can do at best."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from kncompress.commands.presets import config_folder, options, read_preset
+from kncompress.commands.spelling import choices_hint
+from kncompress.config import BenchConfig, FactorsConfig
+from kncompress.data.sources import find_sources
+from kncompress.errors import UserError
+from kncompress.evaluation.fit import measure_fit
+from kncompress.evaluation.generate import measure_generation
+from kncompress.evaluation.measurement import Measurement
+from kncompress.evaluation.memory import measure_memory
+from kncompress.evaluation.product import OUTER, SPEEDY, measure_products
+from kncompress.evaluation.setting import Setting, setting_of
+from kncompress.evaluation.startup import measure_startup
+from kncompress.evaluation.step import measure_step
+from kncompress.evaluation.table import draw, machine_line, markdown, rich_table
+from kncompress.evaluation.tokens import measure_tokens
+from kncompress.models.anatomy import anatomy_of
+from kncompress.models.plan import plan_from_config
+from kncompress.tasks.training import keep_freed_memory
+from kncompress.tracking.record import RunRecord
+from kncompress.tracking.whole_file import replacing, write_text
+
+_WIDTH = 140
+"""Of the table where the output is no terminal."""
+
+
+def check(config: BenchConfig) -> None:
+    """Cheap checks before anything is written: model, factors, presets, and the text where it is read."""
+    setting = setting_of(config)
+    plan_from_config(config.factors, setting.fields)
+    for name in config.presets:
+        known = [*options("factors"), OUTER, SPEEDY]
+        if name not in known:
+            raise UserError(f"presets={name}: no such factors; {choices_hint(name, known)}")
+    most = setting.fields.max_position_embeddings
+    if setting.sizes.sequence > most:
+        raise UserError(f"tokens={config.tokens}: the model has {most} positions, fewer than a sequence takes")
+    if "tokens" in config.chosen:
+        find_sources(config.data.source, "data.source", config.data.text_format)
+
+
+def run(config: BenchConfig, run_dir: Path) -> dict[str, float]:
+    """Measure; ``run_dir`` gets ``bench.json``, ``table.md`` and ``bench.png``. Returns ``result.json``'s metrics."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    setting = setting_of(config)
+    keep_freed_memory()  # as in training
+    with RunRecord.open(run_dir, "bench", asdict(config), config.seed) as record:
+        measured: list[Measurement] = []
+        for part in config.chosen:
+            measured.extend(_parts(setting)[part]())
+        where = machine_line(_device(setting), setting.precision, torch.get_num_threads(), setting.ceiling)
+        metrics = {name: value for row in measured for name, value in row.metrics.items()}
+        metrics |= {"machine/flops": setting.ceiling.flops, "machine/bandwidth": setting.ceiling.bandwidth}
+        values = {"machine": where, "measurements": [row.as_dict() for row in measured]}
+        write_text(run_dir / "bench.json", json.dumps(values, indent=2) + "\n")
+        write_text(run_dir / "table.md", markdown(measured, where))
+        _draw(run_dir / "bench.png", measured, where)
+        record.finish("finished", metrics)
+        print(where)
+        Console(width=None if sys.stdout.isatty() else _WIDTH).print(rich_table(measured))
+        print(f"table: {run_dir / 'table.md'}")
+    return metrics
+
+
+def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
+    plan = plan_from_config(setting.config.factors, anatomy_of(setting.fields))
+    presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, SPEEDY)}
+    return {
+        "product": lambda: measure_products(setting, presets),
+        "step": lambda: measure_step(setting, plan),
+        "fit": lambda: measure_fit(setting, plan),
+        "generate": lambda: measure_generation(setting, plan),
+        "tokens": lambda: measure_tokens(setting),
+        "startup": lambda: measure_startup(setting),
+        "memory": lambda: measure_memory(setting, plan),
+    }
+
+
+def _factors(name: str) -> FactorsConfig:
+    values = read_preset("factors", config_folder() / "factors" / f"{name}.yaml")
+    factors = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(FactorsConfig), values))
+    assert isinstance(factors, FactorsConfig)
+    return factors
+
+
+def _device(setting: Setting) -> str:
+    if setting.device.type == "cuda":
+        return torch.cuda.get_device_name(setting.device)
+    return platform.processor() or platform.machine()
+
+
+def _draw(file: Path, measured: list[Measurement], where: str) -> None:
+    if find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed (extra `reports`)")
+        return
+    if any(row.speedup is not None for row in measured):
+        with replacing(file) as stream:
+            draw(stream, measured, where)

@@ -1,0 +1,115 @@
+"""Part ``step``: a step of intermediate-layer distillation, ours and the same written plainly, in fresh processes."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kncompress.evaluation.child import run_child
+from kncompress.evaluation.measurement import OURS, Measurement
+from kncompress.evaluation.rivals import Unavailable
+from kncompress.evaluation.setting import Setting
+from kncompress.evaluation.step_job import StepJob
+from kncompress.models.inspection import predict
+from kncompress.models.plan import Plan
+
+PLAIN = Path(__file__).resolve().parents[2] / "experiments" / "throughput" / "plain_step.py"
+_OWN = ["-m", "kncompress.evaluation.step_process"]
+_SAME_LOSS = 0.02
+
+
+def measure_step(setting: Setting, plan: Plan) -> Iterator[Measurement]:
+    """Seconds of a step and the peak of memory, over pairs of processes that take turns."""
+    sizes, fields = setting.sizes, setting.fields
+    shapes = plan.resolve(fields)
+    job = StepJob(
+        fields.to_dict(),
+        {name: str(shape) for name, shape in shapes.items()},
+        sizes.sequence,
+        max(1, sizes.tokens // sizes.sequence),
+        sizes.steps,
+        setting.precision,
+        setting.device.type,
+        setting.config.seed,
+    )
+    found: dict[str, list[dict[str, Any]]] = {OURS: [], "plain": []}
+    missing: dict[str, str] = {}
+    for number in range(sizes.long_repeats):
+        for name, command in ((OURS, _OWN), ("plain", _plain())):
+            if name in missing:
+                continue
+            setting.say(f"step: {name}, process {number + 1} of {sizes.long_repeats}")
+            try:
+                if isinstance(command, str):
+                    raise Unavailable(command)
+                found[name].append(run_child(command, asdict(job)))
+            except Unavailable as error:
+                if name == OURS:
+                    raise RuntimeError(f"step: {error}") from error
+                missing[name] = str(error)
+    losses = {name: runs[0]["loss"] for name, runs in found.items() if runs}
+    if len(losses) == 2 and abs(losses[OURS] - losses["plain"]) > _SAME_LOSS * abs(losses["plain"]):
+        missing["plain"] = f"another loss: {losses['plain']:.4f}, ours {losses[OURS]:.4f}"
+    runs = {name: found[name] for name in found if found[name] and name not in missing}
+    yield from _measurements(setting, job, plan, runs, missing)
+
+
+def _plain() -> list[str] | str:
+    """The plain script's command, or why there is none."""
+    if not PLAIN.exists():
+        return f"not installed (experiments/throughput/{PLAIN.name} comes with the checkout)"
+    return "not installed (accelerate, extra `bench`)" if find_spec("accelerate") is None else [str(PLAIN)]
+
+
+def _measurements(
+    setting: Setting, job: StepJob, plan: Plan, runs: dict[str, list[dict[str, Any]]], missing: dict[str, str]
+) -> Iterator[Measurement]:
+    seconds = {name: statistics.median(s for run in runs[name] for s in run["seconds"]) for name in runs}
+    peaks = {name: statistics.median(run["peak"] for run in runs[name]) for name in runs}
+    waits = [wait for run in runs[OURS] for wait in run["waits"]]
+    more = {"step/tokens_per_second": job.tokens / seconds[OURS], "step/data_wait": _share(waits, seconds[OURS])}
+    what = f"{job.batch} x {job.sequence} tokens, {job.precision}, losses {_losses(runs)}"
+    speedups, savings = {}, {}
+    if "plain" in runs:
+        pairs = list(zip(runs["plain"], runs[OURS], strict=True))
+        medians = [(statistics.median(a["seconds"]), statistics.median(b["seconds"])) for a, b in pairs]
+        speedups["plain"] = statistics.median(a / b for a, b in medians)
+        savings["plain"] = peaks["plain"] / peaks[OURS]
+        more["step/memory_ratio"] = peaks[OURS] / peaks["plain"]
+    bound = setting.ceiling.seconds(*_costs(setting, job, plan))
+    baseline = "plain" if speedups else None
+    yield Measurement("step", what, seconds, speedups, baseline, None, bound, missing=missing, more=more)
+    yield Measurement(
+        "step/peak", what, peaks, savings, baseline, None, _least_memory(setting, job, plan), "bytes", missing
+    )
+
+
+def _share(waits: list[float], step: float) -> float:
+    return statistics.median(waits) / step if waits else 0.0
+
+
+def _losses(runs: dict[str, list[dict[str, Any]]]) -> str:
+    return " and ".join(f"{runs[name][0]['loss']:.3f}" for name in runs)
+
+
+def _costs(setting: Setting, job: StepJob, plan: Plan) -> tuple[float, float]:
+    """(operations, bytes): a forward pass of the teacher, three of the student, causal attention, AdamW's reads.
+
+    The losses on attention maps form the scores of both models once more.
+    """
+    report, fields = predict(setting.fields, plan), setting.fields
+    maps = report.multiply_adds_before + 3 * report.multiply_adds_after
+    attention = fields.num_hidden_layers * job.sequence * fields.hidden_size  # scores and values, half of the square
+    flops = 2 * job.tokens * (maps + 4 * attention + 2 * attention)
+    # Weights are read forward and backward, gradients written; AdamW reads four tensors and writes three, float32.
+    moved = report.parameters_before * 4 + report.parameters_after * (3 + 7) * 4
+    return float(flops), float(moved)
+
+
+def _least_memory(setting: Setting, job: StepJob, plan: Plan) -> float:
+    """Bytes of both models, the student's gradients and AdamW's two moments, and one tensor of logits of each."""
+    report = predict(setting.fields, plan)
+    logits = 2 * job.tokens * setting.fields.vocab_size * setting.number_bytes
+    return float(4 * report.parameters_before + 16 * report.parameters_after + logits)

@@ -1,0 +1,56 @@
+"""``bench`` at ``size=small``: the metrics that others read, the table, and what cannot be measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from verbs.conftest import read
+
+
+def test_product_and_fit(command: Any) -> None:
+    words = ["size=small", "parts=[product,fit]", "presets=[kngpt2,outer]", "precision=fp32", "accelerator=cpu"]
+    code, _, err = command("bench", *words, "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    for preset, maps in (("kngpt2", ("head", "attn.qkv", "attn.o", "mlp.up", "mlp.down")), ("outer", ("mlp.up",))):
+        for name in maps:
+            for kind in ("forward", "step"):
+                prefix = f"product/{preset}/{name}/{kind}"
+                assert metrics[f"{prefix}/speedup"] > 0 and metrics[f"{prefix}/share_of_bound"] > 0
+                assert metrics[f"{prefix}/speedup_over_torch_kron"] > 0
+    values = {row["name"]: row for row in read(Path("run"), "bench.json")["measurements"]}
+    # By half the multiply-adds, and a few on the smaller factor: 24 of the 48 outputs, from 48 inputs.
+    up = values["product/kngpt2/mlp.up/forward"]
+    assert up["promised"] == pytest.approx(48 * 192 / (48 * 96 + 96 * 2))
+    assert up["promise"] == pytest.approx(up["speedup"] / up["promised"])
+    assert {"fit/seconds", "fit/speedup", "machine/flops", "machine/bandwidth"} <= metrics.keys()
+    assert "product/kngpt2/attn.qkv/step" in Path("run/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_all_parts(command: Any, text: Path) -> None:
+    code, _, err = command("bench", "size=small", f"data.source={text}", "presets=[kngpt2]", "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    wanted = {
+        "step/speedup", "step/memory_ratio", "step/data_wait", "fit/seconds", "fit/speedup", "generate/speedup",
+        "generate/promise", "tokens/speedup", "startup/seconds", "memory/forward/saving", "memory/losses/saving",
+    }  # fmt: skip
+    assert wanted <= metrics.keys()  # step/speedup only where both sides had the same first loss
+    assert all(value > 0 for name, value in metrics.items() if name != "step/data_wait")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parts=[products]"], "parts=products: not one of all, product, step"),
+        (["size=large"], "size=large: not one of full, small"),
+        (["presets=[kngpt3]"], "presets=kngpt3: no such factors; nearest: kngpt2"),
+        (["factors=layerdrop"], "factors.depth=0.5: bench compares models of one depth"),
+        (["tokens=0"], "tokens=0: must be greater than 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(command: Any, words: list[str], message: str) -> None:
+    code, out, err = command("bench", *words)
+    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
+    assert list(Path().iterdir()) == []
