@@ -9,6 +9,7 @@ import torch
 
 from kncompress.config import CompressConfig
 from kncompress.errors import UserError
+from kncompress.models.card import CardFacts
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
 from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
@@ -42,7 +43,9 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
         with fit_progress() as progress:
             report = factor_(model, config.factors, config.start, text, config.calibration, progress)
         seconds = time.perf_counter() - began
-        folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype))
+        data = config.data.source if text is not None else None
+        facts = CardFacts(config.model.path, data, {"seconds/fit": seconds})
+        folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype), facts)
         write_text(run_dir / "report.json", report.as_json())
         write_text(run_dir / "report.txt", report.table() + "\n")
         print(report.table())

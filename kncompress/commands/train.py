@@ -15,6 +15,7 @@ from kncompress.config import TrainConfig
 from kncompress.data.sources import find_sources
 from kncompress.errors import UserError
 from kncompress.metrics import Comparison, Perplexity, bits_per_byte
+from kncompress.models.card import CardFacts
 from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
 from kncompress.tasks.batches import blocks_of_a_step
@@ -100,7 +101,8 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             metrics |= repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
-                model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype)
+                facts = CardFacts(config.model.path, config.data.source, metrics)
+                model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
                 record.finish("finished", metrics, model)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
                 print(f"model: {model}", flush=True)

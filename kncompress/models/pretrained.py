@@ -14,6 +14,7 @@ import torch
 from kncompress.errors import UserError
 from kncompress.hub import local_folder, missing_weights, only_pickled
 from kncompress.models import gguf
+from kncompress.models.card import CardFacts, card_text
 from kncompress.models.compress import factored_maps
 from kncompress.models.plugin import check_keys, register
 from kncompress.models.swap import unswap_
@@ -30,14 +31,21 @@ _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
 """What transformers raises for a folder whose files do not fit each other."""
 
 
-def save_model(model: Any, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | str | None = None) -> Path:
-    """Write a model folder (config, safetensors, tokenizer) for ``from_pretrained``; whole or not at all.
+def save_model(
+    model: Any,
+    folder: str | Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str | None = None,
+    facts: CardFacts | None = None,
+) -> Path:
+    """Write a model folder (config, safetensors, tokenizer, card) for ``from_pretrained``; whole or not at all.
 
     Args:
         model: transformers model, compressed or dense. Weights that are shared are written once.
         folder: replaced if it is a model folder already.
         tokenizer: saved along with the model.
         dtype: type of the written weights, ``torch.float16`` or ``"float16"``; None: float32.
+        facts: what README.md, the model card, tells beside what the model itself shows.
 
     Raises:
         UserError: ``folder`` exists and is neither empty nor a model folder.
@@ -56,6 +64,7 @@ def save_model(model: Any, folder: str | Path, tokenizer: Any = None, dtype: tor
             model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
         if folder.exists():
             folder.replace(stale)
         try:

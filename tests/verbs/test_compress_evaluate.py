@@ -23,6 +23,9 @@ def test_compress_needs_no_text_and_no_tokenizer(command: Any, tiny: Path, tmp_p
     assert metrics["parameters/teacher"] == GPT2LMHeadModel.from_pretrained(tiny).num_parameters()
     assert 0 < metrics["error/mean"] < 1 and metrics["seconds/fit"] > 0
     assert "layers.1.mlp.up" in out and "layers.0.mlp.up" not in out
+    card = Path("run/model/README.md").read_text()
+    assert f"{metrics['parameters/student']:,} parameters" in card
+    assert "- made from: bare" in card and "text:" not in card
 
 
 def test_the_written_type_is_the_one_asked_for(command: Any, tiny: Path) -> None:

@@ -38,6 +38,9 @@ def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[s
     (log,) = Path("run/wandb").rglob("*.wandb")
     assert run["wandb_id"] in log.name
 
+    card = Path("run/model/README.md").read_text()
+    assert f"| perplexity/student | {metrics['perplexity/student']:,.6g} |" in card and "- text: story.txt" in card
+
     student = AutoModelForCausalLM.from_pretrained("run/model")
     assert sum(p.numel() for p in student.parameters()) == metrics["parameters/student"]
     tokenizer = AutoTokenizer.from_pretrained("run/model")
