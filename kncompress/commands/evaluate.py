@@ -15,7 +15,7 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
 from kncompress.metrics import bits_per_byte, perplexity
 from kncompress.models.compress import unique_parameters
-from kncompress.tasks.student import load_teacher, model_config
+from kncompress.tasks.student import load_teacher, model_config, require_causal
 from kncompress.tracking.record import RunRecord
 
 
@@ -26,7 +26,9 @@ def check(config: EvaluateConfig) -> None:
     key = config.data.split if config.data.split in ("validation", "test") else "source"
     source = getattr(config.data, key)
     find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
-    positions = model_config(config.model).max_position_embeddings
+    fields = model_config(config.model)
+    require_causal(fields, "evaluate")
+    positions = fields.max_position_embeddings
     window = config.context or positions
     if window > positions:
         raise UserError(f"context={window}: the model has {positions} positions")

@@ -24,7 +24,7 @@ from kncompress.tasks.depth import student_config
 from kncompress.tasks.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
 from kncompress.tasks.pretraining import ILKDPretraining
 from kncompress.tasks.processes import end_children, processes
-from kncompress.tasks.student import model_config
+from kncompress.tasks.student import model_config, require_causal
 from kncompress.tasks.training import build_trainer, keep_freed_memory, quiet_lightning
 from kncompress.tracking.checkpoints import (
     BEST,
@@ -50,6 +50,7 @@ def check(config: TrainConfig) -> None:
         if getattr(config.data, key) is not None:
             find_sources(getattr(config.data, key), f"data.{key}", config.data.text_format)
     fields = model_config(config.model)
+    require_causal(fields, "train")
     positions = fields.max_position_embeddings
     if config.data.context is not None and config.data.context > positions:
         raise UserError(f"data.context={config.data.context}: the model has {positions} positions")

@@ -1,9 +1,10 @@
-"""Losses on causal attention, from queries and keys: no attention map has to be returned by the model.
+"""Losses on attention, from queries and keys: no attention map has to be returned by the model.
 
 Fused attention kernels return no maps, so they are formed again here:
-scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i. The arithmetic
-is float32 whatever the inputs and autocast are (float64 for float64 inputs). Blocks of queries are compared
-with the keys that they may see and no others: about half of the square, never a whole (B, H, T, T) tensor.
+scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i, or, where the student's
+layer has a ``causal`` that is false (an encoder's), every key. The arithmetic is float32 whatever the inputs and
+autocast are (float64 for float64 inputs). Blocks of queries are compared with the keys that they may see and no
+others: about half of the square where attention is causal, never a whole (B, H, T, T) tensor.
 """
 
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def _compare(
     batch, heads, length, _ = student.query.shape
     wanted = wants_gradient(student.query, student.key)
     mask = None if mask is None else mask.bool()
+    causal = getattr(student, "causal", True)
     block = max(64, length // 8)
     with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
         query, key = full_precision(student.query), full_precision(student.key)
@@ -88,19 +90,18 @@ def _compare(
         total, count = query.new_zeros(()), query.new_zeros((), dtype=torch.int64)
         for start in range(0, length, block):
             stop = min(start + block, length)
-            visible = _visible(start, stop, mask, query.device)  # (1 or B, 1, block, stop)
-            part, seen = query[:, :, start:stop], key[:, :, :stop]
-            scores_of_teacher = _scores(
-                query_of_teacher[:, :, start:stop], key_of_teacher[:, :, :stop], teacher.scaling
-            )
+            end = stop if causal else length
+            visible = _visible(range(start, stop), end, causal, mask, query.device)  # (1 or B, 1, block, end)
+            part, seen = query[:, :, start:stop], key[:, :, :end]
+            scores_of_teacher = _scores(query_of_teacher[:, :, start:stop], key_of_teacher[:, :, :end], teacher.scaling)
             value, gradient = divergence(_scores(part, seen, student.scaling), scores_of_teacher, ~visible)
             total += value
             scored = visible.any(-1) if per_query else visible
             count += scored.sum() * (heads * batch // visible.shape[0])
             if wanted:
-                grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * block, stop)
+                grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * block, end)
                 query_gradient[:, :, start:stop] = (grouped @ seen).reshape_as(part)
-                key_gradient[:, :, :stop] += grouped.mT @ _grouped(part, seen.shape[1])
+                key_gradient[:, :, :end] += grouped.mT @ _grouped(part, seen.shape[1])
         value = total / count
         if not wanted:
             return value
@@ -111,12 +112,13 @@ def _compare(
     return with_gradients(value, [student.query, student.key], gradients)
 
 
-def _visible(start: int, stop: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys 0..stop-1 each of the queries start..stop-1 may see: (1 or B, 1, stop - start, stop)."""
-    causal = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)[None, None]
+def _visible(queries: range, end: int, causal: bool, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys 0..end-1 each of the queries may see: (1 or B, 1, queries, end)."""
+    square = torch.ones(len(queries), end, dtype=torch.bool, device=device)[None, None]
+    seen = square.tril(queries.start) if causal else square
     if mask is None:
-        return causal
-    return causal & mask[:, None, start:stop, None] & mask[:, None, None, :stop]
+        return seen
+    return seen & mask[:, None, queries.start : queries.stop, None] & mask[:, None, None, :end]
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:

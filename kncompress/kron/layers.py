@@ -51,6 +51,9 @@ class _Factored(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The formed weight, (M, N); made anew at each call."""
+        if any(factor is not None and factor.is_meta for factor in (self.left, self.right, self.scale)):
+            # transformers asks for it while it ties one factor after the other.
+            return torch.empty(self.shape.out_features, self.shape.in_features, dtype=self.left.dtype, device="meta")
         return kronecker_weight(*self.scaled_factors())
 
     @torch.no_grad()

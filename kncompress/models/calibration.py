@@ -23,7 +23,7 @@ from kncompress.kron import Moment
 from kncompress.kron.product import without_autocast
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
 from kncompress.models.fitting import Work, layer_cost, moment_cost
-from kncompress.models.layerwise import CalibrationText, HiddenStates, evaluating, recorded
+from kncompress.models.layerwise import CalibrationText, HiddenStates, before_head, evaluating, recorded
 
 _FORMAT = "kncompress moment 1"
 _VARYING = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -104,7 +104,7 @@ def stream_moments(
         work.finish(costs[number])
         yield from found
     if "head" in wanted:
-        norm = model.base_model.get_submodule(anatomy.family.final_norm)
+        norm = before_head(model)
         total = MomentSum(anatomy.sites["embedding"].in_features, hidden.device)
         with work.moments():
             for number in range(len(hidden.chunks)):

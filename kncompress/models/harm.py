@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
-from kncompress.models.layerwise import CalibrationText, HiddenStates, evaluating
-from kncompress.models.swap import dense_weight, module_at
+from kncompress.models.layerwise import CalibrationText, HiddenStates, before_head, evaluating
+from kncompress.models.swap import dense_weight, module_at, set_weight_
 
 _NUMBERS = 1 << 25
 """Numbers in one temporary of (tokens x vocabulary)."""
@@ -55,8 +55,8 @@ class HarmMeter:
         self.anatomy: Anatomy = anatomy_of(model)
         family = self.anatomy.family
         self.layers = model.base_model.get_submodule(family.layers)
-        self.norm = model.base_model.get_submodule(family.final_norm)
-        self.head = getattr(model, family.head)
+        self.norm = before_head(model)
+        self.head = model.get_submodule(family.head)
         self.type = torch.bfloat16 if bf16 else torch.float32
         with evaluating(model):
             self.states = _Layers(model, text)
@@ -116,7 +116,8 @@ class HarmMeter:
         return rows.split(max(1, _NUMBERS // self.head.weight.shape[0]))
 
     def _softmax(self, rows: Tensor) -> Tensor:
-        return F.linear(rows.to(self.type), self.dense_head.to(self.type)).float().softmax(-1)
+        logits = F.linear(rows.to(self.type), self.dense_head.to(self.type)).float()
+        return (logits if self.head.bias is None else logits + self.head.bias).softmax(-1)
 
 
 def divergence(p: Tensor, change: Tensor) -> float:
@@ -133,13 +134,13 @@ def divergence(p: Tensor, change: Tensor) -> float:
 @contextmanager
 def replaced(model: Any, weights: Mapping[Site, Tensor]) -> Iterator[None]:
     """Within the block maps of a dense model have these weights (out, in); after it their own, bit by bit."""
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[nn.Module, Site, Tensor]] = []
     try:
         for site, weight in weights.items():
-            view = dense_weight(module_at(model, site), site)
-            kept.append((view, view.clone()))
-            view.copy_(weight)
+            module = module_at(model, site)
+            kept.append((module, site, dense_weight(module, site).clone()))
+            set_weight_(module, site, weight)
         yield
     finally:
-        for view, old in kept:
-            view.copy_(old)
+        for module, site, old in kept:
+            set_weight_(module, site, old)

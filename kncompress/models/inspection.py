@@ -14,6 +14,7 @@ from kncompress.errors import UserError
 from kncompress.kron.shape import divisors
 from kncompress.models.anatomy import anatomy_of, family_of
 from kncompress.models.compress import CompressionReport, MapReport, compress_
+from kncompress.models.families import LANGUAGE_MODELS
 from kncompress.models.plan import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -119,15 +120,15 @@ def inspect_config(config: Any, plan: Plan, layers: Sequence[int] | None = None)
 
 
 def _meta_model(config: Any) -> Any:
-    """A dense causal language model without weights."""
-    from transformers import AutoModelForCausalLM
+    """A dense language model without weights."""
+    import transformers
 
-    family_of(config)
+    auto = getattr(transformers, LANGUAGE_MODELS[family_of(config).task])
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("model: its maps are factored or quantised already; inspect the dense model")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # the model's config will change
+            return auto.from_config(copy.deepcopy(config))  # the model's config will change
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model: transformers builds no model of this configuration: {reason}") from error

@@ -53,11 +53,15 @@ class HiddenStates:
     Args:
         model: transformers model of a family with an anatomy, in evaluation mode; run up to its first layer.
         text: what it reads.
+
+    Raises:
+        UserError: the layers attend to different spans of the text.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, text: CalibrationText) -> None:
         family = anatomy_of(model).family
+        _check_attention(model.config, text.context)
         self.device = next(model.parameters()).device
         self.chunks: list[Tensor] = []
         """(B, T, D) each"""
@@ -122,6 +126,25 @@ class HiddenStates:
         with recorded(layer, paths, stop=True) as found, suppress(_Caught):
             self.call(layer, number)
         return dict(found)
+
+
+def before_head(model: Any) -> nn.Module:
+    """What turns the last layer's output, (..., D), into what the head reads; the model has a head."""
+    modules: list[nn.Module] = []
+    for path in anatomy_of(model).family.before_head:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name)
+        if module is not None:
+            modules.append(module)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+def _check_attention(config: Any, context: int) -> None:
+    """All layers are given the mask of the first one: right unless some see less of a block than others."""
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if len(kinds) > 1 and (window is None or context > window):
+        most = "" if window is None else f"; calibration.context must be at most {window}, their window"
+        raise UserError(f"model: its layers attend differently ({', '.join(sorted(kinds))}){most}")
 
 
 @contextmanager

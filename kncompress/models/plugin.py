@@ -95,17 +95,19 @@ def _check_keys(model: Any, adjust: Any, loading: Any) -> None:
 def check_keys(model: Any, missing: set[str], unexpected: set[str], path: str) -> None:
     """Fail on weights that a folder lacks or has too many.
 
-    A new head of another task (``score`` of a classifier), and the folder's own head where the class has
-    none, are no errors.
+    A new head of another task (``score`` of a classifier), the folder's own head where the class has none, and what
+    only some tasks of a family have (BERT's pooler), are no errors.
 
     Raises:
         UserError: names the first few keys.
     """
     from kncompress.models.anatomy import anatomy_of
 
-    has_head = anatomy_of(model).has_head
+    anatomy = anatomy_of(model)
     inner = set(dict(model.base_model.named_children())) | {model.base_model_prefix}
-    inside = [key for key in missing if has_head or key.partition(".")[0] in inner]
+    optional = set(anatomy.family.optional)
+    missing, unexpected = ({k for k in keys if not optional & set(k.split(".")[:2])} for keys in (missing, unexpected))
+    inside = [key for key in missing if anatomy.has_head or key.partition(".")[0] in inner]
     surplus = [key for key in unexpected if key.partition(".")[0] in inner]
     for label, keys in (("lacks", inside), ("has unknown", surplus)):
         if keys:

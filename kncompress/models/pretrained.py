@@ -14,17 +14,16 @@ import torch
 from kncompress.errors import UserError
 from kncompress.hub import local_folder, missing_weights, only_pickled
 from kncompress.models import gguf
+from kncompress.models.anatomy import family_of
 from kncompress.models.card import CardFacts, card_text
 from kncompress.models.compress import factored_maps
+from kncompress.models.families import LANGUAGE_MODELS
 from kncompress.models.plugin import check_keys, register
 from kncompress.models.swap import unswap_
 
 __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
-TASKS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-}
+TASKS = LANGUAGE_MODELS | {"sequence-classification": "AutoModelForSequenceClassification"}
 """Task -> auto class of transformers."""
 
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
@@ -77,19 +76,20 @@ def save_model(
     return folder
 
 
-def load_model(path: str | Path, task: str = "causal-lm", gguf_file: str | None = None, **options: Any) -> Any:
+def load_model(path: str | Path, task: str | None = None, gguf_file: str | None = None, **options: Any) -> Any:
     """A model from a folder or hub id, dense or compressed, in evaluation mode; missing weights are an error.
 
     Args:
         path: folder or hub id; once the folder is there, the network is not asked for anything.
-        task: ``causal-lm`` or ``sequence-classification`` (whose head may be new).
+        task: ``causal-lm``, ``masked-lm`` or ``sequence-classification`` (whose head may be new); None: the language
+            model of the family, ``causal-lm`` for all but BERT.
         gguf_file: GGUF file in that folder to read instead of safetensors; its weights become ``options["dtype"]``.
         options: for ``from_pretrained``, e.g. ``dtype`` or ``num_labels``.
 
     Raises:
         UserError: no such model, a damaged file, weights that do not fit or would have to be unpickled.
     """
-    if task not in TASKS:
+    if task not in (None, *TASKS):
         raise UserError(f"task={task}: not one of {', '.join(TASKS)}")
     import transformers
 
@@ -101,7 +101,7 @@ def load_model(path: str | Path, task: str = "causal-lm", gguf_file: str | None 
         _check_config(folder, path)
         _check_weights(folder, path)
         options["use_safetensors"] = True
-    auto = getattr(transformers, TASKS[task])
+    auto = getattr(transformers, TASKS[task or family_of(load_config(folder, gguf_file)).task])
     try:
         with _no_bars(), _no_report():
             model, loading = auto.from_pretrained(

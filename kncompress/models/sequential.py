@@ -29,7 +29,7 @@ from kncompress.models.fitting import (
     layer_cost,
     moment_cost,
 )
-from kncompress.models.layerwise import CalibrationText, HiddenStates, recorded
+from kncompress.models.layerwise import CalibrationText, HiddenStates, before_head, recorded
 from kncompress.models.swap import dense_bias, dense_weight, module_at
 
 Place = Callable[[list[Site], Mapping[str, Fitted]], None]
@@ -116,7 +116,7 @@ class SequentialFit:
         for number in range(layers_to_run(self.anatomy, self.shapes)):
             self._layer(number, layers[number])
         if "head" in self.shapes:
-            norm = self.model.base_model.get_submodule(self.anatomy.family.final_norm)
+            norm = before_head(self.model)
             factored = self.factored
             read = None if factored is None else lambda number: factored.apply(norm, number)
             self._fit("head", [self.anatomy.sites["head"]], lambda number: self.dense.apply(norm, number), read)

@@ -4,7 +4,7 @@ Both ways to a compressed model end in the same object: ``compress_`` fills the 
 ones, loading fills them from a file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,16 +22,46 @@ class FusedMaps(nn.Module):
 
     Stands where a model has one dense module for several maps, such as GPT-2's ``c_attn`` for Q, K and V.
     Each child is a ``KroneckerLinear``, a ``HybridLinear`` or, where the map stays dense, an ``nn.Linear``.
+    With ``blocks`` above 1 the outputs are those of the first block of each map, then those of the second, ...:
+    GPT-NeoX has a block for each head.
     """
 
-    def __init__(self, maps: Mapping[str, nn.Module]) -> None:
+    def __init__(self, maps: Mapping[str, nn.Module], blocks: int = 1) -> None:
         super().__init__()
+        self.blocks = blocks
         for name, module in maps.items():
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., sum of M)."""
-        return torch.cat([child(x) for child in self.children()], dim=-1)
+        return _side_by_side([child(x) for child in self.children()], self.blocks)
+
+    @property
+    def in_features(self) -> int:
+        """N."""
+        return next(_widths(self))[0]
+
+    @property
+    def out_features(self) -> int:
+        """Sum of M."""
+        return sum(outputs for _, outputs in _widths(self))
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}" if self.blocks > 1 else ""
+
+
+def _widths(fused: FusedMaps) -> Iterator[tuple[int, int]]:
+    """(N, M) of each map."""
+    for child in fused.children():
+        assert isinstance(child, (nn.Linear, KroneckerLinear, HybridLinear))
+        yield child.in_features, child.out_features
+
+
+def _side_by_side(parts: list[Tensor], blocks: int) -> Tensor:
+    """(..., M1), (..., M2), ... -> (..., M1 + M2 + ...), block by block of each."""
+    if blocks == 1:
+        return torch.cat(parts, dim=-1)
+    return torch.cat([part.unflatten(-1, (blocks, -1)) for part in parts], dim=-1).flatten(-2)
 
 
 def module_at(model: nn.Module, site: Site) -> nn.Module:
@@ -55,17 +85,39 @@ def site_path(model: Any, site: Site) -> str:
 
 
 def dense_weight(module: nn.Module, site: Site) -> Tensor:
-    """The weight of one map of a dense module, (out, in); a view."""
-    weight: Tensor = module.get_parameter("weight").detach()
-    if site.conv1d:
-        weight = weight.T
-    return weight[site.start : site.start + site.out_features]
+    """The weight of one map of a dense module, (out, in); a view where the map's rows lie together, else a copy."""
+    return _rows(_out_by_in(module, site), site).reshape(site.out_features, site.in_features)
 
 
 def dense_bias(module: nn.Module, site: Site) -> Tensor | None:
-    """The bias of one map of a dense module, (out,), a view; None without one."""
+    """The bias of one map of a dense module, (out,), a view or a copy as ``dense_weight``; None without one."""
     bias = getattr(module, "bias", None)
-    return None if bias is None else bias.detach()[site.start : site.start + site.out_features]
+    return None if bias is None else _rows(bias.detach(), site).reshape(site.out_features)
+
+
+def set_weight_(module: nn.Module, site: Site, weight: Tensor) -> None:
+    """Give one map of a dense module another weight, (out, in)."""
+    rows = _rows(_out_by_in(module, site), site)
+    rows.copy_(weight.reshape(rows.shape))
+
+
+def set_bias_(module: nn.Module, site: Site, bias: Tensor) -> None:
+    """Give one map of a dense module another bias, (out,)."""
+    rows = _rows(module.get_parameter("bias").detach(), site)
+    rows.copy_(bias.reshape(rows.shape))
+
+
+def _out_by_in(module: nn.Module, site: Site) -> Tensor:
+    weight: Tensor = module.get_parameter("weight").detach()
+    return weight.T if site.conv1d else weight
+
+
+def _rows(tensor: Tensor, site: Site) -> Tensor:
+    """The rows of one map, (out, ...) or (blocks, out / blocks, ...); a view."""
+    if site.blocks == 1:
+        return tensor[site.start : site.start + site.out_features]
+    size = site.out_features // site.blocks
+    return tensor.unflatten(0, (site.blocks, -1))[:, site.start : site.start + size]
 
 
 def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Shape]) -> nn.Module:
@@ -86,7 +138,7 @@ def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Shape])
 
     if sites[0].part is None:
         return one(sites[0])
-    return FusedMaps({str(site.part): one(site) for site in sites})
+    return FusedMaps({str(site.part): one(site) for site in sites}, sites[0].blocks)
 
 
 def swap_(model: Any, shapes: Mapping[str, Shape]) -> None:
@@ -108,10 +160,13 @@ def tie_head_(model: Any, anatomy: Anatomy) -> None:
     if not (anatomy.has_head and anatomy.tied and isinstance(embedding, KroneckerEmbedding)):
         return
     head = anatomy.family.head
-    setattr(model, head, KroneckerLinear.tied_to(embedding))
+    tied = KroneckerLinear.tied_to(embedding)
+    tied.bias = getattr(model.get_submodule(head), "bias", None)
+    model.set_submodule(head, tied)
     source = site_path(model, anatomy.sites["embedding"])
     names = [name for name, _ in embedding.named_parameters()]
-    model._tied_weights_keys = {f"{head}.{name}": f"{source}.{name}" for name in names}
+    others = {key: name for key, name in (type(model)._tied_weights_keys or {}).items() if key != f"{head}.weight"}
+    model._tied_weights_keys = {f"{head}.{name}": f"{source}.{name}" for name in names} | others
     model.all_tied_weights_keys = dict(model._tied_weights_keys)
 
 
@@ -125,9 +180,10 @@ def unswap_(model: Any) -> None:
     if "_tied_weights_keys" in model.__dict__:
         del model._tied_weights_keys
         embedding = model.base_model.get_submodule(anatomy.family.embedding)
-        head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-        head.weight = embedding.weight
-        setattr(model, anatomy.family.head, head)
+        bias = getattr(model.get_submodule(anatomy.family.head), "bias", None)
+        head: Any = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        head.weight, head.bias = embedding.weight, bias
+        model.set_submodule(anatomy.family.head, head)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
@@ -136,9 +192,10 @@ def _dense_module(old: nn.Module, sites: list[Site]) -> nn.Module:
     dense: list[Any] = [part.to_dense() if isinstance(part, FACTORED) else part for part in parts]
     if sites[0].group in ("embedding", "head"):
         return dense[0]
-    weight = torch.cat([part.weight.detach() for part in dense])
+    blocks = sites[0].blocks
+    weight = _side_by_side([part.weight.detach().T for part in dense], blocks).T.contiguous()
     biases = [part.bias.detach() for part in dense if part.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    bias = _side_by_side(biases, blocks) if biases else None
     if sites[0].conv1d:
         return _conv1d(weight, bias)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

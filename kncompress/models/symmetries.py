@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.models.anatomy import Anatomy, Site, anatomy_of
-from kncompress.models.swap import dense_bias, dense_weight, module_at
+from kncompress.models.swap import dense_bias, dense_weight, module_at, set_bias_, set_weight_
 
 
 class HeadBasis(NamedTuple):
@@ -56,8 +56,7 @@ def permute_hidden_(model: Any, layer: int, order: Tensor) -> None:
         if site.layer == layer and site.group == "mlp":
             module = module_at(model, site)
             if site.mirrored:
-                weight = dense_weight(module, site)
-                weight.copy_(weight[:, order])
+                set_weight_(module, site, dense_weight(module, site)[:, order])
             else:
                 _replace_rows(module, site, order)
 
@@ -80,8 +79,8 @@ def turn_values_(model: Any, layer: int, basis: HeadBasis) -> None:
     """Another basis of the values of one layer's heads; G is the number of key and value heads."""
     sites = layer_sites(anatomy_of(model), layer)
     _turn(model, sites["attn.v"], basis)
-    weight = dense_weight(module_at(model, sites["attn.o"]), sites["attn.o"])
-    weight.copy_(basis.off(weight))
+    output = module_at(model, sites["attn.o"])
+    set_weight_(output, sites["attn.o"], basis.off(dense_weight(output, sites["attn.o"])))
 
 
 @torch.no_grad()
@@ -102,9 +101,9 @@ def turn_queries_(model: Any, layer: int, basis: HeadBasis) -> None:
 def _turn(model: Any, site: Site, basis: HeadBasis) -> None:
     module = module_at(model, site)
     weight, bias = dense_weight(module, site), dense_bias(module, site)
-    weight.copy_(basis.onto(weight))
+    set_weight_(module, site, basis.onto(weight))
     if bias is not None:
-        bias.copy_(basis.onto(bias))
+        set_bias_(module, site, basis.onto(bias))
 
 
 @torch.no_grad()
@@ -123,8 +122,7 @@ def permute_residual_(model: Any, order: Tensor) -> None:
         if site.mirrored or site.group == "o":
             _replace_rows(module, site, order)
         else:
-            weight = dense_weight(module, site)
-            weight.copy_(weight[:, order])
+            set_weight_(module, site, dense_weight(module, site)[:, order])
     for parameter in others:  # positions, norms, a classifier's head
         parameter.copy_(parameter[..., order])
 
@@ -132,13 +130,18 @@ def permute_residual_(model: Any, order: Tensor) -> None:
 def check_residual(model: Any) -> list[Tensor]:
     """Parameters of no map that hold vectors of the residual stream, in their last dimension; raises UserError."""
     anatomy = anatomy_of(model)
-    width = anatomy.sites["embedding"].in_features
+    family, width = anatomy.family, anatomy.family.sizes(model.config)["width"]
+    if not family.head_reads_residual or anatomy.sites["embedding"].in_features != width:
+        raise UserError(
+            f"calibration.symmetries: residual: the embedding or the head of this {family.model_type} does not meet "
+            "the residual stream directly; leave residual out"
+        )
     modules = [module_at(model, site) for site in anatomy.sites.values()]
     mapped = {id(parameter) for module in modules for parameter in module.parameters()}
     inside = {id(parameter) for parameter in model.base_model.parameters()}
     found = []
     for name, parameter in model.named_parameters():
-        if id(parameter) in mapped:
+        if id(parameter) in mapped or any(f".{module}." in name for module in family.in_heads):
             continue
         # Outside of the base model a head reads the stream: its bias is of its outputs.
         if id(parameter) not in inside and parameter.ndim == 1:
@@ -154,6 +157,6 @@ def check_residual(model: Any) -> list[Tensor]:
 
 def _replace_rows(module: nn.Module, site: Site, order: Tensor) -> None:
     weight, bias = dense_weight(module, site), dense_bias(module, site)
-    weight.copy_(weight[order])
+    set_weight_(module, site, weight[order])
     if bias is not None:
-        bias.copy_(bias[order])
+        set_bias_(module, site, bias[order])

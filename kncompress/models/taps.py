@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,6 +31,8 @@ class AttentionTap(NamedTuple):
     key: Tensor
     """(B, key heads, S, head size); S exceeds T where a cache holds earlier tokens."""
     scaling: float
+    causal: bool = True
+    """A query sees no later key."""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Taps:
         self.records = Records()
         self._model = model
         self._implementation: str | None = None
+        self._batch = Size()
+        """(B, T) of the forward pass"""
         family = anatomy_of(model).family
         layers = list(model.base_model.get_submodule(family.layers))
         self.layers = len(layers)
@@ -75,8 +79,7 @@ class Taps:
             model.base_model.register_forward_pre_hook(self._start),
             model.base_model.register_forward_hook(self._check),
         ]
-        if "embedding" in self.names:
-            self._handles.append(layers[0].register_forward_pre_hook(self._embedding, with_kwargs=True))
+        self._handles.append(layers[0].register_forward_pre_hook(self._enter, with_kwargs=True))
         if "hidden" in self.names:
             self._tap_outputs(layers, "hidden")
         if "feed_forward" in self.names:
@@ -138,14 +141,20 @@ class Taps:
         for name in self.names:
             getattr(self, name)
 
-    def _embedding(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.records.embedding = args[0] if args else kwargs["hidden_states"]
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        self._batch = entering.shape[:2]
+        if "embedding" in self.names:
+            self.records.embedding = entering
 
     def _tap_outputs(self, modules: list[nn.Module], name: str) -> None:
         for number, module in enumerate(modules):
 
             def record(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
-                getattr(self.records, name)[number] = output[0] if isinstance(output, tuple) else output
+                tensor = output[0] if isinstance(output, tuple) else output
+                if tensor.ndim == 2:  # OPT's feed-forward part works on a list of tokens
+                    tensor = tensor.unflatten(0, self._batch)
+                getattr(self.records, name)[number] = tensor
 
             self._handles.append(module.register_forward_hook(record))
 
@@ -171,7 +180,7 @@ def _tapped_sdpa(
         taps, number = _TAPPED[module]
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        taps.records.attention[number] = AttentionTap(query, key, scaling)
+        taps.records.attention[number] = AttentionTap(query, key, scaling, getattr(module, "is_causal", True))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -100,5 +100,7 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float | int):  # Llama's attention: no module
-            module.attention_dropout = 0.0
+            continue
+        for name in ("attention_dropout", "dropout", "layerdrop"):  # Llama's attention and OPT's layers: numbers
+            if isinstance(getattr(module, name, None), float | int):
+                setattr(module, name, 0.0)

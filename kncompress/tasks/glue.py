@@ -20,7 +20,7 @@ from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import load_config, load_model
 from kncompress.tasks.depth import student_config
 from kncompress.tasks.finetuning import TaskData
-from kncompress.tasks.student import factor_, load_dense, locate, model_config, tokenizer_of
+from kncompress.tasks.student import factor_, load_dense, locate, model_config, require_causal, tokenizer_of
 
 _FORMAT = 1
 """Of a fine-tuned teacher's fingerprint: raised when the same settings give another model."""
@@ -62,7 +62,7 @@ def check_glue(config: GlueConfig, students: list[Student]) -> tuple[GlueSource,
             if not task.test or (config.data.source != "hub" and not source.test(task)):
                 raise UserError(f"predictions=true: data.source={source.name} has no test set of {task.id}")
     fields = model_config(config.model)
-    family_of(fields)
+    require_causal(fields, "glue")
     if config.data.max_length > fields.max_position_embeddings:
         raise UserError(
             f"data.max_length={config.data.max_length}: the model has {fields.max_position_embeddings} positions"

@@ -20,7 +20,7 @@ from kncompress.models.layerwise import CalibrationText
 from kncompress.models.plan import Plan, plan_from_config
 from kncompress.models.sensitivity import measure_harms
 from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
-from kncompress.tasks.student import model_config
+from kncompress.tasks.student import model_config, require_causal
 from kncompress.tasks.training import precision
 
 HARMS = "harm.json"
@@ -34,6 +34,7 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
     if config.model.path is None:
         raise UserError("model.path=null: plan needs a model that exists")
     fields = model_config(config.model)
+    require_causal(fields, "plan")
     dense = predict(fields, Plan())
     sizes = size_table(anatomy_of(fields), dense.parameters_before)
     table = None if config.harm is None else read_harms(Path(config.harm))

@@ -13,6 +13,7 @@ from kncompress.config import CalibrationConfig, FactorsConfig, ModelConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
 from kncompress.hub import local_folder
+from kncompress.models.anatomy import family_of
 from kncompress.models.compress import CompressionReport, Start, compress_
 from kncompress.models.fitting import Progress
 from kncompress.models.layerwise import CalibrationText
@@ -100,6 +101,16 @@ def model_config(config: ModelConfig) -> Any:
             raise UserError(f"model.architecture.model_type={kind}: {str(error).splitlines()[0]}") from error
     assert config.path is not None
     return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
+
+
+def require_causal(fields: Any, verb: str) -> None:
+    """Raises UserError where the model of this config predicts no next token, which ``verb`` needs."""
+    family = family_of(fields)
+    if family.task != "causal-lm":
+        raise UserError(
+            f"model: a {family.model_type} fills in masked tokens, and {verb} needs one that predicts the next token; "
+            "compress and inspect take it, and kncompress.distill has the losses of its distillation"
+        )
 
 
 def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:

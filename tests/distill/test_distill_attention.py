@@ -14,6 +14,7 @@ class Layer(NamedTuple):
     query: Tensor
     key: Tensor
     scaling: float
+    causal: bool = True
 
 
 def layer(batch=2, heads=4, key_heads=None, length=7, size=3, seed=0, scaling=0.6, dtype=torch.float64):
@@ -35,7 +36,7 @@ def slow_visible(side, mask):
     visible = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for b in range(batch):
         for i in range(length):
-            for j in range(i + 1):
+            for j in range(i + 1 if side.causal else length):
                 visible[b, :, i, j] = bool(real[b, i] and real[b, j])
     return visible
 
@@ -75,10 +76,11 @@ def test_value_and_gradients_are_the_slow_reference(loss, key_heads, mask):
         torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_several_blocks_of_queries(loss):
-    """90 queries are more than one block, and not a whole number of them."""
-    student, teacher = layer(length=90, key_heads=2), layer(length=90, seed=1)
+def test_several_blocks_of_queries(loss, causal):
+    """90 queries are more than one block, and not a whole number of them; an encoder's see later keys too."""
+    student, teacher = (layer(length=90, **own)._replace(causal=causal) for own in ({"key_heads": 2}, {"seed": 1}))
     mask = torch.ones(2, 90)
     mask[0, :9] = mask[1, 70:] = 0
     gradients = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models.conftest import config_of
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, OPTConfig, OPTForCausalLM, T5Config
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2ForSequenceClassification, LlamaConfig, T5Config
 
 from kncompress.errors import UserError
 from kncompress.models.anatomy import anatomy_of
@@ -46,23 +46,21 @@ def test_inner_size_comes_from_the_config(tiny_config):
 
 @pytest.mark.parametrize("source", ["config", "model"])
 def test_unknown_family_is_named_with_its_modules(source):
-    config = OPTConfig(
-        vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
-    )
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(UserError) as caught:
-        anatomy_of(config if source == "config" else OPTForCausalLM(config))
+        anatomy_of(config if source == "config" else BloomForCausalLM(config))
     text = str(caught.value)
-    assert text.startswith("model_type=opt: no table of its maps; it has 1 Embedding, 7 Linear, 1 OPTLearned")
-    assert "known: gpt2, llama; a new family is one entry of FAMILIES in kncompress/models/anatomy.py" in text
+    assert text.startswith("model_type=bloom: no table of its maps; it has 1 Embedding, 5 Linear; known: bert, gpt2, ")
+    assert "qwen3; a new family is one entry of the table in kncompress/models/families.py" in text
 
 
 def test_unknown_family_without_a_language_model_is_named():
-    with pytest.raises(UserError, match="model_type=t5: no table of its maps; known: gpt2, llama"):
+    with pytest.raises(UserError, match="model_type=t5: no table of its maps; known: bert, gpt2, gpt_neox"):
         anatomy_of(T5Config())
 
 
 def test_llama_names_in_forward_order():
-    names = list(anatomy_of(config_of("llama_untied")).sites)
+    names = list(anatomy_of(config_of("llama.untied")).sites)
     layer = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"]
     assert names == ["embedding", *(f"layers.{i}.{name}" for i in range(3) for name in layer), "head"]
 
@@ -88,7 +86,8 @@ def test_the_table_matches_the_modules(model_of_kind):
         sizes[id(module.weight)] = (sum(site.out_features for site in sites), sites[0].in_features)
         assert tuple(torch.cat([dense_weight(module, site) for site in sites]).shape) == sizes[id(module.weight)]
     left = [name for name, p in model_of_kind.named_parameters() if p.ndim == 2 and id(p) not in sizes]
-    assert left == (["transformer.wpe.weight"] if table.family.model_type == "gpt2" else [])
+    learned = {"gpt2": ["transformer.wpe.weight"], "opt": ["model.decoder.embed_positions.weight"]}
+    assert left == learned.get(table.family.model_type, [])
 
 
 def test_families_have_the_names_that_taps_and_layerdrop_use(model_of_kind):

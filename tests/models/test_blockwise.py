@@ -45,7 +45,7 @@ def errors(dense, model, tokens):
 
 
 @pytest.mark.parametrize("start", ["nearest", "sequential"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama_bias"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama.bias"])
 def test_blocks_come_nearer_on_unseen_text(kind, start, text):
     dense = random_model(config_of(kind))
     fitted, repaired = copy.deepcopy(dense), copy.deepcopy(dense)

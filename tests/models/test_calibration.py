@@ -21,7 +21,7 @@ from kncompress.models.calibration import (
 )
 from kncompress.models.compress import compress_
 from kncompress.models.fitting import Work
-from kncompress.models.layerwise import CalibrationText, HiddenStates
+from kncompress.models.layerwise import CalibrationText, HiddenStates, before_head
 from kncompress.models.plan import Plan, RightFactor
 from kncompress.models.swap import module_at
 
@@ -68,7 +68,8 @@ def test_maps_share_the_moment_of_their_input(model_of_kind):
     shared = {
         name: [site.name.rpartition(".")[2] for site in s] for name, s in inputs_of(anatomy_of(model_of_kind)).items()
     }
-    hidden = ["gate", "up"] if model_of_kind.config.model_type == "llama" else ["up"]
+    gated = model_of_kind.config.model_type in ("llama", "qwen2", "qwen3")
+    hidden = ["gate", "up"] if gated else ["up"]
     assert shared["layers.1.qkv"] == ["q", "k", "v"]
     assert shared["layers.1.o"] == ["o"]
     assert shared["layers.1.mlp"] == hidden
@@ -140,7 +141,7 @@ def test_hidden_states_are_those_of_the_model(model_of_kind, text):
     states = HiddenStates(model, text)
     for layer in model.base_model.get_submodule(anatomy_of(model).family.layers):
         states.advance(layer)
-    norm = model.base_model.get_submodule(anatomy_of(model).family.final_norm)
+    norm = before_head(model)
     for number, ids in enumerate(text.batches()):
         expected = model.base_model(ids).last_hidden_state
         torch.testing.assert_close(states.apply(norm, number), expected)

@@ -63,9 +63,9 @@ def test_agrees_with_the_real_thing(kind, plan, layers):
     assert list(rows) == [*sites, *(["head"] if "head" not in sites else [])]
     for name, site in sites.items():
         module = module_at(model, site)
-        module = getattr(module, site.part) if site.part and type(module).__name__ == "FusedMaps" else module
+        fused = site.part and type(module).__name__ != "FusedMaps"
+        module = getattr(module, site.part) if site.part and not fused else module
         factors = [p for key, p in module.named_parameters() if key in ("left", "right", "weight")]
-        fused = type(module).__name__ == "Conv1D" and site.part
         assert rows[name].parameters == sum(p.numel() for p in factors) // (3 if fused else 1)
         assert (rows[name].shape == "dense") == (len(factors) == 1)
     assert sum(row.parameters for row in found.maps) + found.other_parameters == unique_parameters(model)
@@ -135,7 +135,7 @@ def test_presets_that_do_not_fit_tell_why():
 
 
 def test_as_json():
-    found = inspect_config(config_of("llama_untied"), PLANS["factors"], (0, 2))
+    found = inspect_config(config_of("llama.untied"), PLANS["factors"], (0, 2))
     read = json.loads(json.dumps(found.as_dict()))
     assert read["layers"] == {"teacher": 3, "kept": [0, 2]}
     assert read["totals"] == found.totals

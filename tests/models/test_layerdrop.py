@@ -20,6 +20,8 @@ from kncompress.models.taps import capture
 def by_hand(model, layers):
     """The same weights under the new numbers, in a model that transformers builds at that depth."""
     config = copy.deepcopy(model.config)
+    if getattr(config, "layer_types", None) is not None:  # Qwen
+        config.layer_types = [config.layer_types[layer] for layer in layers]
     config.num_hidden_layers = len(layers)
     shallow = type(model)(config).eval()
     path = f"{model.base_model_prefix}.{anatomy_of(model).family.layers}"

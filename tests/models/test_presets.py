@@ -42,7 +42,7 @@ def test_unique_parameters_of_gpt2_small(name):
     assert report.parameters_before == PARAMETERS["dense"]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama_untied"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_fit_other_widths_and_families(name, model_of_kind, ids):
     before = unique_parameters(model_of_kind)

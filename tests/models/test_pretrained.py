@@ -127,6 +127,7 @@ def hybrids(model):
     return Plan(entries)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2.untied", "llama", "llama.untied", "llama.bias"])
 def test_hybrids_come_back_in_another_process(model_of_kind, tmp_path, ids):
     """Both families, tied and untied, with biases: logits to the bit, a continuation, the dense export."""
     compress_(model_of_kind, hybrids(model_of_kind))

@@ -111,12 +111,12 @@ def test_inputs_are_those_that_the_maps_before_leave(tiny, text):
     assert row.weighted == pytest.approx(error, rel=0.02)  # 6 tokens of the text are no whole block
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama_untied"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
 def test_embedding_and_head_are_part_of_the_chain(kind, text):
     """A factored embedding is the first error to answer to; an untied head the last map."""
     dense = random_model(config_of(kind))
     entries = {"embedding": RightFactor((1, 2)), "layers.1.mlp.*": RightFactor((2, 1))}
-    if kind == "llama_untied":
+    if kind == "llama.untied":
         entries["head"] = RightFactor((1, 2))
     ids = torch.from_numpy(text.tokens[:1024]).view(-1, 16)
     found = {}

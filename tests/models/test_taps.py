@@ -56,7 +56,9 @@ def test_taps_of_every_kind(model_of_kind, ids):
     model_of_kind.set_attn_implementation("eager")
     shown = model_of_kind(ids, output_attentions=True, output_hidden_states=True)
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
-    heads = (2, 2, 12) if model_of_kind.config.model_type == "gpt2" else (4, 2, 8)
+    sizes = anatomy_of(model_of_kind).family.sizes(model_of_kind.config)
+    counts = [sizes.get(name, sizes["width"]) // sizes["head"] for name in ("queries", "keys")]
+    heads = (*counts, sizes["head"])
     for tap, expected in zip(taps.attention, shown.attentions, strict=True):
         assert (tap.query.shape, tap.key.shape) == ((2, heads[0], 7, heads[2]), (2, heads[1], 7, heads[2]))
         key = tap.key.repeat_interleave(heads[0] // heads[1], dim=1)
@@ -65,9 +67,14 @@ def test_taps_of_every_kind(model_of_kind, ids):
     torch.testing.assert_close(taps.embedding, shown.hidden_states[0])
     torch.testing.assert_close(taps.hidden[0], shown.hidden_states[1], atol=1e-3, rtol=1e-3)
     layer = model_of_kind.base_model.get_submodule(anatomy_of(model_of_kind).family.layers)[1]
-    norm = layer.ln_2 if hasattr(layer, "ln_2") else layer.post_attention_layernorm
-    after_attention = taps.hidden[1] - taps.feed_forward[1]
-    torch.testing.assert_close(layer.mlp(norm(after_attention)), taps.feed_forward[1], atol=1e-2, rtol=1e-3)
+    family = model_of_kind.config.model_type
+    # Both parts of a GPT-NeoX layer read what enters it.
+    reads = taps.hidden[0] if family == "gpt_neox" else taps.hidden[1] - taps.feed_forward[1]
+    if family == "opt":
+        made = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(reads))))
+    else:
+        made = layer.mlp((layer.ln_2 if family == "gpt2" else layer.post_attention_layernorm)(reads))
+    torch.testing.assert_close(made, taps.feed_forward[1], atol=1e-2, rtol=1e-3)
 
 
 def test_scaling_by_layer_is_recorded(tiny_config, ids):

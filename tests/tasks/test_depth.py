@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig
+from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
@@ -66,8 +66,8 @@ def test_mistakes_are_named(depth, message):
 
 
 def test_a_family_without_a_table_is_named():
-    with pytest.raises(UserError, match="model_type=opt"):
-        student_layers(FactorsConfig(depth=2), OPTConfig())
+    with pytest.raises(UserError, match="model_type=bloom"):
+        student_layers(FactorsConfig(depth=2), BloomConfig())
 
 
 def test_factors_count_the_students_layers():

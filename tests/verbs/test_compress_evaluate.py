@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, GPT2LMHeadModel
 from verbs.conftest import read
 
 from kncompress.models.pretrained import to_dense
@@ -214,3 +214,18 @@ def test_symmetries_lower_the_error_of_a_model_that_loads(command: Any, tiny: Pa
     code, _, err = command("compress", f"model={tiny}", "calibration.symmetries=[hidden,head]", "run_dir=bad")
     assert code == 2 and "calibration.symmetries=head: not one of hidden, heads, residual" in err
     assert err.count("\n") == 1 and not Path("bad").exists()
+
+
+def test_a_masked_language_model_is_compressed_but_not_scored(command: Any, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    code, out, err = command("compress", f"model={tmp_path / 'bert'}", "factors=kngpt2", "run_dir=run")
+    assert code == 0, err
+    assert "layers.1.mlp.up" in out
+    assert isinstance(AutoModelForMaskedLM.from_pretrained("run/model"), BertForMaskedLM)
+    for verb in ("evaluate", "train", "plan", "glue"):
+        code, _, err = command(verb, "model=run/model", "run_dir=other")
+        assert code == 2 and err.count("\n") == 1 and f"{verb} needs one that predicts the next token" in err
+    assert not Path("other").exists()
