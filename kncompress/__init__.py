@@ -2,7 +2,7 @@
 
 Importing the package imports neither torch nor transformers. It arranges that compressed folders load by
 plain ``from_pretrained``: the ``kronecker`` loader registers itself when ``transformers.quantizers`` is
-imported, or now, where that has already happened.
+imported, or now, where that has already happened. In the same way peft learns LoRA on factored maps.
 """
 
 import importlib
@@ -14,22 +14,24 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_HOST = "transformers.quantizers"
+_PLUGINS = {
+    "transformers.quantizers": "kncompress.models.plugin",
+    "peft.tuners.lora.config": "kncompress.models.lora",
+}
+"""Host -> the module of ours that registers itself there at its end.
 
-
-def _register() -> None:
-    # The plug-in registers itself at its end. It may be the one that imports the host: then it is half-way
-    # through here, and this import does nothing.
-    importlib.import_module("kncompress.models.plugin")
+It may be the one that imports the host: then it is half-way through when the host has run, and importing it does
+nothing.
+"""
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Finds ``transformers.quantizers`` as Python would, and registers the loader once it has run."""
+    """Finds a host as Python would, and imports its plug-in once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _HOST:
+        if fullname not in _PLUGINS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -38,13 +40,14 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _register()
+            importlib.import_module(_PLUGINS[fullname])
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _HOST in sys.modules:
-    _register()
-elif not any(type(finder).__name__ == _RegisterAfterImport.__name__ for finder in sys.meta_path):
+for _host, _plugin in _PLUGINS.items():
+    if _host in sys.modules:
+        importlib.import_module(_plugin)
+if not any(type(finder).__name__ == _RegisterAfterImport.__name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, _RegisterAfterImport())
