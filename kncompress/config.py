@@ -280,6 +280,8 @@ class RunConfig:
     run_dir: str | None = None
     """Folder of this run; null: ``runs/<verb>-<experiment>-<time>``."""
     seed: int = 0
+    fail_fast: bool = False
+    """In a sweep (``-m``): start no further job once one has failed."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))
 
 
@@ -357,8 +359,9 @@ class TrainConfig(FactoringConfig):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     resume: str | None = None
-    """Folder of an unfinished run to continue; ``auto``: the run in ``run_dir``, or without one the newest in ``runs/``
-    with this configuration, and a new run where there is none; ``never`` or null: a new run."""
+    """Folder of an unfinished run or sweep to continue; ``auto``: the run in ``run_dir``, or without one the newest in
+    ``runs/`` with this configuration, and a new run where there is none; ``never`` or null: a new run. A sweep goes on
+    with the newest of the same jobs unless ``never``."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kncompress.commands.compose import typed
-from kncompress.commands.run_folder import RUN_DIR, inherited
+from kncompress.commands.run_folder import RUN_DIR, discard, inherited
+from kncompress.commands.sweep_folder import FILE, done_elsewhere, not_own
 from kncompress.commands.sweep_table import write_sweep_table
 from kncompress.commands.verbs import Verb
 from kncompress.errors import UserError
@@ -32,6 +33,8 @@ from kncompress.tracking.process import process_rank
 from kncompress.tracking.whole_file import write_text
 
 _DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
+FAILED = ".failed"
+"""File in a sweep's folder once a job has failed, where that is to stop it."""
 _CHILD_WAITS = 30.0
 """Seconds that a failed process of a distributed run gives the main process to fail by itself."""
 _OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
@@ -45,8 +48,8 @@ class Job:
     spoken: dict[str, str] = field(default_factory=dict)
     """``{Hydra's override: the user's word}`` for presets that stand for paths."""
     sweep_dir: Path | None = None
-    sweep_jobs: tuple[tuple[str, ...], ...] = ()
-    """The words of every job of the sweep; empty where the sweeper chooses as it goes."""
+    fail_fast: bool = False
+    """Whether a failed job of the sweep keeps the later ones from starting."""
     words_of_all: tuple[str, ...] | None = None
     """The user's words where Hydra's overrides do not tell them (``resume=``)."""
 
@@ -78,8 +81,16 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     folder = inherited() or Path(hydra.runtime.output_dir)
     words = job.words(list(hydra.overrides.task))
     _one_handler()
+    if job.sweep_dir is not None and job.fail_fast and (job.sweep_dir / FAILED).exists():
+        if "resume" not in composed or composed.resume is None:
+            discard(folder, made=True)
+        return {"status": "pending", "exit_code": 0}
+    if job.sweep_dir is not None and process_rank() == 0 and done_elsewhere(folder):
+        # A queue such as SLURM's may still hold the jobs of an earlier command that was killed.
+        print(f"job {folder.name}: finished or at work elsewhere", flush=True)
+        return {"status": "elsewhere", "exit_code": 0}
     if job.sweep_dir is not None:
-        print(f"job {hydra.job.num}: {' '.join(words)}", flush=True)
+        print(f"job {folder.name}: {' '.join(words)}", flush=True)
     try:
         config = typed(job.verb.config, composed)
         config.run_dir = str(folder)
@@ -103,7 +114,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     if outcome["status"] == "interrupted":
         raise Interrupted(outcome["exit_code"])
     if outcome["exit_code"]:
-        name = f"job {hydra.job.num}: " if job.sweep_dir is not None else ""
+        name = f"job {folder.name}: " if job.sweep_dir is not None else ""
         print(f"kncompress: {name}{outcome['error']}", file=sys.stderr, flush=True)
     return outcome
 
@@ -148,9 +159,12 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -
         _mark_interrupted(folder / "run.json")
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
-        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(words)))
-    if job.sweep_dir is not None and job.sweep_jobs:
-        write_sweep_table(job.sweep_dir, job.sweep_jobs)
+        kept = not_own(words) if job.sweep_dir is not None else words
+        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(kept)))
+    if job.sweep_dir is not None and outcome["exit_code"] and job.fail_fast:
+        (job.sweep_dir / FAILED).touch()
+    if job.sweep_dir is not None and (job.sweep_dir / FILE).exists():
+        write_sweep_table(job.sweep_dir)
 
 
 def _mark_interrupted(file: Path) -> None:
@@ -187,7 +201,11 @@ def _environment(job: Job, words: list[str], folder: Path) -> Iterator[None]:
 
 
 def _one_handler() -> None:
-    """Leave Hydra's handlers alone to write log lines: Lightning's own would write each a second time."""
+    """Leave Hydra's handlers alone to write log lines: Lightning's own would write each a second time.
+
+    Hydra's line about the next job of a sweep would stand in the log of the job before.
+    """
+    logging.getLogger("hydra").setLevel(logging.WARNING)
     for name in _OWN_HANDLERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -25,6 +25,13 @@ from kncompress.errors import UserError
 _FLAGS = {"-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--show": "show"}
 _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
 _FUNCTION = re.compile(r"(glob|sort|shuffle|tag|extend_list)\(.*\)", re.DOTALL)
+_LAUNCHERS = {
+    "joblib": ("hydra-joblib-launcher", "sweeps"),
+    "ray": ("hydra-ray-launcher", "ray"),
+    "slurm": ("hydra-submitit-launcher", "slurm"),
+    "submitit_slurm": ("hydra-submitit-launcher", "slurm"),
+    "submitit_local": ("hydra-submitit-launcher", "slurm"),
+}
 _SET_BY_DISPATCHER = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir")
 
 
@@ -86,14 +93,20 @@ def to_hydra(
 
 
 def _check_plugin(key: str, text: str) -> None:
-    """Raises UserError for a launcher whose plugin is not installed."""
-    if key == "hydra/launcher" and text in ("slurm", "submitit_slurm", "submitit_local"):
-        try:
-            found = importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher")
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            raise UserError(f"{key}={text}: needs hydra-submitit-launcher: pip install 'kncompress[slurm]'")
+    """Raises UserError for a launcher whose plugin is not installed, and for Hydra's sweeper that cannot go on."""
+    if key == "hydra/launcher" and text in _LAUNCHERS:
+        package, extra = _LAUNCHERS[text]
+        if not _installed(f"hydra_plugins.{package.replace('-', '_')}"):
+            raise UserError(f"{key}={text}: needs {package}: pip install 'kncompress[{extra}]'")
+    if key == "hydra/sweeper" and text == "optuna":
+        raise UserError(f"{key}={text}: its study cannot be resumed; hydra/sweeper=pareto is our own, on Optuna too")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _group_value(group: str, text: str, references: References, multirun: bool) -> str:

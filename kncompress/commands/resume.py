@@ -18,7 +18,7 @@ from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
 
-_OWN = ("run_dir", "resume")
+_OWN = ("run_dir", "resume", "fail_fast")
 
 
 def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[str]) -> tuple[Path, str]:
@@ -82,6 +82,11 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
             if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given):
                 return folder
     return None
+
+
+def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """``{key: (saved, given)}`` of all keys in which the run in ``folder`` differs from ``config``."""
+    return _differences(_saved(verb, folder), _plain_of(config))
 
 
 def _saved(verb: Verb, folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def verb_help(verb: Verb) -> str:
     lines = [f"usage: kncompress {verb.name} [-m] [--show] [key=value ...]", "", verb.summary]
     lines += [inspect.cleandoc(verb.config.__doc__ or "").replace("``", ""), "", "groups (group=choice):"]
     for group in groups():
-        if group in defaults or group == "experiment":
+        if group in defaults or group == "experiment" or (group == "sweep" and verb.name == "train"):
             marked = [f"{name} (default)" if name == defaults.get(group) else name for name in options(group)]
             place = _PLACES[group] if group in GROUPS_WITH_PATHS else ""
             lines.append(f"  {group:<10} {' | '.join(marked)}{place}")

@@ -39,12 +39,14 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
                 raise RuntimeError("the loss is not finite")
             case "user":
                 raise UserError("trainer.steps=3: too few")
-            case "wait":
+            case "wait" if not resume:
                 (run_dir / "waiting").touch()
                 try:
                     time.sleep(60)
                 finally:
                     (run_dir / "cleaned").touch()
+            case "flaky" if not resume:
+                raise RuntimeError("no space left on device")
             case "swallow":  # as a training loop that stops at the next step
                 (run_dir / "waiting").touch()
                 try:
@@ -57,7 +59,11 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
             case "ddp":
                 os.environ["MASTER_PORT"] = "12345"
                 _start_child()
-        record.finish("finished", {"perplexity": 10.0 + config.seed, "steps": config.trainer.steps or 0})
+        metrics = {"perplexity": 10.0 + config.seed, "steps": config.trainer.steps or 0}
+        if config.factors.mlp is not None:  # two that pull apart, as in a search
+            metrics |= {"parameters/student": 100 * config.factors.mlp.terms}
+            metrics |= {"perplexity/student": 20.0 / config.factors.mlp.terms + config.seed}
+        record.finish("finished", metrics)
     return None
 
 

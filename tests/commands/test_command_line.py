@@ -133,7 +133,8 @@ def test_environment_variable_in_a_value(shown, monkeypatch):
 def _verb_of(group: str, option: str) -> str:
     if group == "experiment" and option.startswith("glue"):
         return "glue"
-    return next(verb for verb in ("train", "compress", "evaluate") if group in {**defaults_of(verb), "experiment": ""})
+    anywhere = ("experiment", "sweep")
+    return next(verb for verb in ("train", "compress", "evaluate") if group in (*defaults_of(verb), *anywhere))
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, name) for group in groups() for name in options(group)])

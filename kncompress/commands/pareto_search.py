@@ -1,0 +1,173 @@
+"""``sweep=optuna_shapes``: a search that minimises several metrics at once and keeps a Pareto front, on Optuna.
+
+hydra-optuna-sweeper is not used: it needs Optuna 2, which fails on SQLAlchemy 2 and so cannot resume a study. The
+study is ``study.db`` (sqlite) in the sweep's folder; its trials tell their job in the attribute ``job``.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from kncompress.commands.sweep_folder import result_of
+from kncompress.errors import UserError
+
+if TYPE_CHECKING:
+    from kncompress.commands.multirun import Launcher
+
+TARGET = f"{__name__}.Search"
+_ASKED = 20
+"""Trials that are asked for in a row without a new job until the search ends: the space is small, or exhausted."""
+
+
+def is_search(composed: DictConfig) -> bool:
+    """Whether the composed sweeper is this search."""
+    return bool(composed.hydra.sweeper._target_ == TARGET)
+
+
+@dataclass
+class Search:
+    """What is searched and for how long: ``conf/hydra/sweeper/pareto.yaml``."""
+
+    metrics: list[str]
+    """Names in ``result.json``, all minimised."""
+    jobs: int
+    parallel: int
+    seed: int
+    fixed: list[str]
+    space: dict[str, Any]
+    """``{key in Hydra's grammar: its override}``."""
+
+    @classmethod
+    def of(cls, hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> "Search":
+        """Read the settings and split ``overrides`` into fixed ones and those that are searched.
+
+        Raises UserError where Optuna is not installed, nothing is searched, or a setting is wrong.
+        """
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("hydra/sweeper=pareto: needs optuna: pip install 'kncompress[sweeps]'")
+        settings = composed.hydra.sweeper
+        for name in ("jobs", "parallel"):
+            if type(settings[name]) is not int or settings[name] < 1:
+                raise UserError(f"hydra.sweeper.{name}={settings[name]}: must be a whole number from 1")
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(overrides))
+        last = {override.get_key_element(): override for override in parsed}
+        fixed = [
+            f"{key}={override.get_value_element_as_str()}" for key, override in last.items()
+            if not override.is_sweep_override()
+        ]  # fmt: skip
+        space = {key: override for key, override in last.items() if override.is_sweep_override()}
+        if not space:
+            raise UserError("hydra/sweeper=pareto: nothing to search; give a key several values, key=1,2 or range(1,9)")
+        return cls(list(settings.metrics), settings.jobs, settings.parallel, settings.seed, fixed, space)
+
+    def first(self) -> list[str]:
+        """A job with the first value of every key, to be checked before anything is written."""
+        low = {key: d.choices[0] if hasattr(d, "choices") else d.low for key, d in self._distributions().items()}
+        return self._overrides(low)
+
+    def run(self, launcher: "Launcher") -> None:
+        """Go on until the sweep has ``jobs`` jobs, or the space has no new one."""
+        study = self._study(launcher.folder)
+        left = [n for n in range(len(launcher.sweep.jobs)) if not self._told(study, launcher.folder, n)]
+        for number in left:
+            launcher.run([number])
+            self._tell(study, launcher.folder, number)
+        while batch := self._batch(study, launcher):
+            launcher.run(batch)
+            for number in batch:
+                self._tell(study, launcher.folder, number)
+            if launcher.stopped:
+                return
+
+    def _batch(self, study: Any, launcher: "Launcher") -> list[int]:
+        """Up to ``parallel`` new jobs; none where there are enough or the space is exhausted."""
+        import optuna
+
+        batch: list[int] = []
+        asked = 0
+        while len(batch) < self.parallel and len(launcher.sweep.jobs) < self.jobs and asked < _ASKED:
+            asked += 1
+            trial = study.ask(self._distributions())
+            overrides = self._overrides(trial.params)
+            if (again := launcher.find(overrides)) is not None:  # known: the sampler is told, nothing is computed
+                values = self._values(launcher.folder, again)
+                state = None if values else optuna.trial.TrialState.FAIL
+                study.tell(trial, values, state=state)
+                continue
+            batch.append(launcher.add(overrides))
+            trial.set_user_attr("job", batch[-1])
+        return batch
+
+    def _study(self, folder: Path) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+        study = optuna.create_study(
+            storage=storage,
+            study_name="shapes",
+            directions=["minimize"] * len(self.metrics),
+            load_if_exists=True,
+        )
+        # A resumed sampler must not repeat its first proposals.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials), n_startup_trials=8)
+        return study
+
+    def _tell(self, study: Any, folder: Path, number: int) -> None:
+        """Tell the study how job ``number`` ended. One that failed before and now has not is a trial of its own."""
+        import optuna
+
+        state = optuna.trial.TrialState
+        values = self._values(folder, number)
+        trials = [trial for trial in study.trials if trial.user_attrs.get("job") == number]
+        for trial in trials:
+            if trial.state == state.RUNNING:
+                study.tell(trial.number, values, state=None if values else state.FAIL)
+                return
+        if values and trials and not any(trial.state == state.COMPLETE for trial in trials):
+            known = trials[-1]
+            study.add_trial(
+                optuna.trial.create_trial(
+                    values=values, params=known.params, distributions=known.distributions, user_attrs={"job": number}
+                )
+            )
+
+    def _told(self, study: Any, folder: Path, number: int) -> bool:
+        """Whether job ``number`` has finished and the study knows it."""
+        from optuna.trial import TrialState
+
+        done = [t for t in study.trials if t.user_attrs.get("job") == number and t.state == TrialState.COMPLETE]
+        return bool(done) and result_of(folder / str(number)).get("status") == "finished"
+
+    def _values(self, folder: Path, number: int) -> list[float] | None:
+        result = result_of(folder / str(number))
+        found = [(result.get("metrics") or {}).get(name) for name in self.metrics]
+        finished = result.get("status") == "finished" and all(isinstance(value, int | float) for value in found)
+        return [float(value) for value in found if value is not None] if finished else None
+
+    def _distributions(self) -> dict[str, Any]:
+        return {key: _distribution(override) for key, override in self.space.items()}
+
+    def _overrides(self, params: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(f"{key}={params[key]}" for key in self.space)]
+
+
+def _distribution(override: Any) -> Any:
+    """``range(a,b)`` of whole numbers and ``interval(a,b)`` are ordered, everything else is a set of choices."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if override.is_interval_sweep():
+        value = override.value()
+        return FloatDistribution(float(value.start), float(value.end), log="log" in value.tags)
+    if override.is_range_sweep():
+        value = override.value()
+        if all(isinstance(part, int) for part in (value.start, value.stop, value.step)) and value.step > 0:
+            numbers = range(value.start, value.stop, value.step)
+            return IntDistribution(numbers[0], numbers[-1], step=value.step)
+    return CategoricalDistribution([str(text) for text in override.sweep_string_iterator()])
