@@ -11,6 +11,7 @@ from kncompress.config import (
     BenchConfig,
     CompressConfig,
     EvaluateConfig,
+    ExportConfig,
     GlueConfig,
     InspectConfig,
     PlanConfig,
@@ -27,6 +28,7 @@ VERBS: dict[str, Verb] = {
         Verb("inspect", InspectConfig, "kncompress.commands.inspect", "Count what factors save, without weights."),
         Verb("evaluate", EvaluateConfig, "kncompress.commands.evaluate", "Measure a model's perplexity."),
         Verb("bench", BenchConfig, "kncompress.commands.bench", "Measure speed and memory beside rivals."),
+        Verb("export", ExportConfig, "kncompress.commands.export", "Write a model that runs without this package."),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }

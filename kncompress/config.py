@@ -489,6 +489,40 @@ class BenchConfig(RunConfig):
 
 
 @dataclass
+class ExportConfig(RunConfig):
+    """``export``: a model, compressed or not, in a form that runs without this package, checked before it is kept.
+
+    ``dense``, ``onnx`` and ``int8`` leave a folder ``model/``, with the tokenizer where there is one; ``merged`` leaves
+    ``merged.safetensors``. An export that fails its check leaves neither, one line says why, and the exit code is 1.
+    """
+
+    format: str = "dense"
+    """``dense``: a plain transformers folder, the factors multiplied out; ``merged``: its weights as one safetensors
+    file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same, its weights as 8-bit
+    integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
+    dtype: str = "float32"
+    """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
+    tolerance: float | None = None
+    """Most that a logit may change, as a share of the largest; null: 1e-4, or 1e-2 of an ONNX file in float16. ``int8``
+    is measured by its perplexity instead."""
+    int8_tolerance: float = 0.02
+    """Most that ``int8`` may raise the perplexity, as a share of that of the ONNX file which it is made from."""
+    tokens: int = 16384
+    """Tokens of ``data`` on which that is measured."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text of ``int8``; other formats read none."""
+
+    FORMATS = ("dense", "merged", "onnx", "int8")
+
+    def __post_init__(self) -> None:
+        _choice("format", self.format, self.FORMATS)
+        types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
+        _choice("dtype", self.dtype, types.get(self.format, ("float32", "float16", "bfloat16")))
+        for name in ("tolerance", "int8_tolerance", "tokens"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass
 class GlueDataConfig:
     """The GLUE tasks, and how they become sequences."""
 

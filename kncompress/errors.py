@@ -1,4 +1,4 @@
-"""The one exception that is the user's to fix."""
+"""What ends a verb in one line, without a traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Every verb turns it into that line on standard error and exit code 2; nothing is written before it.
     """
+
+
+class CheckFailed(Exception):
+    """A check of a verb's own result said no, and no input is wrong: one line that says what, exit code 1."""

@@ -26,7 +26,7 @@ from kncompress.commands.run_folder import RUN_DIR, discard, inherited
 from kncompress.commands.sweep_folder import FILE, done_elsewhere, not_own
 from kncompress.commands.sweep_table import write_sweep_table
 from kncompress.commands.verbs import Verb
-from kncompress.errors import UserError
+from kncompress.errors import CheckFailed, UserError
 from kncompress.tracking import signals
 from kncompress.tracking.process import outcome as outcome_of
 from kncompress.tracking.process import process_rank
@@ -102,7 +102,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
             outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
     except BaseException as error:
         outcome = _failure(error)
-        if signals.received() is None and outcome["exit_code"] != 2:
+        if signals.received() is None and not isinstance(error, UserError | CheckFailed):
             _log_traceback(error, on_stderr=job.sweep_dir is None)
     number = signals.received()
     if number is not None:
@@ -137,7 +137,7 @@ def _end_of_child(outcome: dict[str, Any]) -> dict[str, Any]:
 def _failure(error: BaseException) -> dict[str, Any]:
     status, code = outcome_of(error)
     text = " ".join(str(error).split())
-    if status == "failed" and not isinstance(error, UserError):
+    if status == "failed" and not isinstance(error, UserError | CheckFailed):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return {"status": status, "exit_code": code} | ({"error": text} if code else {})
 

@@ -65,7 +65,8 @@ def kronecker_linear(
         bias: (M,).
         order: which factors come first, ``right`` or ``left``, or ``formed`` to multiply by W itself. None
             picks the cheaper order, and ``formed`` where the factored product costs more multiply-adds than
-            the dense one and there are vectors enough to pay for forming W.
+            the dense one and there are vectors enough to pay for forming W. A graph that ``torch.export`` records
+            is to serve any number of vectors and to hold the factors: there it never forms W.
 
     Returns:
         (..., M).
@@ -80,7 +81,8 @@ def kronecker_linear(
     if order is None:
         order = cheaper_order((m1, n1), (m2, n2), terms)
         extra = product_cost((m1, n1), (m2, n2), terms, order)[0] - m1 * m2 * n1 * n2
-        if extra > 0 and x.numel() * extra > _FORMING * terms * m1 * m2 * (n1 * n2) ** 2:
+        many = not torch.compiler.is_exporting() and x.numel() * extra > _FORMING * terms * m1 * m2 * (n1 * n2) ** 2
+        if extra > 0 and many:
             order = "formed"
     if order == "right" and n1 == m2 == 1:  # outer products: the two plain products of a low-rank map
         return F.linear(F.linear(x, right.reshape(terms, n2)), left.reshape(terms, m1).T, bias)
@@ -107,9 +109,9 @@ def _block(side: int, other: int, factor: int, vectors: int) -> int:
     """Rows of the identity to form with a right factor of ``factor`` numbers, which meets ``side`` numbers; 0: none.
 
     A divisor of ``side`` that adds an eighth to the multiply-adds at most; ``other`` is the left factor's second side.
-    None for a few vectors, whose time is that of the calls, nor where only a small one fits.
+    None for a few vectors, whose time is that of the calls, nor where only a small one fits, nor in an exported graph.
     """
-    if vectors < _BLOCK:
+    if torch.compiler.is_exporting() or vectors < _BLOCK:
         return 0
     most = min(_BLOCK, other // (8 * factor))
     return next((block for block in range(most, 3, -1) if side % block == 0), 0)
@@ -157,7 +159,7 @@ def _right_first(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     # Right factors on the left-hand side of the product: z comes out with n1 last, ready for the next one.
     z = F.linear(right.reshape(terms * m2, n2), x.reshape(-1, n2))  # (R m2, L n1)
     vectors = z.shape[1] // n1
-    if terms > 1 and vectors * m2 < n1:
+    if terms > 1 and not torch.compiler.is_exporting() and vectors * m2 < n1:
         # Few vectors: R outputs to be added are fewer numbers than a concatenated copy of the left factors.
         y = torch.bmm(z.view(terms, m2 * vectors, n1), left.transpose(1, 2)).sum(0, dtype=z.dtype)
     else:

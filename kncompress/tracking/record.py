@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat
 
 from filelock import FileLock, Timeout
 
-from kncompress.errors import UserError
+from kncompress.errors import CheckFailed, UserError
 from kncompress.tracking.config_file import config_differences, read_config, write_config
 from kncompress.tracking.origin import code_commit, machine, versions
 from kncompress.tracking.process import Status, outcome, peak_memory, process_rank
@@ -234,7 +234,7 @@ def _number(name: str, value: SupportsFloat) -> float | int | None:
 
 def _one_line(error: BaseException) -> str:
     text = next(iter(str(error).splitlines()), "")
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if isinstance(error, UserError | CheckFailed) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _now() -> str:

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, whenever the process dies."""
+"""Files and folders that are there whole or not at all, whenever the process dies."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,3 +30,13 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, which must not exist; it takes that name once the block ended well."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
+        fresh = Path(parent) / folder.name
+        fresh.mkdir()
+        yield fresh
+        fresh.replace(folder)

@@ -118,3 +118,18 @@ def test_blocks_of_the_identity_under_autocast():
     assert y.dtype == torch.bfloat16
     wanted = F.linear(x, kronecker_weight(left, right), bias)
     assert float((y.float() - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_an_exported_graph_serves_any_number_of_vectors_and_holds_the_factors():
+    """Eager calls choose by the number of vectors between three ways; a recorded graph may not."""
+    from kncompress.kron import KroneckerLinear, parse_shape
+
+    layer = KroneckerLinear(parse_shape("8x12(x)4x4*9")).eval()
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(5, 48),), dynamic_shapes=({0: torch.export.Dim("vectors")},))
+    recorded = program.module()
+    for vectors in (1, 2, 3, 4096):
+        x = torch.randn(vectors, 48)
+        torch.testing.assert_close(recorded(x), layer(x), rtol=1e-4, atol=1e-5)
+    made = [node.meta["val"].shape for node in program.graph.nodes if hasattr(node.meta.get("val"), "shape")]
+    assert (32, 48) not in [tuple(shape) for shape in made]

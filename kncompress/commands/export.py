@@ -1,0 +1,176 @@
+"""``export``: a model in a form that runs without this package, checked before it is kept."""
+
+import copy
+import math
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from kncompress.config import ExportConfig
+from kncompress.data.sources import find_sources
+from kncompress.data.tokenizer import ignored_token
+from kncompress.data.tokens import token_stream
+from kncompress.errors import CheckFailed, UserError
+from kncompress.metrics import perplexity
+from kncompress.models.compress import unique_parameters
+from kncompress.models.merged import write_merged
+from kncompress.models.onnx_graph import check_packages, write_int8, write_onnx
+from kncompress.models.onnx_session import OnnxModel, largest_difference
+from kncompress.models.pretrained import load_model, save_model, to_dense
+from kncompress.tasks.student import locate, model_config, tokenizer_if_any, tokenizer_of
+from kncompress.tracking.record import RunRecord
+from kncompress.tracking.whole_file import filling
+
+_CLASSIFIER = "ForSequenceClassification"
+_WINDOW = 1024
+"""Most tokens in a window of the text."""
+
+
+def check(config: ExportConfig) -> None:
+    """Cheap checks before anything is written: the model, the packages and, for ``int8``, the text exist."""
+    if config.model.path is None:
+        raise UserError("model.path=null: export needs a model that exists")
+    if config.format in ("onnx", "int8"):
+        check_packages(f"format={config.format}")
+    fields = model_config(config.model)
+    if config.format == "int8":
+        if _is_classifier(fields):
+            raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
+        key = config.data.split if config.data.split in ("validation", "test") else "source"
+        source = getattr(config.data, key)
+        find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
+        tokenizer_of(config.model)
+
+
+def run(config: ExportConfig, run_dir: Path) -> dict[str, float]:
+    """Write and check the export in ``run_dir``; returns the metrics that ``result.json`` holds."""
+    check(config)
+    with RunRecord.open(run_dir, "export", asdict(config), config.seed) as record:
+        model = _load(config)
+        metrics: dict[str, float] = {"parameters": unique_parameters(model)}
+        made = {"dense": _dense, "merged": _merged, "onnx": _onnx, "int8": _int8}[config.format]
+        try:
+            file = made(config, model, run_dir, metrics)
+        except CheckFailed as error:
+            record.finish("failed", metrics, error=error)
+            raise
+        metrics["bytes"] = sum(f.stat().st_size for f in ([file] if file.is_file() else file.rglob("*")))
+        record.finish("finished", metrics, file)
+        print(_summary(config, metrics, file))
+    return metrics
+
+
+def _is_classifier(fields: Any) -> bool:
+    return any(name.endswith(_CLASSIFIER) for name in fields.architectures or ())
+
+
+def _load(config: ExportConfig) -> Any:
+    assert config.model.path is not None
+    folder = locate(config.model.path, config.model.gguf_file or "weights")
+    task = {"task": "sequence-classification"} if _is_classifier(model_config(config.model)) else {}
+    return load_model(folder, gguf_file=config.model.gguf_file, dtype=torch.float32, **task)
+
+
+def _dense(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
+    dense = to_dense(model)
+    _compare(config, model, dense, metrics)
+    metrics["parameters/dense"] = unique_parameters(dense)
+    return save_model(dense, run_dir / "model", tokenizer_if_any(config.model), config.dtype)
+
+
+def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
+    dense = to_dense(model)
+    _compare(config, model, dense, metrics)
+    metrics["parameters/dense"] = unique_parameters(dense)
+    file = run_dir / "merged.safetensors"
+    fresh = file.with_name(f".{file.name}.tmp")
+    try:
+        write_merged(dense, fresh, getattr(torch, config.dtype))
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return file
+
+
+def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
+    model = model.to(getattr(torch, config.dtype))
+    folder = run_dir / "model"
+    with filling(folder) as fresh:
+        write_onnx(model, fresh / "model.onnx")
+        _compare(config, model, OnnxModel(fresh / "model.onnx", model.config), metrics)
+        _accompany(config, model, fresh)
+    return folder
+
+
+def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
+    tokenizer = tokenizer_of(config.model)
+    stream = token_stream(config.data, config.data.split, tokenizer)
+    folder = run_dir / "model"
+
+    def scored(file: Path) -> float:
+        score = perplexity(
+            OnnxModel(file, model.config),
+            stream.tokens,
+            min(_WINDOW, model.config.max_position_embeddings),
+            batch_tokens=_WINDOW,
+            limit=config.tokens,
+            ignore=ignored_token(tokenizer),
+        )
+        metrics["tokens"] = score.tokens
+        return score.perplexity
+
+    with TemporaryDirectory(prefix=".onnx.", dir=run_dir) as temporary, filling(folder) as fresh:
+        floats = Path(temporary) / "model.onnx"
+        write_onnx(model, floats)
+        _compare(config, model, OnnxModel(floats, model.config), metrics)
+        write_int8(floats, fresh / "model_int8.onnx")
+        metrics["perplexity/onnx"] = scored(floats)
+        metrics["perplexity/int8"] = scored(fresh / "model_int8.onnx")
+        rise = metrics["perplexity/int8"] / metrics["perplexity/onnx"] - 1
+        if not (math.isfinite(rise) and rise <= config.int8_tolerance):
+            raise CheckFailed(
+                f"int8_tolerance={config.int8_tolerance}: int8 raises the perplexity by {rise:.2%}, from "
+                f"{metrics['perplexity/onnx']:,.2f} to {metrics['perplexity/int8']:,.2f}, and was not kept; "
+                "allow more, or take format=onnx"
+            )
+        _accompany(config, model, fresh)
+    return folder
+
+
+def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, float]) -> None:
+    """Raises CheckFailed where the two models' logits differ by more than ``tolerance``."""
+    wide = config.format == "onnx" and config.dtype == "float16"
+    allowed = config.tolerance or (1e-2 if wide else 1e-4)
+    found = metrics["logits/difference"] = largest_difference(model, other, config.seed)
+    if not found <= allowed:
+        raise CheckFailed(
+            f"tolerance={allowed:g}: the logits of the export differ by {found:.3g} of the largest; nothing was kept"
+        )
+
+
+def _accompany(config: ExportConfig, model: Any, folder: Path) -> None:
+    """What a reader of an ONNX file needs beside it: tokenizer and config."""
+    fields = copy.deepcopy(model.config)
+    if hasattr(fields, "quantization_config"):  # the graph tells the factors
+        del fields.quantization_config
+    fields.save_pretrained(folder)
+    tokenizer = tokenizer_if_any(config.model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _summary(config: ExportConfig, metrics: dict[str, float], file: Path) -> str:
+    lines = [
+        f"{config.model.path} as {config.format}, {metrics['bytes']:,.0f} bytes: {file}",
+        f"logits differ by {metrics['logits/difference']:.2g} of the largest",
+    ]
+    if config.format == "int8":
+        lines = [lines[0]]
+        lines.append(
+            f"perplexity {metrics['perplexity/int8']:,.2f} on {metrics['tokens']:,.0f} tokens; "
+            f"{metrics['perplexity/onnx']:,.2f} before"
+        )
+    return "\n".join(lines)

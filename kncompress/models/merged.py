@@ -1,0 +1,35 @@
+"""The weights of a compressed model, multiplied out, as one file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kncompress.models.pretrained import to_dense
+
+
+def merged_weights(model: Any, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict of the plain dense model, and {name: the name that it shares its weight with}.
+
+    Weights that are shared appear once, as in transformers' own files.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in to_dense(model).state_dict().items():
+        place = tensor.data_ptr()
+        if place in names:
+            tied[name] = names[place]
+            continue
+        names[place] = name
+        kept[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: tensor.contiguous() for name, tensor in kept.items()}, tied
+
+
+def write_merged(model: Any, file: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write these weights to a safetensors file, whose metadata has ``tied`` as JSON."""
+    from safetensors.torch import save_file
+
+    weights, tied = merged_weights(model, dtype)
+    save_file(weights, file, metadata={"format": "pt", "tied": json.dumps(tied)})

@@ -1,0 +1,58 @@
+"""An ONNX file run by onnxruntime on the CPU, called as a model of transformers is."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OnnxModel(nn.Module):
+    """``input_ids`` (B, T), ``attention_mask`` (B, T) or None -> ``.logits``, (B, T, V); no gradients, no cache.
+
+    Args:
+        file: written by ``models.onnx_graph``.
+        config: the transformers config of the model that it was made from.
+    """
+
+    def __init__(self, file: Path, config: Any = None) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.config = config
+        # Whoever asks a model for its device looks at a parameter.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        """Logits of all positions."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        feeds = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
+        (logits,) = self.session.run(["logits"], feeds)
+        return SimpleNamespace(logits=torch.from_numpy(logits))
+
+
+@torch.no_grad()
+def largest_difference(model: Any, other: Any, seed: int = 0) -> float:
+    """The largest difference between two models' logits, as a share of the first one's largest logit.
+
+    On random tokens: one token alone, several rows, a row that is padded, and all positions (256 at most).
+    """
+    config = model.config
+    random = torch.Generator().manual_seed(seed)
+    worst = largest = 0.0
+    for rows, tokens in ((1, 1), (3, 5), (2, config.max_position_embeddings)):
+        tokens = min(tokens, config.max_position_embeddings, 256)
+        ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=random)
+        mask = torch.ones_like(ids)
+        mask[0, max(1, tokens - 2) :] = 0
+        first, second = (
+            each(input_ids=ids, attention_mask=mask, use_cache=False).logits.float() for each in (model, other)
+        )
+        worst = max(worst, float((first - second).abs().max()))
+        largest = max(largest, float(first.abs().max()))
+    return worst / largest if largest else worst

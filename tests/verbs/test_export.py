@@ -1,0 +1,247 @@
+"""``export``: what is written, read by those it is written for: transformers alone, safetensors, onnxruntime."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from verbs.conftest import read
+
+from kncompress.__main__ import main
+from kncompress.kron import parse_shape
+from kncompress.models.compress import compress_
+from kncompress.models.plan import Plan
+from kncompress.models.pretrained import save_model
+
+IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(3))
+FACTORS = """
+embedding: {right: [1, 2]}
+qkv: {right: [2, 1]}
+o: {right: [1, 2]}
+mlp: {right: [2, 1]}
+maps:
+  layers.0.mlp.down: 16x1(x)1x64*4
+  layers.1.mlp.up: 16x4(x)4x4*3
+  layers.0.attn.q: 4x4(x)4x4*2
+  layers.1.attn.o: 8x8(x)2x2*2 + 16x1(x)1x16*2
+"""
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with every kind of shape: one and several terms, outer products, a factored tied embedding."""
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "factors.yaml").write_text(FACTORS)
+    words = ["compress", f"model={tiny}", f"factors={folder / 'factors.yaml'}", "factors.scalars=true"]
+    assert main([*words, f"run_dir={folder / 'run'}"]) == 0
+    return folder / "run" / "model"
+
+
+@pytest.fixture(scope="module")
+def graph(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of its ONNX export."""
+    folder = tmp_path_factory.mktemp("onnx") / "run"
+    assert main(["export", f"model={compressed}", "format=onnx", f"run_dir={folder}"]) == 0
+    return folder
+
+
+def logits_of(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "kncompress":
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2], weights_only=True)
+torch.save(model(input_ids=ids).logits.detach(), sys.argv[3])
+print(type(model).__name__, model.lm_head.weight is model.transformer.wte.weight, len(tokenizer))
+try:
+    import kncompress
+except ImportError:
+    print("absent")
+"""
+
+
+def test_dense_loads_where_the_package_cannot_be_imported(command: Any, compressed: Path, tmp_path: Path) -> None:
+    code, out, err = command("export", f"model={compressed}", "format=dense", "run_dir=run")
+    assert code == 0, err
+    folder = Path("run/model").absolute()
+    torch.save(IDS, tmp_path / "ids.pt")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "KNCOMPRESS"))}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")],
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["GPT2LMHeadModel", "True", "300", "absent"]
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(compressed))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, rtol=1e-4, atol=1e-3)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    result = read(Path("run"), "result.json")
+    assert result["model"] == "model" and result["metrics"]["parameters/dense"] == 300 * 16 + 32 * 16 + 2 * 3280 + 32
+    assert f"{result['metrics']['bytes']:,} bytes" in out
+
+
+def test_merged_is_the_state_dict_of_the_dense_class(command: Any, compressed: Path, tiny: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        words = [f"model={compressed}", "format=merged", f"dtype={dtype}", f"run_dir={dtype}"]
+        assert command("export", *words)[0] == 0
+        assert {t.dtype for t in load_file(f"{dtype}/merged.safetensors").values()} == {getattr(torch, dtype)}
+    with safe_open("float32/merged.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["tied"]) == {"lm_head.weight": "transformer.wte.weight"}
+    model = GPT2LMHeadModel(GPT2Config.from_pretrained(tiny)).eval()
+    missing = model.load_state_dict(load_file("float32/merged.safetensors"), strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and missing.unexpected_keys == []
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(compressed))
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-3)
+    assert sorted(f.name for f in Path("float32").iterdir() if not f.name.startswith(".")) == [
+        "config.yaml", "export.log", "merged.safetensors", "result.json", "run.json",
+    ]  # fmt: skip
+
+
+def test_onnxruntime_gives_equal_logits_for_any_batch_and_length(graph: Path, compressed: Path) -> None:
+    session = onnxruntime.InferenceSession(str(graph / "model" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [
+        ("input_ids", ["batch", "tokens"]),
+        ("attention_mask", ["batch", "tokens"]),
+    ]
+    assert session.get_outputs()[0].shape == ["batch", "tokens", 300]
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    for rows, tokens in ((1, 1), (1, 2), (2, 9), (7, 32)):
+        ids = torch.randint(0, 300, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
+        mask = torch.ones_like(ids)
+        mask[-1, max(1, tokens - 3) :] = 0
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        expected = logits_of(model, ids, mask)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-3)
+    assert read(graph, "result.json")["metrics"]["logits/difference"] < 1e-4
+
+
+def test_the_graph_holds_the_factors_and_nothing_of_this_machine(graph: Path, compressed: Path) -> None:
+    file = graph / "model" / "model.onnx"
+    sizes = [int(np.prod(value.dims)) for value in onnx.load(file).graph.initializer]
+    numbers = sum(sizes)
+    parameters = AutoModelForCausalLM.from_pretrained(compressed).num_parameters()
+    assert 0.9 * parameters < numbers < 1.02 * parameters  # null biases of one size are one
+    assert numbers < 0.6 * GPT2LMHeadModel(GPT2Config.from_pretrained(graph / "model")).num_parameters()
+    assert 3 * 16 * 4 in sizes and 300 * 8 in sizes and not {64 * 16, 300 * 16} & set(sizes)
+    assert b"site-packages" not in file.read_bytes() and b"/kncompress/" not in file.read_bytes()
+    assert (graph / "model" / "tokenizer.json").is_file()
+
+
+def test_int8_holds_integers_and_keeps_the_perplexity(command: Any, compressed: Path, text: Path) -> None:
+    words = [f"model={compressed}", "format=int8", f"data.source={text}", "tokens=600", "int8_tolerance=0.05"]
+    code, out, err = command("export", *words, "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    assert metrics["perplexity/int8"] == pytest.approx(metrics["perplexity/onnx"], rel=0.05)
+    assert metrics["perplexity/int8"] != metrics["perplexity/onnx"] and metrics["tokens"] > 500
+    assert [f.name for f in Path("run").rglob("*.onnx")] == ["model_int8.onnx"]
+    model = onnx.load("run/model/model_int8.onnx")
+    assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) >= 13
+    floats = [list(v.dims) for v in model.graph.initializer if v.data_type == onnx.TensorProto.FLOAT]
+    assert max(int(np.prod(shape)) for shape in floats) <= 300, floats
+    assert "perplexity" in out and "INFO" not in out + err and "WARNING" not in out + err
+
+
+def test_int8_that_loses_too_much_is_not_kept(command: Any, tiny: Path, text: Path, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny).train()
+    blocks = tokenizer(text.read_text(), return_tensors="pt").input_ids[0, : 32 * 64].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        loss = model(input_ids=blocks, labels=blocks, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():  # the same function, whose maps see one coordinate a million times the size of the others
+        for layer in model.transformer.h:
+            for norm, linear in ((layer.ln_1, layer.attn.c_attn), (layer.ln_2, layer.mlp.c_fc)):
+                norm.weight[0] *= 1e6
+                norm.bias[0] *= 1e6
+                linear.weight[0] /= 1e6
+    save_model(model, spoilt, tokenizer)
+    words = [f"model={spoilt}", "format=int8", f"data.source={text}", "tokens=600", "run_dir=run"]
+    code, _, err = command("export", *words)
+    assert code == 1 and err.count("\n") == 1, err
+    assert "int8_tolerance=0.02: int8 raises the perplexity by" in err and "was not kept" in err
+    assert not (Path("run") / "model").exists() and list(Path("run").rglob("*.onnx")) == []
+    result = read(Path("run"), "result.json")
+    assert result["status"] == "failed" and result["metrics"]["perplexity/int8"] > result["metrics"]["perplexity/onnx"]
+
+
+def test_a_classifier_is_exported_with_its_head(command: Any, tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config.from_pretrained(tiny, num_labels=3, pad_token_id=0)).eval()
+    compress_(model, Plan({"layers.1.mlp.*": "keep", "layers.0.attn.q": parse_shape("8x16(x)2x1")}), "nearest")
+    save_model(model, tmp_path / "classifier")
+    assert command("export", f"model={tmp_path / 'classifier'}", "run_dir=run")[0] == 0
+    dense = GPT2ForSequenceClassification.from_pretrained("run/model")
+    torch.testing.assert_close(logits_of(dense), logits_of(model))
+    code, _, err = command("export", f"model={tmp_path / 'classifier'}", "format=int8", "run_dir=other")
+    assert code == 2 and "format=int8" in err and "classifier" in err
+
+
+def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: Path) -> None:
+    code, _, err = command("export", f"model={compressed}", "tolerance=1e-12", "run_dir=run")
+    assert code == 1 and err.count("\n") == 1 and "tolerance=1e-12: the logits of the export differ by" in err
+    assert not Path("run/model").exists() and read(Path("run"), "result.json")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["format=gguf"], "format=gguf: not one of dense, merged, onnx, int8"),
+        (["format=int8", "dtype=float16"], "dtype=float16: not one of float32"),
+        (["format=onnx", "dtype=bfloat16"], "dtype=bfloat16: not one of float32, float16"),
+        (["int8_tolerance=0"], "int8_tolerance=0"),
+        (["format=int8", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
+        (["model=./nowhere"], "model=./nowhere: no such"),
+        (["model.path=null", "model.architecture={model_type: gpt2}"], "model.path=null: export needs"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(command: Any, words: list[str], message: str) -> None:
+    code, out, err = command("export", *words)
+    assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_damaged_file_writes_nothing(command: Any, tiny: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    save_file({"transformer.wte.weight": torch.zeros(300, 16)}, bad / "model.safetensors", {"format": "pt"})
+    code, _, err = command("export", f"model={bad}", "format=merged", "run_dir=run")
+    assert code == 2 and "lacks weights" in err and err.count("\n") == 1
+    assert not Path("run/merged.safetensors").exists()
+
+
+def test_a_missing_package_is_named(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kncompress.models.onnx_graph.PACKAGES", ("onnx", "no_such_package"))
+    code, _, err = command("export", "format=onnx")
+    assert code == 2 and "format=onnx: needs the package no_such_package: pip install 'kncompress[onnx]'" in err
+    assert list(Path().iterdir()) == []
