@@ -10,6 +10,7 @@ from kncompress.commands.verbs import Verb
 from kncompress.config import (
     BenchConfig,
     CompressConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     GlueConfig,
@@ -29,6 +30,7 @@ VERBS: dict[str, Verb] = {
         Verb("evaluate", EvaluateConfig, "kncompress.commands.evaluate", "Measure a model's perplexity."),
         Verb("bench", BenchConfig, "kncompress.commands.bench", "Measure speed and memory beside rivals."),
         Verb("export", ExportConfig, "kncompress.commands.export", "Write a model that runs without this package."),
+        Verb("doctor", DoctorConfig, "kncompress.commands.doctor", "Check this installation and machine."),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }
@@ -67,7 +69,10 @@ def _command(words: list[str]) -> int:
     if line.help:
         print(verb_help(VERBS[name]))
         return 0
-    from kncompress.commands.dispatch import dispatch
+    try:
+        from kncompress.commands.dispatch import dispatch
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name}: this package is missing; install kncompress again with pip") from error
 
     return dispatch(VERBS[name], line)
 

@@ -523,6 +523,28 @@ class ExportConfig(RunConfig):
 
 
 @dataclass
+class DoctorConfig(RunConfig):
+    """``doctor``: checks the installation, the hub, W&B, devices, caches and disk, and says what to do.
+
+    Exit code 0 where everything works that the verbs cannot do without (``model`` is not read), 1 otherwise. Without a
+    network that is told, and is no fault.
+    """
+
+    network: bool = True
+    """Ask the hub and W&B whether they answer."""
+    timeout: float = 3.0
+    """Seconds after which one of them counts as out of reach."""
+    compile: bool = False
+    """Try torch.compile, which takes up to a minute; false: look for a compiler."""
+    free: float = 5.0
+    """Gigabytes below which a disk is noted as full."""
+
+    def __post_init__(self) -> None:
+        _positive("timeout", self.timeout)
+        _not_negative("free", self.free)
+
+
+@dataclass
 class GlueDataConfig:
     """The GLUE tasks, and how they become sequences."""
 

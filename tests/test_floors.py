@@ -11,7 +11,7 @@ import kncompress
 PACKAGE = Path(kncompress.__file__).parent
 FLOORS = {
     "errors": -1, "config": 0, "hub": 0, "kron": 1, "models": 2, "distill": 2, "data": 2, "metrics": 2, "tasks": 3,
-    "tracking": 4, "evaluation": 4, "commands": 5, "__main__": 6,
+    "tracking": 4, "evaluation": 4, "diagnosis": 4, "commands": 5, "__main__": 6,
 }  # fmt: skip
 # The package itself is its version, and the hook that registers the plug-in by name.
 ANYWHERE = {"kncompress"}

@@ -1,0 +1,44 @@
+"""The folders that runs write to: whether they can be written, and what is free."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from kncompress.data.tokens import cache_root
+from kncompress.diagnosis.findings import Finding, Level
+
+AREA = "disk"
+_GB = 10**9
+
+
+def check_storage(run_dir: Path, least: float) -> list[Finding]:
+    """Folders of runs, token caches, the hub's cache and temporary files; ``least`` free gigabytes."""
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folders = (
+        ("runs", run_dir.parent, "run_dir=<folder>"),
+        ("cache", cache_root(None), "KNCOMPRESS_CACHE=<folder>"),
+        ("hub cache", hub, "HF_HOME=<folder>"),
+        ("temporary files", Path(tempfile.gettempdir()), "TMPDIR=<folder>"),
+    )
+    return [check_folder(name, folder, change, least) for name, folder, change in folders]
+
+
+def check_folder(name: str, folder: Path, change: str, least: float) -> Finding:
+    """One folder, or where it does not exist yet the one above it; a file is written there and removed."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    text = f"{folder}"
+    try:
+        with tempfile.NamedTemporaryFile(dir=place):
+            pass
+        free = shutil.disk_usage(place).free / _GB
+    except OSError as error:
+        # Models that lie in a read-only hub cache can still be read.
+        level: Level = "note" if name == "hub cache" else "broken"
+        return Finding(AREA, name, level, f"{text} cannot be written ({error.strerror})", f"give another: {change}")
+    text += f", {free:,.1f} GB free"
+    if free < least:
+        return Finding(AREA, name, "note", text, f"make room, or give another: {change}")
+    return Finding(AREA, name, "ok", text)
