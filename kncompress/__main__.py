@@ -63,6 +63,11 @@ def _command(words: list[str]) -> int:
     # A flag may stand before the verb too.
     position = next((index for index, word in enumerate(words) if not word.startswith("-")), 0)
     name = words.pop(position)
+    if name == "completion":
+        from kncompress.commands.completion import completion
+
+        print(completion(words, VERBS))
+        return 0
     if name not in VERBS:
         raise unknown_verb(name, list(VERBS))
     line = split_flags(words)

@@ -516,8 +516,9 @@ class ExportConfig(RunConfig):
 
     def __post_init__(self) -> None:
         _choice("format", self.format, self.FORMATS)
+        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
-        _choice("dtype", self.dtype, types.get(self.format, ("float32", "float16", "bfloat16")))
+        _choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
         for name in ("tolerance", "int8_tolerance", "tokens"):
             _positive(name, getattr(self, name))
 

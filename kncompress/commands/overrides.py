@@ -22,7 +22,7 @@ from kncompress.commands.presets import (
 from kncompress.commands.spelling import choices_hint, nearest
 from kncompress.errors import UserError
 
-_FLAGS = {"-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--show": "show"}
+FLAGS = {"-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--show": "show"}
 _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
 _FUNCTION = re.compile(r"(glob|sort|shuffle|tag|extend_list)\(.*\)", re.DOTALL)
 _LAUNCHERS = {
@@ -50,12 +50,12 @@ def split_flags(words: list[str]) -> Line:
     flags: set[str] = set()
     rest = []
     for word in words:
-        if word in _FLAGS:
-            flags.add(_FLAGS[word])
+        if word in FLAGS:
+            flags.add(FLAGS[word])
         elif word.startswith("-") and "=" in word:
             raise UserError(f"{word}: unknown option; overrides have no dashes: {word.lstrip('-')}")
         elif word.startswith("-"):
-            raise UserError(f"{word}: unknown option; {choices_hint(word, _FLAGS)}")
+            raise UserError(f"{word}: unknown option; {choices_hint(word, FLAGS)}")
         else:
             rest.append(word)
     return Line(rest, **dict.fromkeys(flags, True))
