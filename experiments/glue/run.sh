@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Mini teacher, its KnGPT2 student and half of its layers, both pre-trained by ILKD, on five GLUE tasks.
 # Usage: KNCOMPRESS_DATA=<folder with glue/> experiments/glue/run.sh [folder for the runs] [overrides of glue]
-# SEEDS (1) and TRAIN_EXAMPLES (3000 a task; null: all) may be set. A stopped run goes on where it was.
+# SEEDS (1) and TRAIN_EXAMPLES (1200 a task; null: all) may be set. A stopped run goes on where it was.
 set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/glue}"
@@ -15,7 +15,7 @@ suite="$out/suite-$seeds"
 if ! grep -qs '"status": "finished"' "$suite/result.json"; then
   python -m kncompress glue teacher=mini "student=$out/student/model" "baselines.layerdrop=$out/layerdrop/model" \
     "data.source=$KNCOMPRESS_DATA/glue" "tasks=[cola,sst2,mrpc,stsb,rte]" "seeds=$seeds" save_models=true \
-    "data.train_examples=${TRAIN_EXAMPLES:-3000}" optimizer.lr=3e-4 fine_tuning.epochs=3 \
+    "data.train_examples=${TRAIN_EXAMPLES:-1200}" optimizer.lr=1e-3 fine_tuning.epochs=3 \
     "run_dir=$suite" resume=auto "$@"
 fi
 python "$here/report.py" "$suite"
