@@ -16,6 +16,7 @@ from kncompress.config import (
     GlueConfig,
     InspectConfig,
     PlanConfig,
+    ReportConfig,
     TrainConfig,
 )
 from kncompress.errors import UserError
@@ -31,6 +32,7 @@ VERBS: dict[str, Verb] = {
         Verb("bench", BenchConfig, "kncompress.commands.bench", "Measure speed and memory beside rivals."),
         Verb("export", ExportConfig, "kncompress.commands.export", "Write a model that runs without this package."),
         Verb("doctor", DoctorConfig, "kncompress.commands.doctor", "Check this installation and machine."),
+        Verb("report", ReportConfig, "kncompress.commands.report", "One HTML page from run folders."),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }

@@ -351,6 +351,23 @@ class FactoringConfig(RunConfig):
 
 
 @dataclass
+class SamplesConfig:
+    """Texts that teacher and trained student write, always by the likeliest token: ``samples.json``."""
+
+    count: int = 3
+    """Prompts, from evenly spaced places of the test split; 0: no samples."""
+    prompt_tokens: int = 16
+    """Tokens of a prompt."""
+    tokens: int = 32
+    """Most new tokens after it."""
+
+    def __post_init__(self) -> None:
+        _not_negative("samples.count", self.count)
+        _positive("samples.prompt_tokens", self.prompt_tokens)
+        _positive("samples.tokens", self.tokens)
+
+
+@dataclass
 class TrainConfig(FactoringConfig):
     """``train``: teacher and text in, repaired student out."""
 
@@ -358,6 +375,7 @@ class TrainConfig(FactoringConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     resume: str | None = None
     """Folder of an unfinished run or sweep to continue; ``auto``: the run in ``run_dir``, or without one the newest in
     ``runs/`` with this configuration, and a new run where there is none; ``never`` or null: a new run. A sweep goes on
@@ -543,6 +561,31 @@ class DoctorConfig(RunConfig):
     def __post_init__(self) -> None:
         _positive("timeout", self.timeout)
         _not_negative("free", self.free)
+
+
+@dataclass
+class ReportConfig(RunConfig):
+    """``report``: one HTML page, without server or network, from any set of run folders."""
+
+    runs: Any = "runs"
+    """A run folder, a sweep, or a folder that holds such; or a list of these."""
+    title: str = "Compressed models"
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """Models measured elsewhere on the same text, {name: [unique parameters, perplexity]}, marked in the picture beside
+    those of ``evaluate`` runs."""
+
+    def __post_init__(self) -> None:
+        if not self.folders or not all(isinstance(folder, str) for folder in self.folders):
+            raise UserError(f"runs={self.runs}: must be a folder or a list of folders")
+        for name, values in self.baselines.items():
+            numbers = isinstance(values, list) and len(values) == 2 and all(type(v) in (int, float) for v in values)
+            if not numbers or min(values) <= 0:
+                raise UserError(f"baselines.{name}={values}: must be [unique parameters, perplexity]")
+
+    @property
+    def folders(self) -> list[Any]:
+        """``runs`` as a list."""
+        return list(self.runs) if isinstance(self.runs, list) else [self.runs]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from kncompress.tasks.depth import student_config
 from kncompress.tasks.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
 from kncompress.tasks.pretraining import ILKDPretraining
 from kncompress.tasks.processes import end_children, processes
+from kncompress.tasks.samples import write_samples
 from kncompress.tasks.student import model_config, require_causal
 from kncompress.tasks.training import build_trainer, keep_freed_memory, quiet_lightning
 from kncompress.tracking.checkpoints import (
@@ -38,6 +39,7 @@ from kncompress.tracking.divergence import NonFiniteLoss
 from kncompress.tracking.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
 from kncompress.tracking.progress import TrainingProgress
 from kncompress.tracking.record import RunRecord, outcome
+from kncompress.tracking.run_folders import REPORT, SAMPLES
 from kncompress.tracking.run_state import RunState
 from kncompress.tracking.stopping import StopAtSignal
 from kncompress.tracking.summary import ModelScores, gap_closed, write_summary
@@ -95,6 +97,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
         code = 1
         metrics: dict[str, float] = {}
         try:
+            _keep_report(job, run_dir / REPORT, trainer.is_global_zero)
             repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
             log_facts(loggers, job.facts | repair)
             tokens_per_second = fit(config, job, run_dir, trainer)
@@ -102,6 +105,8 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             metrics |= repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
+                if config.samples.count:
+                    _keep_samples(config, job, run_dir / SAMPLES)
                 facts = CardFacts(config.model.path, config.data.source, metrics)
                 model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
                 record.finish("finished", metrics, model)
@@ -115,6 +120,20 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             finish_loggers(loggers, code, metrics)
             end_children(trainer, failed=code != 0)
     return metrics
+
+
+def _keep_report(job: TrainingJob, file: Path, write: bool) -> None:
+    """Every map's shape and error in ``file``; that of a resumed run, which knows nothing of the repair, is not new."""
+    if write and job.report is not None and not file.exists():
+        write_text(file, job.report.as_json())
+
+
+def _keep_samples(config: TrainConfig, job: TrainingJob, file: Path) -> None:
+    """What teacher and student write after a few prompts of the test split, on the device that they are on."""
+    if job.teacher is not None:
+        job.teacher.to(job.student.device)
+    rows = write_samples(job.teacher, job.student, job.test, job.tokenizer, config.samples)
+    write_text(file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
 def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:

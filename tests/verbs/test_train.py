@@ -46,6 +46,13 @@ def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[s
     tokenizer = AutoTokenizer.from_pretrained("run/model")
     ids = tokenizer("The river", return_tensors="pt")["input_ids"]
     assert student.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    samples = read(Path("run"), "samples.json")
+    assert len(samples) == 3 and all(set(row) == {"prompt", "text", "teacher", "student"} for row in samples)
+    ids = tokenizer(samples[0]["prompt"], return_tensors="pt")["input_ids"]
+    written = student.generate(ids, max_length=32, do_sample=False, eos_token_id=0, pad_token_id=0)[0, ids.shape[1] :]
+    assert samples[0]["student"] == tokenizer.decode(written, skip_special_tokens=True)
+    report = read(Path("run"), "report.json")
+    assert report["parameters_after"] == metrics["parameters/student"] and report["rows"]
     for word in ("teacher", "student at the start", "student, trained", "gap"):
         assert word in out
     assert "step 4/4" in err

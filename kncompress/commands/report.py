@@ -1,0 +1,31 @@
+"""``report``: one self-contained HTML page from any set of run folders."""
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+
+from kncompress.config import ReportConfig
+from kncompress.errors import UserError
+from kncompress.tracking.record import RunRecord
+from kncompress.tracking.report_page import report_page
+from kncompress.tracking.run_folders import read_runs
+from kncompress.tracking.whole_file import write_text
+
+
+def check(config: ReportConfig) -> None:
+    """There are runs, and plotly is installed."""
+    if importlib.util.find_spec("plotly") is None:
+        raise UserError("report: needs plotly: pip install 'kncompress[reports]'")
+    read_runs(config.folders)
+
+
+def run(config: ReportConfig, run_dir: Path) -> dict[str, float]:
+    """Write ``report.html`` in ``run_dir``; returns the number of runs in it."""
+    runs = read_runs(config.folders)
+    with RunRecord.open(run_dir, "report", asdict(config), config.seed) as record:
+        file = run_dir / "report.html"
+        write_text(file, report_page(runs, config.title, config.baselines))
+        metrics: dict[str, float] = {"runs": len(runs)}
+        record.finish("finished", metrics)
+        print(f"report: {file}", flush=True)
+    return metrics

@@ -1,0 +1,108 @@
+"""Pictures of runs as figures of plotly, which embed their data: in the page of ``report``, and in W&B."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Points = Sequence[tuple[float, float]]
+
+
+def pareto_front(points: Points) -> list[int]:
+    """Indices of the points that no other one matches in both values and beats in one, by rising first value."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
+
+    return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: points[i])
+
+
+def pareto_figure(
+    runs: Sequence[tuple[str, tuple[float, float]]], dense: Points, baselines: Mapping[str, tuple[float, float]]
+) -> Any:
+    """Perplexity (log scale) against unique parameters.
+
+    Args:
+        runs: (name, (parameters, perplexity)) of every compressed model; a dotted line joins the front of them.
+        dense: the same pair of the models that they were made from.
+        baselines: other models, by name.
+    """
+    from plotly import graph_objects as go
+
+    points = [point for _, point in runs]
+    front = [points[index] for index in pareto_front(points)]
+    figure = go.Figure()
+    line = {"shape": "hv", "dash": "dot", "color": "gray"}
+    figure.add_scatter(**_xy(front), mode="lines", line=line, name="front", hoverinfo="skip")
+    figure.add_scatter(**_xy(points), mode="markers", text=[name for name, _ in runs], name="runs", marker={"size": 9})
+    if dense:
+        marker: dict[str, Any] = {"size": 13, "symbol": "star"}
+        figure.add_scatter(**_xy(dense), mode="markers", name="dense", marker=marker)
+    if baselines:
+        marker = {"size": 10, "symbol": "diamond"}
+        at, names = _xy(list(baselines.values())), list(baselines)
+        figure.add_scatter(
+            **at, mode="markers+text", text=names, textposition="top center", name="baselines", marker=marker
+        )
+    # So few powers of ten that plain numbers read better.
+    axis = {"title": "perplexity", "type": "log", "dtick": "D2", "exponentformat": "none"}
+    return figure.update_layout(xaxis_title="unique parameters", yaxis=axis)
+
+
+def curves_figure(curves: Mapping[str, Points], y: str) -> Any:
+    """One line a run: (step, value)."""
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    for name, curve in curves.items():
+        figure.add_scatter(**_xy(curve), mode="lines+markers" if len(curve) < 30 else "lines", name=name)
+    return figure.update_layout(xaxis_title="step", yaxis_title=y, showlegend=True)
+
+
+def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Layers x maps of each run: the error on inputs, else of the weights, in colour; the shape in each cell.
+
+    Args:
+        runs: rows of a compression report by the run's name. One is shown, a menu chooses which.
+    """
+    from plotly import graph_objects as go
+
+    rows = [row for maps in runs.values() for row in maps]
+    key = "weighted" if any(row.get("weighted") is not None for row in rows) else "error"
+    largest = max((row[key] for row in rows if row.get(key) is not None), default=1.0)
+    bar = {"title": "error on inputs" if key == "weighted" else "error of the weights"}
+    figure = go.Figure()
+    for number, (name, maps) in enumerate(runs.items()):
+        grid = _grid(maps, key)
+        heat = go.Heatmap(**grid, texttemplate="%{text}", name=name, visible=number == 0, colorbar=bar)
+        figure.add_trace(heat.update(colorscale="Viridis", zmin=0, zmax=largest))
+    # Names of layers are numbers, but no quantities.
+    figure.update_yaxes(type="category", title="layer", autorange="reversed")
+    if len(runs) > 1:
+        buttons = [
+            {"label": name, "method": "restyle", "args": ["visible", [other == name for other in runs]]}
+            for name in runs
+        ]
+        figure.update_layout(
+            updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}]
+        )
+    layers = max(len(_grid(maps, key)["y"]) for maps in runs.values())
+    return figure.update_layout(height=220 + 30 * layers)
+
+
+def _grid(maps: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    places = {_place(row["name"]): row for row in maps}
+    layers = list(dict.fromkeys(layer for layer, _ in places))
+    kinds = list(dict.fromkeys(kind for _, kind in places))
+
+    def cells(column: str) -> list[list[Any]]:
+        return [[places.get((layer, kind), {}).get(column) for kind in kinds] for layer in layers]
+
+    return {"z": cells(key), "x": kinds, "y": layers, "text": [[text or "" for text in row] for row in cells("shape")]}
+
+
+def _place(name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    return (parts[1], ".".join(parts[2:])) if parts[0] == "layers" and len(parts) > 2 else ("-", name)
+
+
+def _xy(points: Points) -> dict[str, list[float]]:
+    return {"x": [point[0] for point in points], "y": [point[1] for point in points]}
