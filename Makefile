@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-all lint fmt clean
+.PHONY: help install demo test test-all lint fmt docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,5 +39,9 @@ fmt: $(STAMP) ## put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## render the docstrings to docs/api and draw the picture of docs/architecture.md
+	$(BIN)/python docs/architecture.py
+	$(BIN)/python -W error -m pdoc -d google -o docs/api kncompress
+
 clean: ## remove the virtual environment and caches, not the runs
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/api build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
