@@ -13,6 +13,7 @@ from kncompress.config import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
+    GenerateConfig,
     GlueConfig,
     InspectConfig,
     PlanConfig,
@@ -33,6 +34,13 @@ VERBS: dict[str, Verb] = {
         Verb("export", ExportConfig, "kncompress.commands.export", "Write a model that runs without this package."),
         Verb("doctor", DoctorConfig, "kncompress.commands.doctor", "Check this installation and machine."),
         Verb("report", ReportConfig, "kncompress.commands.report", "One HTML page from run folders."),
+        Verb(
+            "generate",
+            GenerateConfig,
+            "kncompress.commands.generate",
+            "Write text, two models side by side.",
+            texts=("prompt",),
+        ),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }

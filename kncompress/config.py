@@ -589,6 +589,47 @@ class ReportConfig(RunConfig):
 
 
 @dataclass
+class GenerateConfig(RunConfig):
+    """``generate``: text from a model, shown as it comes; with ``compare`` another model's beside it.
+
+    Both models draw with the same random numbers; ``result.json`` has the texts.
+    """
+
+    prompt: Any = None
+    """What to go on from, or a list of such texts; ``''``: a new text."""
+    prompts: str | None = None
+    """A text file in the place of ``prompt``: a prompt on each line, blank lines left out."""
+    compare: str | None = None
+    """Second model, as ``model.path``: the teacher beside its student."""
+    tokens: int = 64
+    """Most new tokens of a text; it also ends at the model's end of text and at its last position."""
+    samples: int = 1
+    """Texts for each prompt, the n-th with the random numbers of ``seed`` + n - 1."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw among so many tokens, the likeliest ones; null: all."""
+    top_p: float = 0.95
+    """Draw among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text has already become less likely."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            told = "null" if self.prompt is None else self.prompt
+            raise UserError(f"prompt={told}: give prompt=... or prompts=<text file>, one of the two")
+        if isinstance(self.prompt, dict) or (isinstance(self.prompt, list) and not self.prompt):
+            raise UserError(f"prompt={self.prompt}: must be a text or a list of texts")
+        for name in ("tokens", "samples", "top_k", "top_p", "repetition_penalty"):
+            _positive(name, getattr(self, name))
+        _not_negative("temperature", self.temperature)
+        _share("top_p", self.top_p)
+        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+
+
+@dataclass
 class GlueDataConfig:
     """The GLUE tasks, and how they become sequences."""
 

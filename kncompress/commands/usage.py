@@ -56,6 +56,12 @@ def _examples(verb: Verb, defaults: Mapping[str, str]) -> list[str]:
         found.append("-m factors.mlp.right=[1,2],[2,1] factors.mlp.terms=1,2")
     if verb.name == "glue":
         found.append("teacher=mini student=runs/first/model data.source=hub 'tasks=[cola,rte]' seeds=3")
+    if verb.name == "generate":
+        found = [
+            "model=runs/first/model prompt='The river, in spring,' tokens=40",
+            "prompt='' samples=3 temperature=0.6",
+        ]
+        found.append("model=runs/first/model compare=asset:mini prompts=prompts.txt temperature=0")
     if "trainer" in defaults:
         found += ["experiment=wikitext_ilkd trainer.steps=100", "resume=runs/first"]
     if "data" in defaults:

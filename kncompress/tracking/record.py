@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from json import dumps, loads
 from pathlib import Path
@@ -38,6 +38,7 @@ class RunRecord:
         self._metrics: dict[str, float | int | None] = {}
         self._model: str | None = None
         self._plan: str | None = None
+        self._texts: list[dict[str, Any]] | None = None
 
     @classmethod
     def open(
@@ -111,6 +112,7 @@ class RunRecord:
         model: str | Path | None = None,
         error: BaseException | None = None,
         plan: str | Path | None = None,
+        texts: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Write ``result.json`` and complete ``run.json``.
 
@@ -122,6 +124,7 @@ class RunRecord:
             error: what ended the run; its first line goes into ``run.json``.
             plan: file of chosen factors inside the run folder, as ``model``; ``result.json`` names it only
                 where there is one.
+            texts: what models have written, as plain data; ``result.json`` has them only where there are any.
 
         Raises:
             TypeError: a metric is not a number.
@@ -133,6 +136,8 @@ class RunRecord:
             self._model = self._inside("model", Path(model))
         if plan is not None:
             self._plan = self._inside("plan", Path(plan))
+        if texts is not None:
+            self._texts = [dict(text) for text in texts]
         self.fields |= {
             "status": status,
             "ended": _now(),
@@ -140,7 +145,7 @@ class RunRecord:
         }
         self.fields["machine"] = machine()  # torch, and with it the accelerator, is known by now
         if self.writes:
-            result = {
+            result: dict[str, Any] = {
                 "verb": self.fields["verb"],
                 "status": status,
                 "metrics": self._metrics,
@@ -148,6 +153,8 @@ class RunRecord:
             }
             if self._plan is not None:
                 result["plan"] = self._plan
+            if self._texts is not None:
+                result["texts"] = self._texts
             _write_json(self.folder / "result.json", result)
             self.save()
 

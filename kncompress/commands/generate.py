@@ -1,0 +1,144 @@
+"""``generate``: a model goes on with a text; with ``compare`` another model beside it, token by token."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kncompress.config import GenerateConfig, ModelConfig
+from kncompress.errors import UserError
+from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
+from kncompress.models.compress import unique_parameters
+from kncompress.tasks.student import load_teacher, locate, model_config, require_causal, tokenizer_of
+from kncompress.tracking.record import RunRecord
+
+
+def check(config: GenerateConfig) -> None:
+    """Cheap checks before anything is written: prompts and models exist, each prompt fits each model."""
+    if config.model.path is None:
+        raise UserError("model.path=null: generate needs a model that exists")
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
+    prompts = _prompts(config)
+    _check_model(config.model, prompts, "model")
+    if config.compare is not None:
+        locate(config.compare, key="compare")
+        _check_model(ModelConfig(path=config.compare), prompts, "compare")
+
+
+def run(config: GenerateConfig, run_dir: Path) -> dict[str, float]:
+    """Write texts; returns the metrics of ``result.json``, which has the texts too."""
+    check(config)
+    with RunRecord.open(run_dir, "generate", asdict(config), config.seed) as record:
+        writers = {"model": _writer(config.model, config.accelerator)}
+        if config.compare is not None:
+            writers["compare"] = _writer(ModelConfig(path=config.compare), config.accelerator)
+        seconds = dict.fromkeys(writers, 0.0)
+        texts: list[dict[str, Any]] = []
+        for prompt, sample in itertools.product(_prompts(config), range(config.samples)):
+            growing = {
+                role: _timed(continuation(writer, prompt, config, config.seed + sample), seconds, role)
+                for role, writer in writers.items()
+            }
+            written = _stream(prompt, growing["model"]) if len(growing) == 1 else _beside(prompt, writers, growing)
+            texts += [
+                {"prompt": prompt, "sample": sample, "model": writers[role].name} | asdict(found)
+                for role, found in written.items()
+            ]
+        metrics: dict[str, float] = {}
+        for role, writer in writers.items():
+            tokens = sum(text["tokens"] for text in texts[list(writers).index(role) :: len(writers)])
+            metrics |= {
+                f"parameters/{role}": unique_parameters(writer.model),
+                f"tokens/{role}": tokens,
+                f"tokens_per_second/{role}": tokens / seconds[role],
+            }
+        record.finish("finished", metrics, texts=texts)
+    return metrics
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.prompts is None:
+        return [str(prompt) for prompt in (config.prompt if isinstance(config.prompt, list) else [config.prompt])]
+    try:
+        lines = Path(config.prompts).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"prompts={config.prompts}: cannot be read as text: {reason}") from error
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"prompts={config.prompts}: has no line with text; write a prompt on each line")
+    return found
+
+
+def _check_model(model: ModelConfig, prompts: list[str], key: str) -> None:
+    try:
+        fields = model_config(model)
+        require_causal(fields, "generate")
+        tokenizer = tokenizer_of(model)
+    except UserError as error:
+        raise error if key == "model" else UserError(f"{key}={model.path}: {error}") from error
+    for prompt in prompts:
+        count, positions = len(prompt_ids(tokenizer, prompt)), fields.max_position_embeddings
+        if count > positions:
+            start = prompt if len(prompt) <= 20 else f"{prompt[:20]}..."
+            raise UserError(f"prompt={start}: {count} tokens; {key}={model.path} has {positions} positions")
+
+
+def _writer(config: ModelConfig, accelerator: str) -> Writer:
+    model, tokenizer = load_teacher(config)
+    if accelerator != "cpu" and torch.cuda.is_available():
+        model.cuda()
+    return Writer(str(config.path), model, tokenizer)
+
+
+def _timed(growing: Iterator[Continuation], seconds: dict[str, float], role: str) -> Iterator[Continuation]:
+    while True:
+        began = time.perf_counter()
+        found = next(growing, None)
+        seconds[role] += time.perf_counter() - began
+        if found is None:
+            return
+        yield found
+
+
+def _stream(prompt: str, growing: Iterator[Continuation]) -> dict[str, Continuation]:
+    """One text, on standard output as it comes."""
+    print(prompt, end="", flush=True)
+    shown, found = 0, Continuation()
+    for found in growing:
+        print(found.text[shown:], end="", flush=True)
+        shown = len(found.text)
+    print("\n", flush=True)
+    return {"model": found}
+
+
+def _beside(
+    prompt: str, writers: dict[str, Writer], growing: dict[str, Iterator[Continuation]]
+) -> dict[str, Continuation]:
+    """Texts in columns: as they come in a terminal, else when they are whole."""
+    console = Console()
+    found = {role: Continuation() for role in writers}
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for step in itertools.zip_longest(*growing.values()):
+            found |= {role: now for role, now in zip(growing, step, strict=True) if now is not None}
+            if console.is_terminal:
+                live.update(_columns(prompt, writers, found), refresh=True)
+        live.update(_columns(prompt, writers, found), refresh=True)
+    return found
+
+
+def _columns(prompt: str, writers: dict[str, Writer], found: dict[str, Continuation]) -> Table:
+    table = Table(title=Text(prompt), title_justify="left", expand=True)
+    for writer in writers.values():
+        table.add_column(Text(f"{writer.name}, {unique_parameters(writer.model):,} parameters"), ratio=1)
+    table.add_row(*(Text(text.text) for text in found.values()))
+    return table
