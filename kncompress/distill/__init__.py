@@ -3,7 +3,7 @@
 from kncompress.distill.attention import attention_kl, attention_score_mse
 from kncompress.distill.classification import SequenceObjective
 from kncompress.distill.layers import layer_mapping
-from kncompress.distill.losses import cross_entropy, logits_kl, mse
+from kncompress.distill.losses import cross_entropy, logits_kl, logits_kl_and_cross_entropy, mse
 from kncompress.distill.objective import Loss, Objective, Outputs
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "cross_entropy",
     "layer_mapping",
     "logits_kl",
+    "logits_kl_and_cross_entropy",
     "mse",
 ]

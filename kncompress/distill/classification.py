@@ -22,6 +22,8 @@ class SequenceObjective(Objective):
         regression: the label is a score.
     """
 
+    walks_once = False
+
     def __init__(
         self, config: ObjectiveConfig, layers: tuple[int, ...] | None = None, regression: bool = False
     ) -> None:

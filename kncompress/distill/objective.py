@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kncompress.config import ObjectiveConfig
 from kncompress.distill.attention import QueryKey, attention_kl, attention_score_mse
-from kncompress.distill.losses import cross_entropy, logits_kl, mse
+from kncompress.distill.losses import cross_entropy, logits_kl, logits_kl_and_cross_entropy, mse
 
 TAPS = ("embedding", "attention", "hidden", "feed_forward")
 """Terms that need more of a model than its logits."""
@@ -49,6 +49,9 @@ class Objective:
         layers: teacher layer for each student layer (``layer_mapping``); null: both have the same depth.
     """
 
+    walks_once = True
+    """Whether the two terms on next-token logits are computed together where both have a weight."""
+
     def __init__(self, config: ObjectiveConfig, layers: Sequence[int] | None = None) -> None:
         self.config = config
         self.layers = layers
@@ -78,9 +81,26 @@ class Objective:
             ValueError: a term with weight above 0 finds nothing to compare, or shapes that do not fit. The
                 message names the term.
         """
-        terms = {name: self._term(name, student, teacher, labels, mask) for name in self.weights}
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return Loss(total, {name: term.detach() for name, term in terms.items()})
+        together = self.walks_once and mask is None and {"logits", "cross_entropy"} <= self.weights.keys()
+        alone = [name for name in self.weights if not together or name not in ("logits", "cross_entropy")]
+        terms = {name: self._term(name, student, teacher, labels, mask) for name in alone}
+        parts = [self.weights[name] * term for name, term in terms.items()]
+        if together:
+            both, terms["logits"], terms["cross_entropy"] = self._over_vocabulary(student, teacher, labels)
+            parts.append(both)
+        return Loss(torch.stack(parts).sum(), {name: terms[name].detach() for name in self.weights})
+
+    def _over_vocabulary(
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum of the terms on the logits, and both terms."""
+        theirs = _given("logits", "teacher.logits", getattr(teacher, "logits", None))
+        ours = _given("cross_entropy", "student.logits", student.logits)
+        labels = _given("cross_entropy", "labels", labels)
+        weights = (self.weights["logits"], self.weights["cross_entropy"])
+        return _named(
+            "logits", logits_kl_and_cross_entropy, ours, theirs, labels, weights, self.config.temperature
+        )  # fmt: skip
 
     def _term(
         self, name: str, student: Outputs, teacher: Outputs | None, labels: Tensor | None, mask: Tensor | None

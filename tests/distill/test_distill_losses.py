@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kncompress.distill import cross_entropy, logits_kl, mse
+from kncompress.distill import cross_entropy, logits_kl, logits_kl_and_cross_entropy, mse
 
 
 def normal(*shape, seed=0, **kwargs):
@@ -198,3 +199,31 @@ def test_cross_entropy_of_bf16_logits_is_float32():
 def test_cross_entropy_refuses_labels_of_another_shape():
     with pytest.raises(ValueError, match="do not fit logits"):
         cross_entropy(normal(2, 4, 3), torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("chunk", ["auto", 1, 4, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_both_terms_in_one_walk(chunk, temperature):
+    """Value, terms and gradient are those of torch's own functions on all logits at once."""
+    student, teacher = normal(3, 5, 11).requires_grad_(), normal(3, 5, 11)
+    labels = torch.arange(15).view(3, 5) % 11
+    labels[1, 3:] = -100
+    total, kl, text = logits_kl_and_cross_entropy(student, teacher, labels, (0.7, 1.3), temperature, chunk)
+    (found,) = torch.autograd.grad(3 * total, student)
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+    plain_kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / 15 * temperature**2
+    plain_text = F.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close((kl, text, total), (plain_kl, plain_text, 0.7 * plain_kl + 1.3 * plain_text))
+    (wanted,) = torch.autograd.grad(3 * (0.7 * plain_kl + 1.3 * plain_text), student)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("chunk", ["auto", 2, None])
+def test_cross_entropy_in_chunks_is_torchs(chunk):
+    logits = normal(2, 6, 9).requires_grad_()
+    labels = torch.arange(12).view(2, 6) % 9
+    labels[0, :3] = -100
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    found = cross_entropy(logits, labels, chunk)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (found, plain)))
