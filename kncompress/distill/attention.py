@@ -7,13 +7,17 @@ autocast are (float64 for float64 inputs). Blocks of queries are compared with t
 others: about half of the square where attention is causal, never a whole (B, H, T, T) tensor.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kncompress.distill.gradient import full_precision, wants_gradient, with_gradients
+
+_CACHED = 2**19
+"""Scores at a time on a CPU: as many as its nearest caches hold; passes over them then take half the time."""
 
 
 class QueryKey(Protocol):
@@ -52,80 +56,107 @@ def attention_score_mse(student: QueryKey, teacher: QueryKey, mask: Tensor | Non
     return _compare(student, teacher, mask, _score_mse, per_query=False)
 
 
-def _map_kl(student: Tensor, teacher: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+Hide = Callable[[Tensor, float], Tensor]
+"""(scores (B, H, Tq, Tk), number): the same tensor, with that number where a query may not see a key."""
+
+
+def _map_kl(student: Tensor, teacher: Tensor, hide: Hide) -> tuple[Tensor, Tensor]:
     """Sum of the KL over all queries, and its gradient by the student's scores; overwrites its inputs."""
     # A finite fill: the queries of padding see nothing, get uniform maps on both sides, and so add exactly 0.
     lowest = torch.finfo(student.dtype).min
-    log_q = student.masked_fill_(hidden, lowest).log_softmax(-1)
-    log_p = teacher.masked_fill_(hidden, lowest).log_softmax(-1)
-    p = log_p.exp()
-    total = (p * log_p.sub_(log_q)).sum()
-    return total, log_q.exp_().sub_(p)
+    log_q = hide(student, lowest).log_softmax(-1)
+    log_p = hide(teacher, lowest).log_softmax(-1)
+    # Below the smallest normal number exp takes up to a hundred times as long, and hidden pairs would all be there.
+    least = math.log(torch.finfo(student.dtype).tiny) + 1
+    p = torch.clamp(log_p, min=least, out=teacher).exp_()
+    total = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+    return total, log_q.clamp_(min=least).exp_().sub_(p)
 
 
-def _score_mse(student: Tensor, teacher: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _score_mse(student: Tensor, teacher: Tensor, hide: Hide) -> tuple[Tensor, Tensor]:
     """Sum of the squared differences of visible pairs, and its gradient by the student's scores."""
-    difference = student.sub_(teacher).masked_fill_(hidden, 0)
-    return difference.square().sum(), difference.mul_(2)
+    difference = hide(student.sub_(teacher), 0.0)
+    return torch.dot(difference.flatten(), difference.flatten()), difference.mul_(2)
 
 
 def _compare(
     student: QueryKey,
     teacher: QueryKey,
     mask: Tensor | None,
-    divergence: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    divergence: Callable[[Tensor, Tensor, Hide], tuple[Tensor, Tensor]],
     per_query: bool,
 ) -> Tensor:
     """Mean of ``divergence`` over queries or visible pairs, as a function of the student's query and key."""
     _check(student, teacher, mask)
-    batch, heads, length, _ = student.query.shape
     wanted = wants_gradient(student.query, student.key)
     mask = None if mask is None else mask.bool()
     causal = getattr(student, "causal", True)
-    block = max(64, length // 8)
     with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
-        query, key = full_precision(student.query), full_precision(student.key)
-        query_of_teacher, key_of_teacher = full_precision(teacher.query), full_precision(teacher.key)
+        query, key = full_precision(student.query) * student.scaling, full_precision(student.key)
+        query_of_teacher = full_precision(teacher.query) * teacher.scaling
+        key_of_teacher = full_precision(teacher.key)
         query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
         total, count = query.new_zeros(()), query.new_zeros((), dtype=torch.int64)
-        for start in range(0, length, block):
-            stop = min(start + block, length)
-            end = stop if causal else length
-            visible = _visible(range(start, stop), end, causal, mask, query.device)  # (1 or B, 1, block, end)
-            part, seen = query[:, :, start:stop], key[:, :, :end]
-            scores_of_teacher = _scores(query_of_teacher[:, :, start:stop], key_of_teacher[:, :, :end], teacher.scaling)
-            value, gradient = divergence(_scores(part, seen, student.scaling), scores_of_teacher, ~visible)
+        for rows, start, stop, end in _blocks(query, causal):
+            own = None if mask is None else mask[rows]
+            hide, visible = _visibility(range(start, stop), end, causal, own, query.device)
+            part, seen = query[rows, :, start:stop], key[rows, :, :end]
+            scores_of_teacher = _scores(query_of_teacher[rows, :, start:stop], key_of_teacher[rows, :, :end])
+            value, gradient = divergence(_scores(part, seen), scores_of_teacher, hide)
             total += value
             scored = visible.any(-1) if per_query else visible
-            count += scored.sum() * (heads * batch // visible.shape[0])
+            count += scored.sum() * (part.shape[0] * part.shape[1] // visible.shape[0])
             if wanted:
                 grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * block, end)
-                query_gradient[:, :, start:stop] = (grouped @ seen).reshape_as(part)
-                key_gradient[:, :, :end] += grouped.mT @ _grouped(part, seen.shape[1])
+                query_gradient[rows, :, start:stop] = (grouped @ seen).reshape_as(part)
+                key_gradient[rows, :, :end] += grouped.mT @ _grouped(part, seen.shape[1])
         value = total / count
         if not wanted:
             return value
         gradients = [
             (query_gradient * student.scaling / count).to(student.query.dtype),
-            (key_gradient * student.scaling / count).to(student.key.dtype),
+            (key_gradient / count).to(student.key.dtype),  # the scaled query has it already
         ]
     return with_gradients(value, [student.query, student.key], gradients)
 
 
-def _visible(queries: range, end: int, causal: bool, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys 0..end-1 each of the queries may see: (1 or B, 1, queries, end)."""
+def _blocks(query: Tensor, causal: bool) -> Iterator[tuple[slice, int, int, int]]:
+    """What is compared at a time: sequences, first query, the one after the last, and the key after the last."""
+    batch, heads, length, _ = query.shape
+    block = max(64, length // 8)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        end = stop if causal else length
+        rows = batch
+        if query.device.type == "cpu":
+            rows = max(1, min(batch, _CACHED // (heads * (stop - start) * end)))
+        for first in range(0, batch, rows):
+            yield slice(first, first + rows), start, stop, end
+
+
+def _visibility(
+    queries: range, end: int, causal: bool, mask: Tensor | None, device: torch.device
+) -> tuple[Hide, Tensor]:
+    """How to hide scores of the queries with keys 0..end-1, and which are seen: (1 or B, 1, queries, end)."""
     square = torch.ones(len(queries), end, dtype=torch.bool, device=device)[None, None]
     seen = square.tril(queries.start) if causal else square
     if mask is None:
-        return seen
-    return seen & mask[:, None, queries.start : queries.stop, None] & mask[:, None, None, :end]
+        later = ~seen[..., queries.start :]  # all keys before the block are seen
+
+        def hide(scores: Tensor, number: float) -> Tensor:
+            if causal:
+                scores[..., queries.start :].masked_fill_(later, number)
+            return scores
+
+        return hide, seen
+    visible = seen & mask[:, None, queries.start : queries.stop, None] & mask[:, None, None, :end]
+    return lambda scores, number: scores.masked_fill_(~visible, number), visible
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """(B, H, Tq, hd) x (B, Hkv, Tk, hd) -> (B, H, Tq, Tk); consecutive query heads share a key head."""
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, Tq, hd), scaled, x (B, Hkv, Tk, hd) -> (B, H, Tq, Tk); consecutive query heads share a key head."""
     batch, heads, queries, _ = query.shape
-    scores = _grouped(query, key.shape[1]) @ key.mT
-    return scores.view(batch, heads, queries, key.shape[2]).mul_(scaling)
+    return (_grouped(query, key.shape[1]) @ key.mT).view(batch, heads, queries, key.shape[2])
 
 
 def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
