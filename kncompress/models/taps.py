@@ -107,6 +107,10 @@ class Taps:
         """Output of every feed-forward block before it joins the residual stream, (B, T, D)."""
         return self._all("feed_forward")
 
+    def forget(self) -> None:
+        """Let go of the records of the last forward pass."""
+        self.records = Records()
+
     def close(self) -> None:
         """Take all hooks off and give the model its own attention back; again is harmless."""
         for handle in self._handles:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from kncompress.config import OptimizerConfig
@@ -75,10 +76,28 @@ class Distillation(L.LightningModule):
         logits = self.logits(model, batch)
         return Outputs(logits, **{name: getattr(taps, name) for name in taps.names})
 
+    def forget(self) -> None:
+        """Let go of what the taps recorded: once the loss is taken, the backward pass needs less of it."""
+        for taps in (self.student_taps, self.teacher_taps):
+            if taps is not None:
+                taps.forget()
+
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer_config, self._groups)
         schedule = build_schedule(optimizer, self.steps, self.optimizer_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Not by Lightning, which refuses a fused optimiser under any mixed precision, though bf16 scales nothing.
+        if not gradient_clip_val:
+            return
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            # Each process has a piece of every gradient: only the wrapped module knows the norm.
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr,operator]
+        else:
+            nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
 
     def close(self) -> None:
         """Takes the taps off both models."""

@@ -119,8 +119,4 @@ def _adamw(parameters: Mapping[str, nn.Parameter], groups: ParameterGroups, conf
         }
         for (exempt, name), part in sorted(parts.items(), key=lambda entry: entry[0])
     ]
-    optimizer = AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    # Lightning refuses to clip gradients for an optimiser that unscales them itself, even in bf16, where none are
-    # scaled. Without this mark the scaler of fp16 unscales them before they are clipped.
-    optimizer._step_supports_amp_scaling = False
-    return optimizer
+    return AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)

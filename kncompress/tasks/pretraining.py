@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from kncompress.config import ObjectiveConfig, OptimizerConfig
@@ -57,6 +56,7 @@ class ILKDPretraining(Distillation):
         ids = batch["input_ids"]
         student, teacher = self.outputs(input_ids=ids)
         loss = self.objective(student, teacher, batch["labels"])
+        self.forget()
         self._note(loss)
         self._tokens += ids.numel() * self.trainer.world_size
         return loss.total
@@ -102,15 +102,6 @@ class ILKDPretraining(Distillation):
         self.validation_nll.reset()
         scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
         self.log_dict(scores, sync_dist=self.trainer.world_size > 1)  # equal on all ranks; Lightning wants it said
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val:
-            # Each process has a piece of every gradient: only the wrapped module knows the norm.
-            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr,operator]
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @property
     def tokens_seen(self) -> int:

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kncompress.config import FactorConfig, FactorsConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Outputs
+from kncompress.models.activations import fuse_gelu_
 from kncompress.tasks.distillation import switch_off_dropout
 from kncompress.tasks.pretraining import ILKDPretraining
 from kncompress.tasks.student import make_student
@@ -207,3 +208,30 @@ def test_dropout_is_off_unless_asked(teacher: Any) -> None:
     switch_off_dropout(teacher)
     assert torch.equal(teacher(input_ids=ids).logits, teacher(input_ids=ids).logits)
     assert teacher.config.resid_pdrop == 0.1
+
+
+def test_a_fused_activation_is_the_same_function(teacher: Any) -> None:
+    """Logits and gradients; no activation of several calls is left, and the configuration is as it was."""
+    ids = Ids().ids[:4]
+    fused = copy.deepcopy(teacher)
+    assert fuse_gelu_(fused) == 2
+    assert fused.config.activation_function == teacher.config.activation_function == "gelu_new"
+    for model in (teacher, fused):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for wanted, found in zip(teacher.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(teacher: Any, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both precisions; what Adam is given shows the norm, its step does not."""
+    module = ILKDPretraining(teacher, None, ObjectiveConfig(), OptimizerConfig(), 2)
+    seen: list[float] = []
+
+    def note(*_: Any) -> None:
+        norms = [p.grad.norm() for p in module.student.parameters() if p.grad is not None]
+        seen.append(float(torch.stack(norms).norm()) if norms else 0.0)
+
+    monkeypatch.setattr(module, "on_before_zero_grad", note)
+    train(module, 2, tmp_path, gradient_clip_val=0.01, precision=precision)
+    assert max(seen) == pytest.approx(0.01, rel=1e-3)
