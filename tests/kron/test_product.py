@@ -84,12 +84,13 @@ def test_unknown_order_is_named():
 
 
 BLOCKS = [("12x64(x)2x1", 4), ("12x64(x)2x1*2", 4), ("64x12(x)1x2", 4), ("64x12(x)1x2*2", 4), ("64x640(x)4x1", 16)]
+BLOCKS += [("12x64(x)2x2", 4), ("12x96(x)3x2*2", 4), ("64x12(x)2x2", 4), ("96x12(x)2x3*2", 4)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("text", "block"), [*BLOCKS, ("10x64(x)2x1", 0), ("64x12(x)1x3", 0)])
 def test_blocks_of_the_identity_change_nothing(text, block, bias, monkeypatch):
-    """Many vectors and a right factor of one row or column: values and gradients are those of the plain product."""
+    """Many vectors and a small right factor: values and gradients are those of the plain product."""
     shape = KroneckerShape.parse(text)
     x = torch.randn(3, 8, shape.in_features, dtype=torch.float64)
     inputs = [x, *random_factors(shape), *([torch.randn(shape.out_features, dtype=torch.float64)] if bias else [])]
