@@ -24,6 +24,7 @@ from kncompress.evaluation.child import exchange, peak_memory
 from kncompress.evaluation.step_job import WARM_UP, StepJob
 from kncompress.evaluation.timing import synchronize
 from kncompress.models.anatomy import anatomy_of
+from kncompress.tasks.training import keep_freed_memory
 
 
 class FeedForward:
@@ -94,6 +95,8 @@ class Clock(TrainerCallback):
 
 def main(job: StepJob) -> dict[str, Any]:
     """Seconds of the timed steps, the first loss, and the peak of memory."""
+    if job.keep_memory:
+        keep_freed_memory()
     teacher, student = job.models(attention="eager")  # fused attention returns no maps
     device = torch.device(job.device)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from kncompress.evaluation.setting import Setting, random_model
 from kncompress.evaluation.timing import alternate
 from kncompress.kron import HybridLinear, KroneckerLinear, Shape
 from kncompress.models.anatomy import Site, anatomy_of
-from kncompress.models.budget import FASTER
+from kncompress.models.budget import advantage
 from kncompress.models.candidates import outer, sums
 from kncompress.models.compress import compress_
 from kncompress.models.plan import Plan, plan_from_config
@@ -93,10 +93,9 @@ def _shapes(name: str, site: Site) -> list[Shape]:
     half = outputs * inputs // (outputs + inputs) // 2
     if name == OUTER:
         return [outer(outputs, inputs, max(1, half))]
-    most = outputs * inputs / FASTER
     found: list[Shape] = [outer(outputs, inputs, max(1, rank)) for rank in (half // 4, half, int(1.5 * half))]
     found += [shape for kind in sums(outputs, inputs) for shape in kind]
-    return [shape for shape in found if shape.multiply_adds <= most]
+    return [shape for shape in found if advantage(shape) * shape.multiply_adds <= outputs * inputs]
 
 
 def _cases(label: str, plan: Plan, dense: Any) -> Iterator[Case]:

@@ -42,7 +42,7 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(2048, 512, 7, 3, 5, 128, (1, 8), 4096, 2**29, None),
+    "full": Sizes(2048, 512, 7, 3, 4, 128, (1, 8), 4096, 2**29, None),
     "small": Sizes(32, 16, 2, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
 }
 _SMALL_MODEL = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 2048, "n_positions": 64}

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from kncompress.evaluation.step_job import StepJob
 from kncompress.models.inspection import predict
 from kncompress.models.plan import Plan
 
-PLAIN = Path(__file__).resolve().parents[2] / "experiments" / "throughput" / "plain_step.py"
+PLAIN, KEPT = "plain", "plain_kept_memory"
+"""The plain script as it is, and with an allocator that keeps freed memory, as ours has it (``keep_freed_memory``)."""
+_SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "throughput" / "plain_step.py"
 _OWN = ["-m", "kncompress.evaluation.step_process"]
 _SAME_LOSS = 0.02
 
@@ -34,33 +36,35 @@ def measure_step(setting: Setting, plan: Plan) -> Iterator[Measurement]:
         setting.device.type,
         setting.config.seed,
     )
-    found: dict[str, list[dict[str, Any]]] = {OURS: [], "plain": []}
+    kept = replace(job, keep_memory=True)
+    found: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: [], KEPT: []}
     missing: dict[str, str] = {}
     for number in range(sizes.long_repeats):
-        for name, command in ((OURS, _OWN), ("plain", _plain())):
+        for name, command, given in ((OURS, _OWN, job), (PLAIN, _plain(), job), (KEPT, _plain(), kept)):
             if name in missing:
                 continue
             setting.say(f"step: {name}, process {number + 1} of {sizes.long_repeats}")
             try:
                 if isinstance(command, str):
                     raise Unavailable(command)
-                found[name].append(run_child(command, asdict(job)))
+                found[name].append(run_child(command, asdict(given)))
             except Unavailable as error:
                 if name == OURS:
                     raise RuntimeError(f"step: {error}") from error
                 missing[name] = str(error)
-    losses = {name: runs[0]["loss"] for name, runs in found.items() if runs}
-    if len(losses) == 2 and abs(losses[OURS] - losses["plain"]) > _SAME_LOSS * abs(losses["plain"]):
-        missing["plain"] = f"another loss: {losses['plain']:.4f}, ours {losses[OURS]:.4f}"
+    ours = found[OURS][0]["loss"]
+    for name in (PLAIN, KEPT):
+        if found[name] and abs(ours - (theirs := found[name][0]["loss"])) > _SAME_LOSS * abs(theirs):
+            missing[name] = f"another loss: {theirs:.4f}, ours {ours:.4f}"
     runs = {name: found[name] for name in found if found[name] and name not in missing}
     yield from _measurements(setting, job, plan, runs, missing)
 
 
 def _plain() -> list[str] | str:
     """The plain script's command, or why there is none."""
-    if not PLAIN.exists():
-        return f"not installed (experiments/throughput/{PLAIN.name} comes with the checkout)"
-    return "not installed (accelerate, extra `bench`)" if find_spec("accelerate") is None else [str(PLAIN)]
+    if not _SCRIPT.exists():
+        return f"not installed (experiments/throughput/{_SCRIPT.name} comes with the checkout)"
+    return "not installed (accelerate, extra `bench`)" if find_spec("accelerate") is None else [str(_SCRIPT)]
 
 
 def _measurements(
@@ -72,14 +76,17 @@ def _measurements(
     more = {"step/tokens_per_second": job.tokens / seconds[OURS], "step/data_wait": _share(waits, seconds[OURS])}
     what = f"{job.batch} x {job.sequence} tokens, {job.precision}, losses {_losses(runs)}"
     speedups, savings = {}, {}
-    if "plain" in runs:
-        pairs = list(zip(runs["plain"], runs[OURS], strict=True))
+    for name in (PLAIN, KEPT):
+        if name not in runs:
+            continue
+        pairs = zip(runs[name], runs[OURS], strict=True)
         medians = [(statistics.median(a["seconds"]), statistics.median(b["seconds"])) for a, b in pairs]
-        speedups["plain"] = statistics.median(a / b for a, b in medians)
-        savings["plain"] = peaks["plain"] / peaks[OURS]
-        more["step/memory_ratio"] = peaks[OURS] / peaks["plain"]
+        speedups[name] = statistics.median(a / b for a, b in medians)
+        savings[name] = peaks[name] / peaks[OURS]
+    if PLAIN in runs:
+        more["step/memory_ratio"] = peaks[OURS] / peaks[PLAIN]
     bound = setting.ceiling.seconds(*_costs(setting, job, plan))
-    baseline = "plain" if speedups else None
+    baseline = PLAIN if PLAIN in runs else None
     yield Measurement("step", what, seconds, speedups, baseline, None, bound, missing=missing, more=more)
     yield Measurement(
         "step/peak", what, peaks, savings, baseline, None, _least_memory(setting, job, plan), "bytes", missing

@@ -38,6 +38,8 @@ class StepJob:
     """``cpu`` or ``cuda``."""
     seed: int
     lr: float = 1e-4
+    keep_memory: bool = False
+    """Whether the plain script has the allocator keep what is freed, as ``train`` does."""
 
     @property
     def all_steps(self) -> int:

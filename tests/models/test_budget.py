@@ -13,9 +13,16 @@ from models.conftest import config_of, random_model
 
 from kncompress.config import CalibrationConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import Moment, PreparedMoment, calibrated_factors, kronecker_weight, weighted_error
+from kncompress.kron import (
+    Moment,
+    PreparedMoment,
+    calibrated_factors,
+    kronecker_weight,
+    parse_shape,
+    weighted_error,
+)
 from kncompress.models.anatomy import anatomy_of
-from kncompress.models.budget import HarmTable, MapHarms, Reference, knapsack, spend
+from kncompress.models.budget import HarmTable, MapHarms, Reference, advantage, knapsack, spend
 from kncompress.models.candidates import Option, Spectrum, outer, ranks, sums
 from kncompress.models.compress import compress_, unique_parameters
 from kncompress.models.harm import HarmMeter, divergence, replaced
@@ -173,6 +180,21 @@ def test_speed_allows_only_shapes_that_are_faster(table):
     dense = {row.name: row.multiply_adds for row in table.maps}
     for name, option in plan.chosen.items():
         assert option.shape == "keep" or 1.3 * option.multiply_adds <= dense[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("768x384(x)1x2", 1.3),
+        ("192x768(x)4x1*3", 1.3),
+        ("768x1(x)1x768*48", 1.3),
+        ("384x384(x)2x2", 3.5),  # half the multiply-adds are not enough where vectors are turned around
+        ("768x1(x)1x768*8 + 384x768(x)2x1", 1.3),
+        ("768x1(x)1x768*8 + 384x48(x)2x16", 3.5),
+    ],
+)
+def test_right_factors_of_several_rows_and_columns_need_more(text, least):
+    assert advantage(parse_shape(text)) == least
 
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), 1e-4, 2, 1e9])
