@@ -11,7 +11,7 @@ from kncompress.config import ObjectiveConfig
 from kncompress.distill.attention import QueryKey, attention_kl, attention_score_mse
 from kncompress.distill.losses import cross_entropy, logits_kl, logits_kl_and_cross_entropy, mse
 
-_Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
 TAPS = ("embedding", "attention", "hidden", "feed_forward")
 """Terms that need more of a model than its logits."""
 
@@ -149,7 +149,7 @@ def _given(name: str, source: str, value: Any) -> Any:
     return value
 
 
-def _named(name: str, loss: Callable[..., _Result], *arguments: Any) -> _Result:
+def _named(name: str, loss: Callable[..., _Value], *arguments: Any) -> _Value:
     try:
         return loss(*arguments)
     except ValueError as error:

@@ -27,7 +27,9 @@ class Sizes:
     repeats: int
     """Rounds of what takes milliseconds."""
     long_repeats: int
-    """Rounds of what takes seconds: fits, generation, tokenising, processes."""
+    """Rounds of what takes seconds: fits, generation, tokenising, start-up."""
+    processes: int
+    """Training processes of each side."""
     steps: int
     """Timed training steps of a process, after two that warm up."""
     new_tokens: int
@@ -42,8 +44,8 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(2048, 512, 7, 3, 4, 128, (1, 8), 4096, 2**29, None),
-    "small": Sizes(32, 16, 2, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
+    "full": Sizes(2048, 512, 7, 3, 2, 4, 128, (1, 8), 4096, 2**29, None),
+    "small": Sizes(32, 16, 2, 1, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
 }
 _SMALL_MODEL = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 2048, "n_positions": 64}
 
@@ -102,6 +104,7 @@ def setting_of(config: BenchConfig) -> Setting:
         sizes = replace(sizes, tokens=config.tokens, sequence=min(sizes.sequence, config.tokens))
     if config.repeats is not None:
         sizes = replace(sizes, repeats=config.repeats, long_repeats=min(config.repeats, sizes.long_repeats))
+        sizes = replace(sizes, processes=min(config.repeats, sizes.processes))
     return Setting(config, _fields(config), sizes, device, dtype)
 
 

@@ -39,11 +39,11 @@ def measure_step(setting: Setting, plan: Plan) -> Iterator[Measurement]:
     kept = replace(job, keep_memory=True)
     found: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: [], KEPT: []}
     missing: dict[str, str] = {}
-    for number in range(sizes.long_repeats):
+    for number in range(sizes.processes):
         for name, command, given in ((OURS, _OWN, job), (PLAIN, _plain(), job), (KEPT, _plain(), kept)):
             if name in missing:
                 continue
-            setting.say(f"step: {name}, process {number + 1} of {sizes.long_repeats}")
+            setting.say(f"step: {name}, process {number + 1} of {sizes.processes}")
             try:
                 if isinstance(command, str):
                     raise Unavailable(command)

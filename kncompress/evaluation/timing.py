@@ -10,6 +10,8 @@ import torch
 _LEAST = 0.02
 """Seconds that one timing lasts at least; shorter calls are repeated within it."""
 _MOST_CALLS = 200
+_MOST_SECONDS, _LEAST_ROUNDS = 20.0, 3
+"""Of one figure, and the rounds that it has all the same (fewer only where fewer are asked for)."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,17 @@ def once(call: Callable[[], object], device: torch.device, calls: int = 1) -> fl
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> Rounds:
-    """Time ``calls`` in turn, ``repeats`` times after two calls each to warm up.
+    """Time ``calls`` in turn, ``repeats`` times after two calls each to warm up; fewer times where that takes long.
 
     The first of one round is the last of the next, so that none always follows the same other.
     """
-    counts = {}
+    counts, round_seconds = {}, 0.0
     for name, call in calls.items():
         once(call, device)
-        counts[name] = max(1, min(_MOST_CALLS, round(_LEAST / once(call, device))))
+        single = once(call, device)
+        counts[name] = max(1, min(_MOST_CALLS, round(_LEAST / single)))
+        round_seconds += counts[name] * single
+    repeats = min(repeats, max(_LEAST_ROUNDS, int(_MOST_SECONDS / round_seconds)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in range(repeats):

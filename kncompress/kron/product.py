@@ -92,6 +92,9 @@ def kronecker_linear(
     if order == "left" and m1 == n2 == 1:
         return F.linear(F.linear(x, left.reshape(terms, n1)), right.reshape(terms, m2).T, bias)
     vectors = x.numel() // (n1 * n2)
+    single = terms == 1 and ((order == "right" and m2 == 1) or (order == "left" and n2 == 1))
+    if single and not torch.compiler.is_exporting() and vectors < _BLOCK:
+        return _few(x, left[0], right[0], bias)
     if min(m2, n2) == 1 or right.numel() <= _MIXING:
         if order == "right" and (block := _block(n1, m1, n2, vectors)):
             return _merged(x, left, right, bias, block)
@@ -106,6 +109,16 @@ def kronecker_linear(
     else:
         raise ShapeError(f"order={order}: not one of right, left, formed")
     y = y.view(*x.shape[:-1], m1 * m2)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _few(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """One term whose right factor is a row (1, n2) or a column (m2, 1), in as few calls as can be: they take time."""
+    if right.shape[0] == 1:
+        z = x.unflatten(-1, (left.shape[1], right.shape[1])) @ right[0]
+        return F.linear(z, left, bias)
+    z = F.linear(x, left)
+    y = (z.unsqueeze(-1) * right[:, 0].to(z.dtype)).flatten(-2)
     return y if bias is None else y + bias.to(y.dtype)
 
 
