@@ -267,6 +267,9 @@ class LoggerConfig:
     group: str | None = None
     """W&B group; null: the sweep's folder name in a sweep."""
     tags: list[str] = field(default_factory=list)
+    """W&B tags, besides the names of the experiment and of the preset of factors."""
+    artifact: bool = True
+    """W&B: the model folder as an artifact, with its plan; of an offline run, ``wandb sync`` uploads it."""
 
     def __post_init__(self) -> None:
         _choice("logger.name", self.name, ("wandb", "csv", "none"))

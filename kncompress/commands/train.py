@@ -35,7 +35,7 @@ from kncompress.tracking.checkpoints import (
     check_checkpoint,
     checkpoint_callbacks,
 )
-from kncompress.tracking.divergence import NonFiniteLoss
+from kncompress.tracking.divergence import DivergedError, NonFiniteLoss
 from kncompress.tracking.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
 from kncompress.tracking.progress import TrainingProgress
 from kncompress.tracking.record import RunRecord, outcome
@@ -43,6 +43,7 @@ from kncompress.tracking.run_folders import REPORT, SAMPLES
 from kncompress.tracking.run_state import RunState
 from kncompress.tracking.stopping import StopAtSignal
 from kncompress.tracking.summary import ModelScores, gap_closed, write_summary
+from kncompress.tracking.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
 from kncompress.tracking.whole_file import write_text
 
 
@@ -91,7 +92,8 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
         L.seed_everything(config.seed, verbose=False)
         job = prepare(config, repair=not (run_dir / "checkpoints" / LAST).exists())
-        loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, _sweep(run_dir))
+        sweep, tags = _sweep(run_dir), _presets()
+        loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, sweep, tags)
         start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
         trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
         code = 1
@@ -99,22 +101,28 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
         try:
             _keep_report(job, run_dir / REPORT, trainer.is_global_zero)
             repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
-            log_facts(loggers, job.facts | repair)
+            maps = [asdict(row) for row in job.report.rows] if job.report is not None else []
+            log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
+            log_maps(loggers, maps)
             tokens_per_second = fit(config, job, run_dir, trainer)
             job.student.eval()
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             metrics |= repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
                 if config.samples.count:
-                    _keep_samples(config, job, run_dir / SAMPLES)
+                    log_samples(loggers, _keep_samples(config, job, run_dir / SAMPLES))
                 facts = CardFacts(config.model.path, config.data.source, metrics)
                 model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
+                if config.logger.artifact:
+                    log_model(loggers, model, run_dir / REPORT, maps, metrics)
                 record.finish("finished", metrics, model)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
                 print(f"model: {model}", flush=True)
             code = 0
         except BaseException as error:
             code = outcome(error)[1]
+            if isinstance(error, DivergedError):
+                alert(loggers, "training diverged", f"{run_dir.name}: {error}")
             raise
         finally:
             finish_loggers(loggers, code, metrics)
@@ -128,12 +136,13 @@ def _keep_report(job: TrainingJob, file: Path, write: bool) -> None:
         write_text(file, job.report.as_json())
 
 
-def _keep_samples(config: TrainConfig, job: TrainingJob, file: Path) -> None:
+def _keep_samples(config: TrainConfig, job: TrainingJob, file: Path) -> list[dict[str, str]]:
     """What teacher and student write after a few prompts of the test split, on the device that they are on."""
     if job.teacher is not None:
         job.teacher.to(job.student.device)
     rows = write_samples(job.teacher, job.student, job.test, job.tokenizer, config.samples)
     write_text(file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    return rows
 
 
 def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:
@@ -228,3 +237,10 @@ def _sweep(run_dir: Path) -> str | None:
     """Name of the sweep's folder where this run is a job of one."""
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return run_dir.parent.name if in_sweep else None
+
+
+def _presets() -> list[str]:
+    """Names of the experiment and of the preset of factors; none where the run is resumed from its folder."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    chosen = [choices.get(group) for group in ("experiment", "factors")]
+    return [str(name) for entry in chosen if entry for name in ([entry] if isinstance(entry, str) else entry)]

@@ -93,6 +93,7 @@ def build_loggers(
     run_config: Mapping[str, Any],
     job_name: str,
     sweep: str | None = None,
+    tags: Sequence[str] = (),
 ) -> list[Logger]:
     """Return the loggers of one run, W&B's already started, its run id kept in ``record``.
 
@@ -101,6 +102,7 @@ def build_loggers(
         run_config: the resolved configuration, logged once.
         job_name: the run's name in W&B.
         sweep: name of the sweep's folder; the W&B group where ``config.group`` is null.
+        tags: W&B tags, besides ``config.tags``. A resumed run keeps those, and the group, that it began with.
 
     Raises:
         UserError: an unknown ``WANDB_MODE``, or W&B cannot be used as asked (no API key, not reached).
@@ -110,7 +112,7 @@ def build_loggers(
     loggers: list[Logger] = [CsvLogger(folder)]
     mode = _mode(config)
     if config.name == "wandb" and mode != "disabled" and record.writes:
-        loggers.append(_wandb(config, mode, folder, record, run_config, job_name, sweep))
+        loggers.append(_wandb(config, mode, folder, record, run_config, job_name, sweep, tags))
     return loggers
 
 
@@ -129,8 +131,12 @@ def _wandb(
     run_config: Mapping[str, Any],
     job_name: str,
     sweep: str | None,
+    tags: Sequence[str],
 ) -> WandbLogger:
     import wandb
+
+    group = config.group or sweep or record.fields["wandb_group"]
+    tags = list(dict.fromkeys([*config.tags, *tags, *record.fields["wandb_tags"]]))
 
     if wandb.run is not None:
         # One left open would swallow this run: init returns it, or Lightning goes on in it.
@@ -139,9 +145,9 @@ def _wandb(
         run = wandb.init(
             project=config.project,
             entity=config.entity,
-            group=config.group or sweep,
+            group=group,
             name=job_name,
-            tags=list(config.tags) or None,
+            tags=tags or None,
             dir=str(folder),
             id=record.wandb_id,
             resume="allow",
@@ -154,6 +160,7 @@ def _wandb(
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"logger.mode={mode}: {reason}; logger.mode=offline needs neither key nor network") from error
+    record.fields |= {"wandb_group": group, "wandb_tags": tags}
     record.wandb_id = run.id
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)

@@ -198,6 +198,8 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
         "wall_seconds": 0.0,
         "peak_memory_bytes": None,
         "wandb_id": None,
+        "wandb_group": None,
+        "wandb_tags": [],
         "error": None,
         "resumes": [],
     }
@@ -220,6 +222,7 @@ def _resumed(folder: Path, fields: dict[str, Any], config: Mapping[str, Any]) ->
     changed = config_differences(read_config(folder / "config.yaml"), config)
     resume = {"at": fields["started"], "command": fields["command"], "changed": changed}
     kept = {name: before[name] for name in ("started", "wall_seconds", "wandb_id", "command")}
+    kept |= {name: before[name] for name in ("wandb_group", "wandb_tags") if name in before}  # older runs have none
     return fields | kept | {"resumes": [*before["resumes"], resume]}
 
 

@@ -3,10 +3,10 @@
 import csv
 import json
 import os
-import struct
 
 import pytest
 from lightning.pytorch.loggers import WandbLogger
+from wandb_log import offline_log, values
 
 from kncompress.config import LoggerConfig
 from kncompress.errors import UserError
@@ -85,32 +85,6 @@ def test_resumed_training_has_every_step_once(tmp_path, fit, linear_task):
     assert [bool(row["validation/loss"]) for row in found] == [False, False, False, True] * 4
 
 
-def offline_log(folder):
-    """Return the records of the one .wandb file under ``folder``: a LevelDB log of protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, records, parts = path.read_bytes(), [], b""
-    position = 7  # the file's own header
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no header fits into the rest of a block
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        if kind == 0:
-            break
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def values(items):
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
 def run_job(folder, code, **config):
     with RunRecord.open(folder, "train", CONFIG, 3) as record:
         settings = LoggerConfig(**config)
@@ -177,13 +151,16 @@ def test_job_left_open_does_not_swallow_the_next(tmp_path):
     assert [entry.exit.exit_code for entry in offline_log(tmp_path / "0") if entry.HasField("exit")] == [1]
 
 
-def test_resume_keeps_the_run_id(tmp_path):
+def test_resume_keeps_the_run_id_group_and_tags(tmp_path):
     with pytest.raises(KeyboardInterrupt), RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
-        finish_loggers(build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job"), 130)
+        loggers = build_loggers(LoggerConfig(tags=["a"]), tmp_path, record, CONFIG, "job", "sweep-7", ["kngpt2"])
+        finish_loggers(loggers, 130)
         raise KeyboardInterrupt
     with RunRecord.open(tmp_path, "train", CONFIG, 3, resume=True) as again:
         loggers = build_loggers(LoggerConfig(), tmp_path, again, CONFIG, "job")
-        assert loggers[1].experiment.id == record.wandb_id == again.wandb_id
+        run = loggers[1].experiment
+        assert run.id == record.wandb_id == again.wandb_id
+        assert (run.group, run.tags) == ("sweep-7", ("a", "kngpt2"))
         finish_loggers(loggers, 0)
 
 
