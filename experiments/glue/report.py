@@ -40,6 +40,21 @@ def interval(by_task: dict[str, list[float]], seed: int = 0) -> tuple[float, flo
     return means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
 
 
+def lead_and_gain(cells: list[dict]) -> list[tuple[str, float, float]]:
+    """(task, how far the teacher is ahead of plain fine-tuning, what ILKD adds to it) of each task and seed.
+
+    The lead is that over the plain students of the other seeds: were it the same one, its luck would be in both.
+    """
+    scores = {(cell["task"], cell["seed"], cell["who"]): 100 * cell["score"] for cell in cells}
+    found = []
+    for task, seed, who in sorted(scores):
+        others = [scores[task, s, "student"] for t, s, w in scores if (t, w) == (task, "student") and s != seed]
+        if who == "student_ilkd" and others and (task, seed, "student") in scores:
+            gain = scores[task, seed, who] - scores[task, seed, "student"]
+            found.append((task, scores[task, seed, "teacher"] - statistics.fmean(others), gain))
+    return found
+
+
 def main(suite: Path) -> None:
     """Write the file; print table and differences."""
     cells = json.loads((suite / "table.json").read_text())["cells"]
@@ -58,6 +73,13 @@ def main(suite: Path) -> None:
             each = "; ".join(f"{t} {' '.join(f'{d:+.2f}' for d in values)}" for t, values in found.items())
             mean = statistics.fmean(map(statistics.fmean, found.values()))
             print(f"{better} - {worse}: {mean:+.2f} (95%: {low:+.2f} to {high:+.2f}); by seed: {each}")
+    points = lead_and_gain(cells)
+    if len(points) > 2:
+        leads, gains = ([point[i] for point in points] for i in (1, 2))
+        print(f"correlation of ILKD's gain with the teacher's lead: {statistics.correlation(leads, gains):.2f}")
+        tasks = dict.fromkeys(point[0] for point in points)
+        means = ((t, *(statistics.fmean(p[i] for p in points if p[0] == t) for i in (1, 2))) for t in tasks)
+        print("; ".join(f"{task}: lead {lead:+.2f}, gain {gain:+.2f}" for task, lead, gain in means))
 
 
 if __name__ == "__main__":
