@@ -8,7 +8,9 @@ shift || true
 text="data.source=$KNCOMPRESS_DATA/wikitext2/wiki.train.tokens"
 gpu=(accelerator=gpu precision=bf16 tokens=8192)
 bench() {
-  grep -qs '"status": "finished"' "$out/$1/result.json" || python -m kncompress bench "run_dir=$out/$1" "$text" "${@:2}"
+  if grep -qs '"status": "finished"' "$out/$1/result.json"; then return; fi
+  if [ -e "$out/$1/run.json" ]; then rm -r "$out/$1"; fi # interrupted: a figure that is half measured is none
+  python -m kncompress bench "run_dir=$out/$1" "$text" "${@:2}"
 }
 
 bench product 'parts=[product]' "${gpu[@]}" "$@"
