@@ -10,6 +10,7 @@ from kncompress.commands.verbs import Verb
 from kncompress.config import (
     BenchConfig,
     CompressConfig,
+    DashboardConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -41,6 +42,7 @@ VERBS: dict[str, Verb] = {
             "Write text, two models side by side.",
             texts=("prompt",),
         ),
+        Verb("dashboard", DashboardConfig, "kncompress.commands.dashboard", "A W&B workspace and report as code."),
         Verb("glue", GlueConfig, "kncompress.commands.glue", "Fine-tune on GLUE with ILKD.", {"teacher": "model"}),
     )
 }

@@ -634,6 +634,25 @@ class GenerateConfig(RunConfig):
 
 
 @dataclass
+class DashboardConfig(RunConfig):
+    """``dashboard``: a W&B workspace and a report for the ``train`` runs of a project, made by code."""
+
+    project: str = "kncompress"
+    """The W&B project: ``logger.project`` of its runs."""
+    entity: str | None = None
+    """User or team that it belongs to; null: the one of the key."""
+    title: str = "Compression"
+    save: str = "auto"
+    """``auto``: to the server where W&B has a key and ``WANDB_MODE`` is not offline; ``always``; ``never``: only as
+    files in the run folder."""
+
+    def __post_init__(self) -> None:
+        _choice("save", self.save, ("auto", "always", "never"))
+        if not self.project:
+            raise UserError("project=: give the name of a W&B project")
+
+
+@dataclass
 class GlueDataConfig:
     """The GLUE tasks, and how they become sequences."""
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kncompress.config import LoggerConfig
 from kncompress.errors import UserError
+from kncompress.tracking.logged_names import STEP
 from kncompress.tracking.metrics_file import MetricsFile
 from kncompress.tracking.record import RunRecord
 
@@ -24,7 +25,6 @@ MODES = {
     "shared": "shared",
     "disabled": "disabled",
 }
-STEP = "trainer/global_step"
 
 
 class CsvLogger(Logger):

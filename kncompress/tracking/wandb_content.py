@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from kncompress.config import FactoringConfig
 from kncompress.tracking.figures import maps_figure
+from kncompress.tracking.logged_names import MAPS, MAPS_PICTURE, SAMPLES
 
-MAPS, MAPS_PICTURE, SAMPLES_TABLE = "maps", "maps_picture", "samples"
 _MAP_COLUMNS = ("name", "shape", "parameters", "dense_parameters", "error", "weighted")
 _SAMPLE_COLUMNS = ("prompt", "text", "teacher", "student")
 
@@ -74,7 +74,7 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[Mapping[str, str]]) ->
     columns = [name for name in _SAMPLE_COLUMNS if rows and name in rows[0]]
     for run in _runs(loggers) if columns else ():
         cells: list[Any] = [[row[name] for name in columns] for row in rows]
-        run.log({SAMPLES_TABLE: wandb.Table(columns=list(columns), data=cells)})
+        run.log({SAMPLES: wandb.Table(columns=list(columns), data=cells)})
 
 
 def log_model(

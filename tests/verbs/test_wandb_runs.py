@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ def test_every_field_of_the_jobs_of_a_sweep(command: Any, wandb_words: list[str]
         weights = next(entry for entry in artifact.manifest.contents if entry.path == "model.safetensors")
         assert Path(weights.local_path).samefile(folder / "model" / "model.safetensors")  # not copied
         assert [record.exit_code for record in of_kind(log, "exit")] == [0] and not of_kind(log, "alert")
+    _dashboards_find_what_they_show(logs[0], set(saved["objective"]) - {n for n, w in saved["objective"].items() if w})
+
+
+def _dashboards_find_what_they_show(log: list[Any], without_weight: set[str]) -> None:
+    """Every name in the panels of ``dashboard`` is one that the run has logged."""
+    pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboard)")
+    from kncompress.tracking.dashboard import as_json, workspace
+
+    panels = as_json(workspace("team", "p", "Compression"))
+    config, summary, logged = merged(log, "config"), merged(log, "summary"), set().union(*history(log))
+    shown = {kind: set(re.findall(rf'"{kind}:([^".]+)(?:\\.value[^"]*)?"', panels)) for kind in ("config", "summary")}
+    assert len(shown["config"]) >= 5 and shown["config"] <= set(config)
+    assert shown["summary"] == {"parameters/student", "perplexity/student"} <= set(summary)
+    series = set(re.findall(r'"((?:train|validation)/[a-z_]+)"', panels)) - {f"train/{n}" for n in without_weight}
+    assert len(series) >= 5 and series <= logged
+    assert {"maps_picture/path", "maps/path", "samples/path"} <= logged
 
 
 def test_divergence_alerts_and_ends_as_failed(command: Any, wandb_words: list[str]) -> None:
