@@ -18,7 +18,7 @@ from kncompress.commands.schema import Key, keys, sections
 from kncompress.commands.verbs import Verb
 from kncompress.errors import UserError
 
-SHELLS = ("bash",)
+SHELLS = ("bash", "zsh")
 _LAUNCHERS = "hydra/launcher"
 
 
@@ -65,7 +65,8 @@ def candidates(before: Sequence[str], word: str, verbs: Mapping[str, Verb]) -> C
         return Candidates((signs + one for one in _keys(verb, key)), word)
     # In a list or a sweep the last of several values is being written.
     done = text[: max(text.rfind(","), text.rfind("[")) + 1]
-    values, files = _values(verb, verb.canonical(key))
+    group, dot, rest = key.partition(".")
+    values, files = _values(verb, f"{verb.aliases.get(group, group)}{dot}{rest}")
     return Candidates((f"{signs}{key}={done}{value}" for value in values), word, files)
 
 
@@ -101,7 +102,7 @@ def _values(verb: Verb, path: str) -> tuple[list[str], bool]:
     values = list(choices(config).get(path, ()))
     if found.type.startswith("bool"):
         values += ["true", "false"]
-    if "null" in found.type:
+    if "null" in (found.default, *found.type.split(" | ")):
         values.append("null")
     files = found.type.startswith(("str", "Any", "list[str]", "dict")) and path not in choices(config)
     return values, files

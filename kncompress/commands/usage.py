@@ -25,7 +25,7 @@ options:
   --version         the version
   -m, --multirun    after a verb: a sweep, one job for each combination of a=1,2 b=3,4
   --show            after a verb: print the composed configuration and stop
-  completion bash   a script that completes verbs, groups and keys: source <(kncompress completion bash)
+  completion SHELL  a script for bash or zsh that completes verbs and keys: source <(kncompress completion bash)
 
 example: kncompress {first} factors=kngpt2 trainer.steps=100"""
 

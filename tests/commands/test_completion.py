@@ -1,4 +1,4 @@
-"""Shell completion, by a real bash: its completion function called as bash calls it, and TAB pressed in a terminal."""
+"""Shell completion: bash's function called as bash calls it, and TAB pressed in a terminal of bash and of zsh."""
 
 import os
 import pty
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from kncompress.__main__ import VERBS
 from kncompress.commands.completion import candidates, choices
 from kncompress.commands.presets import groups, options
 from kncompress.commands.schema import keys
-from kncompress.errors import UserError
 
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on this machine")
@@ -74,33 +72,45 @@ def test_python_m_and_other_breaks(complete):
     assert complete("kncompress export format=in", "COMP_WORDBREAKS=${COMP_WORDBREAKS//=}\n") == ["format=int8"]
 
 
-def test_tab_in_a_terminal(shell, tmp_path):
-    """The line is completed and runs; names of files complete a model."""
+STARTS = {
+    "bash": ["bash", "--norc", "--noprofile", "-i"],
+    "zsh": ["zsh", "-d", "-i"],
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_tab_in_a_terminal(name, shell, tmp_path):
+    """The line is completed; names of files complete a model."""
+    program = shutil.which(name)
+    if program is None:
+        pytest.skip(f"no {name} on this machine")
     (tmp_path / "my_model").mkdir()
+    (tmp_path / ".zshrc").write_text("autoload -U compinit\ncompinit -u -D\n")
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
-        os.execve(BASH, ["bash", "--norc", "--noprofile", "-i"], shell | {"TERM": "dumb", "PS1": "> "})
+        os.execve(program, STARTS[name], shell | {"TERM": "dumb", "PS1": "> ", "ZDOTDIR": str(tmp_path)})
 
-    def until(text: str, seconds: float = 60) -> str:
+    def until(text: str, seconds: float = 60) -> None:
         seen, end = "", time.monotonic() + seconds
         while text not in seen and time.monotonic() < end:
             if select.select([terminal], [], [], 0.2)[0]:
                 seen += os.read(terminal, 65536).decode(errors="replace").replace("\a", "")
         assert text in seen, seen
-        return seen
 
     try:
         until("> ")
-        os.write(terminal, b"source <(kncompress completion bash); echo rea''dy\n")
+        os.write(terminal, f"source <(kncompress completion {name}); echo rea''dy\n".encode())
         until("\nready")
-        os.write(terminal, b"kncompress inspect fac\t")
-        until("factors")
-        os.write(terminal, b"=kngpt2_\t")
+        os.write(terminal, b"kncompress insp\t")
+        until("inspect ")
+        os.write(terminal, b"factors=kngpt2_\t")
         until("kngpt2_odd_ffn ")
         os.write(terminal, b"model=my_\t")
         until("my_model")
-        os.write(terminal, b" \x15echo do''ne; exit\n")  # the line is dropped
+        os.write(terminal, b"\x15python -m kncompress export format=me\t")
+        until("merged ")
+        os.write(terminal, b"\x15echo do''ne; exit\n")  # the line is dropped
         until("done")
     finally:
         os.close(terminal)
@@ -123,6 +133,7 @@ def test_candidates_are_keys_and_presets_that_exist():
                 assert candidates([name], word, VERBS).words, word
     assert [word.partition("=")[2] for word in candidates(["train"], "data=", VERBS).words] == options("data")
     assert candidates(["glue"], "teacher=mi", VERBS).words == ["teacher=mini", "teacher=mini_scratch"]
+    assert candidates(["generate"], "prompt=", VERBS).words == ["prompt=null"]
     assert candidates(["glue"], "teacher.pa", VERBS).words == ["teacher.path="]
     assert candidates(["train"], "++trainer.dropout=", VERBS).words == [
         "++trainer.dropout=false",
@@ -143,17 +154,9 @@ def test_a_tab_imports_nothing_heavy(environment):
     assert not set(HEAVY) & set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("words", [["completion"], ["completion", "tcsh"], ["completion", "bash", "x"]])
+@pytest.mark.parametrize(
+    "words", [["completion"], ["completion", "tcsh"], ["completion", "bash", "x"], ["completion", "query.bash"]]
+)
 def test_another_shell_is_refused(words, command):
     code, out, err = command(*words)
-    assert code == 2 and out == "" and "name a shell: bash" in err and err.count("\n") == 1
-
-
-def test_the_script_is_inside_the_package():
-    import kncompress
-
-    assert (Path(kncompress.__file__).parent / "commands" / "completion.bash").is_file()
-    with pytest.raises(UserError, match="name a shell"):
-        from kncompress.commands.completion import completion
-
-        completion(["zsh"], VERBS)
+    assert code == 2 and out == "" and "name a shell: bash, zsh" in err and err.count("\n") == 1
