@@ -94,15 +94,17 @@ def logits_kl_and_cross_entropy(
     weights: tuple[float, float],
     temperature: float = 1.0,
     chunk: Chunk = "auto",
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weighted sum, ``logits_kl``, ``cross_entropy``) in one walk through the logits; the sum alone has a graph.
 
     The student's softmax is computed once for both (at temperature 1), and there is one gradient of the size of the
-    logits instead of two. Arguments and errors as in the two.
+    logits instead of two; with ``overwrite`` it takes the place of the teacher's logits, which are lost, where types
+    agree. Other arguments and errors as in the two.
     """
     targets = _targets(student, labels)
     student, teacher = _rows(student, teacher, None)
-    kl, text, gradient = _over_vocabulary(student, teacher, targets, weights, temperature, chunk)
+    kl, text, gradient = _over_vocabulary(student, teacher, targets, weights, temperature, chunk, overwrite)
     total = weights[0] * kl + weights[1] * text
     return total if gradient is None else with_gradients(total, [student], [gradient]), kl, text
 
@@ -123,6 +125,7 @@ def _over_vocabulary(
     weights: tuple[float, float],
     temperature: float,
     chunk: Chunk,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(KL, cross-entropy, gradient of their weighted sum by ``student``); 0 for a term without teacher or targets.
 
@@ -136,7 +139,11 @@ def _over_vocabulary(
     wanted = wants_gradient(student)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         kl, text = (full_precision(student.new_zeros(())) for _ in range(2))
-        gradient = torch.empty_like(student) if wanted else None
+        gradient = None
+        if wanted:
+            # A chunk of the teacher is read before the gradient is written there.
+            lent = teacher if overwrite and teacher is not None and teacher.dtype == student.dtype else None
+            gradient = torch.empty_like(student) if lent is None or lent.is_inference() else lent
         scored = torch.ones_like(kl) if targets is None else (targets != IGNORED).sum().to(kl.dtype)
         for start in range(0, tokens, step):
             part = slice(start, start + step)

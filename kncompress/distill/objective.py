@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -48,13 +49,15 @@ class Objective:
     Args:
         config: weights, attention form and temperature.
         layers: teacher layer for each student layer (``layer_mapping``); null: both have the same depth.
+        overwrites: the teacher's logits may be lost: their place is taken by the student's gradient.
     """
 
     walks_once = True
     """Whether the two terms on next-token logits are computed together where both have a weight."""
 
-    def __init__(self, config: ObjectiveConfig, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, config: ObjectiveConfig, layers: Sequence[int] | None = None, overwrites: bool = False) -> None:
         self.config = config
+        self.overwrites = overwrites
         self.layers = layers
         self.weights = {name: getattr(config, name) for name in config.TERMS if getattr(config, name) > 0}
 
@@ -99,9 +102,8 @@ class Objective:
         ours = _given("cross_entropy", "student.logits", student.logits)
         labels = _given("cross_entropy", "labels", labels)
         weights = (self.weights["logits"], self.weights["cross_entropy"])
-        return _named(
-            "logits", logits_kl_and_cross_entropy, ours, theirs, labels, weights, self.config.temperature
-        )  # fmt: skip
+        loss = partial(logits_kl_and_cross_entropy, temperature=self.config.temperature, overwrite=self.overwrites)
+        return _named("logits", loss, ours, theirs, labels, weights)
 
     def _term(
         self, name: str, student: Outputs, teacher: Outputs | None, labels: Tensor | None, mask: Tensor | None

@@ -46,7 +46,7 @@ class ILKDPretraining(Distillation):
         layers: Sequence[int] | None = None,
     ) -> None:
         pairs = teacher_layers(student, teacher, layers)
-        super().__init__(student, teacher, Objective(objective, pairs), optimizer, steps, dropout)
+        super().__init__(student, teacher, Objective(objective, pairs, overwrites=True), optimizer, steps, dropout)
         self._losses: list[Tensor] = []
         self.validation_nll = TokenMean()
         self._clock: tuple[float, int] | None = None

@@ -218,6 +218,28 @@ def test_both_terms_in_one_walk(chunk, temperature):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_the_gradient_in_the_place_of_the_teachers_logits(chunk):
+    """The same numbers; the teacher's tensor is lost, unless it comes from inference mode or is of another type."""
+    student, labels = normal(3, 5, 11, seed=1).requires_grad_(), torch.arange(15).view(3, 5) % 11
+
+    def gradient(teacher, overwrite):
+        total, *_ = logits_kl_and_cross_entropy(student, teacher, labels, (0.7, 1.3), 1.0, chunk, overwrite)
+        return torch.autograd.grad(2 * total, student)[0]
+
+    wanted = gradient(normal(3, 5, 11), False)
+    lost = normal(3, 5, 11)
+    torch.testing.assert_close(gradient(lost, True), wanted)
+    assert not torch.equal(lost, normal(3, 5, 11))
+    with torch.inference_mode():
+        kept = normal(3, 5, 11)
+    torch.testing.assert_close(gradient(kept, True), wanted)
+    assert torch.equal(kept, normal(3, 5, 11))
+    single = normal(3, 5, 11).float()
+    gradient(single, True)
+    assert torch.equal(single, normal(3, 5, 11).float())
+
+
 @pytest.mark.parametrize("chunk", ["auto", 2, None])
 def test_cross_entropy_in_chunks_is_torchs(chunk):
     logits = normal(2, 6, 9).requires_grad_()
