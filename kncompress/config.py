@@ -442,7 +442,7 @@ class InspectConfig(RunConfig):
 
 @dataclass
 class EvaluateConfig(RunConfig):
-    """``evaluate``: perplexity of a model on a text source, by both protocols."""
+    """``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on ``tasks``."""
 
     data: DataConfig = field(default_factory=DataConfig)
     context: int | None = None
@@ -453,10 +453,20 @@ class EvaluateConfig(RunConfig):
     """Score only the first tokens of the text; null: all."""
     batch_tokens: int = 8192
     """Tokens in one forward pass."""
+    tasks: list[str] = field(default_factory=list)
+    """In the place of perplexity: tasks of lm-evaluation-harness, or YAML files in its format (extra ``eval``)."""
+    limit: int | None = None
+    """Only the first items of each task; null: all."""
+    shots: int | None = None
+    """Worked examples before each item of a task; null: as the task says."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "stride", "tokens", "batch_tokens"):
+        for name in ("context", "stride", "tokens", "batch_tokens", "limit"):
             _positive(name, getattr(self, name))
+        _not_negative("shots", self.shots)
+        for name in ("limit", "shots"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise UserError(f"{name}={getattr(self, name)}: is for tasks; give tasks=[...]")
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""``evaluate``: perplexity of a model on a text source, by both protocols."""
+"""``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on benchmark tasks."""
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -13,6 +14,7 @@ from kncompress.data.sources import find_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
+from kncompress.evaluation.harness import check_tasks, load_tasks, score_tasks
 from kncompress.metrics import bits_per_byte, perplexity
 from kncompress.models.compress import unique_parameters
 from kncompress.tasks.student import load_teacher, model_config, require_causal
@@ -20,12 +22,15 @@ from kncompress.tracking.record import RunRecord
 
 
 def check(config: EvaluateConfig) -> None:
-    """Cheap checks before anything is written: text and model exist, the window fits the model."""
+    """Cheap checks before anything is written: text or tasks and model exist, the window fits the model."""
     if config.model.path is None:
         raise UserError("model.path=null: evaluate needs a model that exists")
-    key = config.data.split if config.data.split in ("validation", "test") else "source"
-    source = getattr(config.data, key)
-    find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
+    if config.tasks:
+        check_tasks(config.tasks)
+    else:
+        key = config.data.split if config.data.split in ("validation", "test") else "source"
+        source = getattr(config.data, key)
+        find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
     fields = model_config(config.model)
     require_causal(fields, "evaluate")
     positions = fields.max_position_embeddings
@@ -37,39 +42,73 @@ def check(config: EvaluateConfig) -> None:
 
 
 def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
-    """Score the text; returns the metrics that ``result.json`` holds."""
+    """Score the text or the tasks; returns the metrics that ``result.json`` holds."""
     check(config)
+    tasks = load_tasks(config.tasks, config.shots, config.seed) if config.tasks else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
-        stream = token_stream(config.data, config.data.split, tokenizer)
         window = config.context or model.config.max_position_embeddings
-        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-            task = bar.add_task("windows", total=None)
-            score = perplexity(
-                model,
-                stream.tokens,
-                window,
-                config.stride,
-                batch_tokens=config.batch_tokens,
-                limit=config.tokens,
-                ignore=ignored_token(tokenizer),
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        metrics: dict[str, float] = {
-            "perplexity": score.perplexity,
-            "nll": score.nll,
-            "tokens": score.tokens,
-            "windows": score.windows,
-            "parameters": unique_parameters(model),
-        }
-        if score.window_perplexity is not None:
-            metrics["perplexity_window_mean"] = score.window_perplexity
-        if config.tokens is None or config.tokens >= len(stream):
-            # The few tokens that no window scores count as the mean of the others.
-            metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
+        metrics: dict[str, float]
+        if tasks is None:
+            metrics = _perplexity(config, model, tokenizer, window)
+            table = _table(config, window, metrics)
+        else:
+            batch = max(1, config.batch_tokens // window)
+            metrics = score_tasks(model, tokenizer, tasks, window, batch, config.limit)
+            table = _task_table(config, metrics)
+            metrics["parameters"] = unique_parameters(model)
         record.finish("finished", metrics)
-        Console().print(_table(config, window, metrics))
+        Console().print(table)
     return metrics
+
+
+def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int) -> dict[str, float]:
+    stream = token_stream(config.data, config.data.split, tokenizer)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("windows", total=None)
+        score = perplexity(
+            model,
+            stream.tokens,
+            window,
+            config.stride,
+            batch_tokens=config.batch_tokens,
+            limit=config.tokens,
+            ignore=ignored_token(tokenizer),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    metrics: dict[str, float] = {
+        "perplexity": score.perplexity,
+        "nll": score.nll,
+        "tokens": score.tokens,
+        "windows": score.windows,
+        "parameters": unique_parameters(model),
+    }
+    if score.window_perplexity is not None:
+        metrics["perplexity_window_mean"] = score.window_perplexity
+    if config.tokens is None or config.tokens >= len(stream):
+        # The few tokens that no window scores count as the mean of the others.
+        metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
+    return metrics
+
+
+def _task_table(config: EvaluateConfig, metrics: dict[str, float]) -> Table:
+    table = Table("task", "metric", title=str(config.model.path), title_justify="left")
+    for column in ("value", "\u00b1", "items"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, value in metrics.items():
+        task, _, metric = name.partition("/")
+        if metric != "items" and "_stderr" not in metric:
+            first, slash, kept = name.partition(f"/{metric.partition('/')[0]}")
+            error = metrics.get(f"{first}{slash}_stderr{kept}")
+            items = metrics.get(f"{task}/items")
+            table.add_row(
+                task,
+                metric,
+                f"{value:,.4f}",
+                "" if error is None else f"{error:,.4f}",
+                "" if items is None else f"{items:,.0f}",
+            )
+    return table
 
 
 def _table(config: EvaluateConfig, window: int, metrics: dict[str, float]) -> Table:

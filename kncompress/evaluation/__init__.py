@@ -1,1 +1,1 @@
-"""Benchmarks: this package against its rivals and against what the machine can do, a file for each part."""
+"""What is done with models: benchmarks against rivals and the machine, a file for each part; text; task scores."""

@@ -1,0 +1,106 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, in this process, on a model that is loaded already.
+
+A task is one of the harness's own, whose data come from the Hugging Face hub or its cache, or a YAML file in the
+harness's format, whose data may lie beside it.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kncompress.errors import UserError
+
+_YAML = (".yaml", ".yml")
+_BOOTSTRAP = 1000
+"""Draws for the standard error of a metric that is no mean."""
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Cheap checks: the harness is installed, files are there. Raises UserError."""
+    if find_spec("lm_eval") is None:
+        raise UserError(f"tasks={list(names)}: needs lm-eval: pip install 'kncompress[eval]'")
+    for name in names:
+        if name.endswith(_YAML) and not Path(name).expanduser().is_file():
+            raise UserError(f"tasks={name}: no such file")
+
+
+def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, Any]:
+    """The tasks with their data, as the harness's ``evaluate`` takes them.
+
+    Args:
+        names: the harness's names of tasks, groups or tags, and YAML files.
+        shots: worked examples before each item, of tasks that do not say 0 themselves; None: as the task says.
+        seed: chooses those examples.
+
+    Raises:
+        UserError: no such task, a file that is no task, or data that cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    found = [str(Path(name).expanduser()) if name.endswith(_YAML) else name for name in names]
+    own = [name for name in found if not name.endswith(_YAML)]
+    with _quiet():
+        manager = TaskManager(include_defaults=bool(own))
+        for name in own:
+            if name not in manager.all_tasks:
+                raise UserError(
+                    f"tasks={name}: lm-evaluation-harness has no such task; `lm-eval ls tasks` lists them; a task of "
+                    "your own is a .yaml file"
+                )
+        try:
+            loaded: dict[str, Any] = manager.load(found)
+        except Exception as error:  # whatever a task's file, its code and its data's readers raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"tasks={','.join(names)}: cannot be loaded: {reason}") from error
+    for task in loaded["tasks"].values():
+        written = task.get_config("num_fewshot")
+        if shots is not None and written != 0:
+            task.set_config(key="num_fewshot", value=shots)
+        elif written is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    return loaded
+
+
+def score_tasks(
+    model: Any, tokenizer: Any, tasks: dict[str, Any], window: int, batch: int, limit: int | None
+) -> dict[str, float]:
+    """``{task/metric: value}`` with ``task/metric_stderr`` where the harness has one, and ``task/items``.
+
+    Args:
+        model: causal language model, in evaluation mode.
+        tasks: from ``load_tasks``.
+        window: tokens of an item that are kept at most, the last ones.
+        batch: sequences in one forward pass.
+        limit: only the first items of each task; None: all.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=batch)
+        found = evaluate(lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+    metrics: dict[str, float] = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            name, _, kept = key.partition(",")  # metric and filter
+            if kept and isinstance(value, int | float):
+                metrics[f"{task}/{name}" if kept == "none" else f"{task}/{name}/{kept}"] = value
+        if task in found["n-samples"]:
+            metrics[f"{task}/items"] = found["n-samples"][task]["effective"]
+    return metrics
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's remarks on a model that comes loaded."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
