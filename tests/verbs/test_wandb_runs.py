@@ -93,7 +93,7 @@ def _dashboards_find_what_they_show(log: list[Any], without_weight: set[str]) ->
 
     panels = as_json(workspace("team", "p", "Compression"))
     config, summary, logged = merged(log, "config"), merged(log, "summary"), set().union(*history(log))
-    shown = {kind: set(re.findall(rf'"{kind}:([^".]+)(?:\\.value[^"]*)?"', panels)) for kind in ("config", "summary")}
+    shown = {kind: set(re.findall(rf'"{kind}:([^".]+)(?:\.value[^"]*)?"', panels)) for kind in ("config", "summary")}
     assert len(shown["config"]) >= 5 and shown["config"] <= set(config)
     assert shown["summary"] == {"parameters/student", "perplexity/student"} <= set(summary)
     series = set(re.findall(r'"((?:train|validation)/[a-z_]+)"', panels)) - {f"train/{n}" for n in without_weight}
