@@ -20,7 +20,7 @@ from kncompress.models.merged import write_merged
 from kncompress.models.onnx_graph import check_packages, write_int8, write_onnx
 from kncompress.models.onnx_session import OnnxModel, largest_difference
 from kncompress.models.pretrained import load_model, save_model, to_dense
-from kncompress.tasks.student import locate, model_config, tokenizer_if_any, tokenizer_of
+from kncompress.tasks.student import locate, model_config, require_causal, tokenizer_if_any, tokenizer_of
 from kncompress.tracking.record import RunRecord
 from kncompress.tracking.whole_file import filling
 
@@ -39,6 +39,7 @@ def check(config: ExportConfig) -> None:
     if config.format == "int8":
         if _is_classifier(fields):
             raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
+        require_causal(fields, "export format=int8")
         key = config.data.split if config.data.split in ("validation", "test") else "source"
         source = getattr(config.data, key)
         find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)

@@ -13,7 +13,15 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 from verbs.conftest import read
 
 from kncompress.__main__ import main
@@ -204,6 +212,19 @@ def test_a_classifier_is_exported_with_its_head(command: Any, tiny: Path, tmp_pa
     torch.testing.assert_close(logits_of(dense), logits_of(model))
     code, _, err = command("export", f"model={tmp_path / 'classifier'}", "format=int8", "run_dir=other")
     assert code == 2 and "format=int8" in err and "classifier" in err
+
+
+def test_a_model_without_next_tokens_has_no_int8(command: Any, tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    save_model(BertForMaskedLM(config), tmp_path / "bert")
+    code, _, err = command("export", f"model={tmp_path / 'bert'}", "format=int8", "run_dir=run")
+    assert code == 2 and "export format=int8 needs one that predicts the next token" in err and err.count("\n") == 1
+    assert command("export", f"model={tmp_path / 'bert'}", "run_dir=run")[0] == 0
+    ids = IDS % 96
+    torch.testing.assert_close(
+        logits_of(BertForMaskedLM.from_pretrained("run/model"), ids),
+        logits_of(BertForMaskedLM.from_pretrained(tmp_path / "bert"), ids),
+    )
 
 
 def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: Path) -> None:
