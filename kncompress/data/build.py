@@ -138,7 +138,9 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def encode(documents: list[str], tokenizer: Any, end_of_text: bool = True) -> list[np.ndarray]:
     """Ids of each document, end-of-text appended where asked; no other special token is added."""
     end = [tokenizer.eos_token_id] if end_of_text else []
-    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    # Without the masks, which are lists as long as the ids.
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+    rows = tokenizer(documents, add_special_tokens=False, verbose=False, **options)["input_ids"]
     return [np.asarray([*row, *end]) for row in rows]
 
 
