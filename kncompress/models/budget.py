@@ -17,10 +17,11 @@ from kncompress.kron import HybridShape, Shape, parse_shape
 from kncompress.models.candidates import Option
 
 FORMAT = "kncompress harms 1"
-FASTER, FASTER_MIXING = 1.3, 3.5
-"""Dense multiply-adds over a shape's, at least, under the constraint ``speed``: of outer products and right factors of
-one row or column; of right factors with several of both, which have to turn the vectors around between the products.
-With bfloat16 tiles that costs as much as a dense map of half the multiply-adds (``bench``, part ``product``)."""
+FASTER, FASTER_SINGLE, FASTER_MIXING = 1.3, 1.9, 24
+"""Dense multiply-adds over a shape's, at least, under the constraint ``speed``: of outer products; of right factors of
+one row or column, whose outputs take a pass more; of those with several of both, which have to turn the vectors
+around between the products. In bfloat16 a dense map is so fast that such passes cost as much as half of it or more
+(experiments/throughput, ``speed``: 4x4 at a quarter of the multiply-adds took longer on GPT-2 small)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,9 @@ def _fast(row: MapHarms, option: Option) -> bool:
 def advantage(shape: Shape) -> float:
     """Dense multiply-adds over those of ``shape`` from which on its product is surely no slower than the dense one."""
     parts = shape.parts if isinstance(shape, HybridShape) else (shape,)
-    return FASTER_MIXING if any(min(part.right) > 1 for part in parts) else FASTER
+    if any(min(part.right) > 1 for part in parts):
+        return FASTER_MIXING
+    return FASTER if all(part.left[1] == part.right[0] == 1 for part in parts) else FASTER_SINGLE
 
 
 def budget_count(budget: float, parameters: int) -> int:
