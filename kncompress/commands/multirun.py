@@ -26,6 +26,7 @@ from kncompress.commands.sweep_folder import (
     missing,
     not_own,
     read_sweep,
+    result_of,
 )
 from kncompress.commands.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.errors import UserError
@@ -183,12 +184,13 @@ def _by_other_sweeper(hydra: Hydra, job: Job, overrides: list[str]) -> int:
         hydra.multirun(job.verb.name, job, settings + overrides)
     except Interrupted as interrupted:
         return interrupted.code
-    return 0
+    results = [result_of(file.parent) for file in job.sweep_dir.rglob("result.json")]
+    codes = {result.get("exit_code") for result in results if result.get("status") != "finished"}
+    return 0 if not codes else 2 if codes == {2} else 1
 
 
 def _exit_code(folder: Path) -> int:
     """0 where every job finished, 2 where all that failed were the user's to fix, else 1."""
-    failed = [row for row in sweep_rows(folder) if row["status"] != "finished"]
-    if not failed:
-        return 0
-    return 2 if all(row["exit_code"] == 2 for row in failed) else 1
+    left = [row for row in sweep_rows(folder) if row["status"] != "finished"]
+    codes = {row["exit_code"] for row in left if row["status"] != "pending"}  # fail_fast starts no further job
+    return 0 if not left else 2 if codes == {2} else 1

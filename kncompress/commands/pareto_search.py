@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kncompress.commands.sweep_folder import result_of
 from kncompress.errors import UserError
@@ -55,6 +55,11 @@ class Search:
         for name in ("jobs", "parallel"):
             if type(settings[name]) is not int or settings[name] < 1:
                 raise UserError(f"hydra.sweeper.{name}={settings[name]}: must be a whole number from 1")
+        if type(settings.seed) is not int or settings.seed < 0:
+            raise UserError(f"hydra.sweeper.seed={settings.seed}: must be a whole number from 0")
+        metrics = OmegaConf.to_container(settings.metrics) if OmegaConf.is_list(settings.metrics) else None
+        if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
+            raise UserError(f"hydra.sweeper.metrics={settings.metrics}: must be a list of names in result.json")
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(overrides))
         last = {override.get_key_element(): override for override in parsed}
         fixed = [
@@ -64,7 +69,12 @@ class Search:
         space = {key: override for key, override in last.items() if override.is_sweep_override()}
         if not space:
             raise UserError("hydra/sweeper=pareto: nothing to search; give a key several values, key=1,2 or range(1,9)")
-        return cls(list(settings.metrics), settings.jobs, settings.parallel, settings.seed, fixed, space)
+        for override in space.values():
+            try:
+                _distribution(override)
+            except ValueError as error:
+                raise UserError(f"{str(override.input_line).lstrip('+')}: cannot be searched: {error}") from None
+        return cls([str(name) for name in metrics], settings.jobs, settings.parallel, settings.seed, fixed, space)
 
     def first(self) -> list[str]:
         """A job with the first value of every key, to be checked before anything is written."""
@@ -78,6 +88,8 @@ class Search:
         for number in left:
             launcher.run([number])
             self._tell(study, launcher.folder, number)
+            if launcher.stopped:
+                return
         while batch := self._batch(study, launcher):
             launcher.run(batch)
             for number in batch:
@@ -169,5 +181,7 @@ def _distribution(override: Any) -> Any:
         value = override.value()
         if all(isinstance(part, int) for part in (value.start, value.stop, value.step)) and value.step > 0:
             numbers = range(value.start, value.stop, value.step)
+            if not numbers:
+                raise ValueError("a range goes from its start up to its stop, range(1,5)")
             return IntDistribution(numbers[0], numbers[-1], step=value.step)
     return CategoricalDistribution([str(text) for text in override.sweep_string_iterator()])

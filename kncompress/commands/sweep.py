@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from kncompress.commands.compose import compose, typed
@@ -26,12 +27,26 @@ class SweepErrors(UserError):
 
 
 def expand(hydra: Hydra, composed: DictConfig, overrides: list[str]) -> list[list[str]] | None:
-    """The overrides of each job, by Hydra's own sweeper; None for a sweeper that chooses as it goes."""
+    """The overrides of each job, by Hydra's own sweeper; None for a sweeper that chooses as it goes.
+
+    Raises UserError where a key has no values, or some that this sweeper cannot count up.
+    """
     if composed.hydra.sweeper._target_ != _BASIC:
         return None
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     task = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
-    return [job for batch in BasicSweeper.split_arguments(parser.parse_overrides(task), None) for job in batch]
+    parsed = parser.parse_overrides(task)
+    try:
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    except HydraException as error:  # interval(...)
+        words = ", ".join(override.input_line or "" for override in parsed if override.is_sweep_override())
+        raise UserError(f"{words.lstrip('+')}: {error}; give values, or hydra/sweeper=pareto") from None
+    if not jobs:
+        words = ", ".join(
+            (override.input_line or "").lstrip("+") for override in parsed if override.is_sweep_override()
+        )
+        raise UserError(f"{words}: a key has no values; a range goes from its start up to its stop, range(1,5)")
+    return jobs
 
 
 def validated(

@@ -17,6 +17,7 @@ from filelock import FileLock
 from kncompress.__main__ import VERBS
 from kncompress.commands.compose import open_hydra
 from kncompress.commands.job import Job
+from kncompress.commands.multirun import _by_other_sweeper
 
 PROBE = Path(probe_verb.__file__)
 
@@ -91,6 +92,33 @@ def test_another_sweep_in_the_folder_is_refused(sweep: Any) -> None:
     code, _, err = sweep("seed=1,2", "factors=plan.yaml", "run_dir=s")
     assert code == 2 and "job 0 has factors.mlp.right=[2, 1], now [4, 1]" in err
     assert before == {path: path.stat().st_mtime_ns for path in Path("s").rglob("*") if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=range(5,1)", "trainer.steps=1,2"], "seed=range(5,1), trainer.steps=1,2: a key has no values"),
+        (["seed=interval(1,5)"], "seed=interval(1,5): BasicSweeper does not support"),
+    ],
+)
+def test_a_sweep_over_nothing_is_the_users_to_fix(sweep: Any, words: list[str], message: str) -> None:
+    code, _, err = sweep(*words)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("project", "wanted"), [("fine", 0), ("user", 2), ("fail", 1)])
+def test_a_sweeper_of_another_package_ends_with_the_exit_code_of_its_jobs(
+    project: str, wanted: int, tmp_path: Path
+) -> None:
+    job = Job(probe_verb.VERB, sweep_dir=tmp_path / "s")
+    words = [f"++logger.project=fine,{project}", "++seed=1"]  # Hydra's own sweeper, called as another's would be
+    assert _by_other_sweeper(open_hydra("train"), job, words) == wanted
+
+
+def test_what_fail_fast_keeps_from_starting_has_no_say_in_the_exit_code(sweep: Any) -> None:
+    assert sweep("logger.project=user,fine", "run_dir=s", "fail_fast=true")[0] == 2
+    assert [row["status"] for row in rows("s")] == ["failed", "pending"]
 
 
 def test_fail_fast_starts_no_further_job(sweep: Any) -> None:
@@ -217,6 +245,11 @@ def test_a_search_retries_what_failed_and_tells_its_study(sweep: Any) -> None:
         (["factors.mlp.terms=1", "factors.mlp.right=[1,2]", "factors.layers=all"], "nothing to search"),
         (["trainer.stepss=1"], "trainer.stepss"),
         (["seed=13"], "seed=13: refused by check"),
+        (["hydra.sweeper.metrics=[]"], "hydra.sweeper.metrics=[]: must be a list of names"),
+        (["hydra.sweeper.metrics=perplexity"], "hydra.sweeper.metrics=perplexity: must be a list of names"),
+        (["hydra.sweeper.seed=x"], "hydra.sweeper.seed=x: must be a whole number from 0"),
+        (["factors.mlp.terms=range(5,1)"], "factors.mlp.terms=range(5,1): cannot be searched: a range goes"),
+        (["optimizer.lr=interval(5,1)"], "optimizer.lr=interval(5,1): cannot be searched: "),
     ],
 )
 def test_a_bad_search_leaves_nothing(words: list[str], message: str, sweep: Any) -> None:
