@@ -22,7 +22,7 @@ class MetricsFile:
         self._last_start = 0
         """Byte at which the last row starts: it is written anew when its step gets more values."""
         if path.is_file():
-            self._rewrite(_complete_rows(path))
+            self._rewrite(complete_rows(path))
 
     @property
     def last_step(self) -> int:
@@ -38,7 +38,7 @@ class MetricsFile:
             row = self._last | row
         if late:
             self.columns = ["step", *(name for name in [*self.columns, *late] if name != "step")]
-            rows = _complete_rows(self.path) if self.path.is_file() else []
+            rows = complete_rows(self.path) if self.path.is_file() else []
             self._rewrite([*(rows[:-1] if same_step else rows), row])
             return
         with self.path.open("r+b") as file:
@@ -50,7 +50,7 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Drop the rows of the steps after ``step``, which a run that resumes there will make again."""
         if self.path.is_file():
-            self._rewrite([row for row in _complete_rows(self.path) if int(row["step"]) <= step])
+            self._rewrite([row for row in complete_rows(self.path) if int(row["step"]) <= step])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         if not self.columns and rows:
@@ -66,7 +66,7 @@ class MetricsFile:
         return lines.getvalue().encode()
 
 
-def _complete_rows(path: Path) -> list[dict[str, str]]:
+def complete_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of ``path``; what a killed process left after the last line end is no row."""
     text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline="")))

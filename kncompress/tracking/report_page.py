@@ -83,7 +83,7 @@ def _texts(runs: Sequence[Run]) -> str:
     if len(found) == 1:
         return f"<p>Measured on {html.escape(next(iter(found)))}.</p>"
     lines = "".join(f"<li>{html.escape(text)}: {html.escape(', '.join(names))}</li>" for text, names in found.items())
-    return f"<p><b>Measured on different texts or windows:</b></p><ul>{lines}</ul>" if found else ""
+    return f"<p><b>Measured on different texts, splits or windows:</b></p><ul>{lines}</ul>" if found else ""
 
 
 def _table(runs: Sequence[Run]) -> str:

@@ -1,6 +1,5 @@
 """What finished and unfinished runs have left in their folders, read back for a report."""
 
-import csv
 import json
 import math
 import shlex
@@ -9,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
+from kncompress.tracking.metrics_file import complete_rows
 
 REPORT, SAMPLES = "report.json", "samples.json"
 
@@ -71,7 +74,10 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     while not all(folder.is_relative_to(shared) for folder in folders):
         shared = shared.parent
     runs = [_read(folder, folder.relative_to(shared).as_posix()) for folder in folders]
-    return [run for run in runs if run.verb != "report"]
+    kept = [run for run in runs if run.verb != "report"]
+    if not kept:
+        raise UserError(f"runs={', '.join(paths)}: no run in it but earlier reports")
+    return kept
 
 
 def _read(folder: Path, name: str) -> Run:
@@ -89,23 +95,29 @@ def _read(folder: Path, name: str) -> Run:
         _curves(folder / "metrics.csv"),
         _json(folder / REPORT).get("rows") or [],
         _samples(folder / SAMPLES),
-        _text(folder / "config.yaml"),
+        _text(folder / "config.yaml", str(record.get("verb", ""))),
     )
 
 
-def _text(file: Path) -> str:
-    """Source, tokens and window of the test text, as the configuration names them."""
+def _text(file: Path, verb: str) -> str:
+    """Source, split, tokens and window of the text that the perplexity is of, as the configuration names them."""
     try:
         config = read_config(file)
-    except (OSError, UserError, ValueError):
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return ""
+    if not isinstance(config, dict):
         return ""
     data, trainer = config.get("data") or {}, config.get("trainer") or {}
-    source = data.get("test") or data.get("source")
+    split = {"train": "test", "plan": "validation"}.get(verb) or data.get("split", "auto")
+    source = data.get(split) or data.get("source")
     if source is None:
         return ""
-    tokens = config.get("tokens") or trainer.get("test_tokens") or "all"
+    if split == "auto":
+        split = "test" if source == "sample" else "auto (test where the source has one, else all)"
+    tokens = config.get("validation_tokens" if verb == "plan" else "tokens") or trainer.get("test_tokens") or "all"
     window = config.get("context") or data.get("context") or "the model's"
-    return f"{source}, tokens: {tokens}, context: {window}"
+    stride = f", stride: {config['stride']}" if config.get("stride") else ""
+    return f"{source}, split: {split}, tokens: {tokens}, context: {window}{stride}"
 
 
 def _samples(file: Path) -> list[dict[str, str]]:
@@ -124,12 +136,11 @@ def _pair(metrics: dict[str, Any], model: str) -> tuple[float, float] | None:
 def _curves(file: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     if file.is_file():
-        with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                step = int(row.pop("step"))
-                for name, text in row.items():
-                    if text and math.isfinite(value := float(text)):
-                        curves.setdefault(name, []).append((step, value))
+        for row in complete_rows(file):
+            step = int(row.pop("step"))
+            for name, text in row.items():
+                if text and math.isfinite(value := float(text)):
+                    curves.setdefault(name, []).append((step, value))
     return curves
 
 

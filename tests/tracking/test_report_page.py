@@ -31,7 +31,9 @@ def folder(tmp_path: Path) -> Path:
         metrics = {"parameters/student": parameters, "perplexity/student": perplexity}
         metrics |= {"parameters/teacher": 1000, "perplexity/teacher": 20.0}
         (run / "result.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
-        (run / "metrics.csv").write_text("step,train/loss,validation/loss\n1,3.5,\n2,3.0,nan\n3,2.5,2.75\n")
+        (run / "metrics.csv").write_text(
+            "step,train/loss,validation/loss\n1,3.5,\n2,3.0,nan\n3,2.5,2.75\n3000,2."
+        )  # killed
         maps = [{"name": f"layers.{layer}.mlp.up", "shape": "8x4(x)2x2", "error": 0.1 * layer, "weighted": None}
                 for layer in (1, 2)]  # fmt: skip
         (run / "report.json").write_text(json.dumps({"rows": maps}))
@@ -76,7 +78,7 @@ def test_the_pictures_and_the_table_have_the_runs_numbers(folder: Path) -> None:
     assert maps[0]["z"] == [[0.1], [0.2]] and maps[0]["text"] == [["8x4(x)2x2"]] * 2
     assert "<td>3</td><td>train</td><td>failed</td><td>-</td>" in page
     assert "python -m kncompress train seed=10" in page and page.count("shapes </script>") == 0
-    assert "Measured on a &lt;b&gt; text, tokens: 512, context: the model&#x27;s." in page
+    assert "Measured on a &lt;b&gt; text, split: test, tokens: 512, context: the model&#x27;s." in page
     found = re.search(r'<table class="samples">.*?</table>', page)[0]
     cells = [html.unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", found)]
     rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
@@ -86,8 +88,35 @@ def test_the_pictures_and_the_table_have_the_runs_numbers(folder: Path) -> None:
 
 def test_different_texts_are_told(folder: Path) -> None:
     (folder / "2" / "config.yaml").write_text("data: {source: another}\n")
+    texts = {run.name: run.text for run in read_runs([str(folder)])}
+    assert texts["2"] == "another, split: test, tokens: all, context: the model's"
     page = report_page(read_runs([str(folder)]), "shapes")
-    assert "different texts" in page and "another, tokens: all, context: the model&#x27;s: 2" in page
+    assert "different texts" in page and f"{html.escape(texts['2'])}: 2" in page
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "text"),
+    [
+        ("evaluate", "data: {source: sample, split: auto}", "sample, split: test, tokens: all, context: the model's"),
+        ("evaluate", "data: {source: a, test: b, split: train}\ntokens: 9", "a, split: train, tokens: 9"),
+        ("evaluate", "data: {source: a, test: b, split: test}\nstride: 8", "b, split: test, tokens: all"),
+        ("evaluate", "data: {source: a, test: b, split: auto}", "a, split: auto (test where"),
+        ("plan", "data: {source: a, split: auto}\nvalidation_tokens: 64", "a, split: validation, tokens: 64"),
+        ("train", "data: {source: [a", ""),
+    ],
+)
+def test_the_text_is_the_one_that_was_scored(verb: str, config: str, text: str, folder: Path) -> None:
+    (folder / "0" / "run.json").write_text(json.dumps({"verb": verb, "status": "finished", "command": []}))
+    (folder / "0" / "config.yaml").write_text(config)
+    (run,) = read_runs([str(folder / "0")])
+    assert run.text.startswith(text) and bool(run.text) == bool(text)
+    assert run.text.endswith(", stride: 8") == ("stride" in config)
+
+
+def test_reports_alone_are_no_runs(folder: Path) -> None:
+    (folder / "0" / "run.json").write_text(json.dumps({"verb": "report", "status": "finished", "command": []}))
+    with pytest.raises(UserError, match="no run in it but earlier reports"):
+        read_runs([str(folder / "0")])
 
 
 def test_the_page_loads_nothing(folder: Path) -> None:
