@@ -1,14 +1,13 @@
 """``dashboard``: a W&B workspace and a report for a project, built by code, saved where there is a key."""
 
-import netrc
 import os
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from kncompress.config import DashboardConfig
+from kncompress.diagnosis.network import wandb_key
 from kncompress.errors import UserError
 from kncompress.tracking.dashboard import as_json, report, workspace
 from kncompress.tracking.record import RunRecord
@@ -20,11 +19,14 @@ _NOWHERE = "entity"
 
 
 def check(config: DashboardConfig) -> None:
-    """The package is installed, and there is a key where one is needed."""
+    """The package is installed, and where the server is to be used it may be, and there is a key."""
     if find_spec("wandb_workspaces") is None:
         raise UserError("dashboard: needs wandb-workspaces: pip install 'kncompress[dashboard]'")
-    if config.save == "always" and not has_key():
+    if config.save == "always" and wandb_key() is None:
         raise UserError("save=always: no W&B key; wandb login, or set WANDB_API_KEY, or give save=never")
+    mode = os.environ.get("WANDB_MODE")
+    if config.save == "always" and mode in _OFFLINE:
+        raise UserError(f"save=always: WANDB_MODE={mode} keeps off the network; unset it, or give save=never")
 
 
 def run(config: DashboardConfig, run_dir: Path) -> dict[str, float]:
@@ -33,7 +35,7 @@ def run(config: DashboardConfig, run_dir: Path) -> dict[str, float]:
     Raises UserError where the server refuses them or is not reached.
     """
     check(config)
-    online = config.save != "never" and has_key() and os.environ.get("WANDB_MODE") not in _OFFLINE
+    online = config.save != "never" and wandb_key() is not None and os.environ.get("WANDB_MODE") not in _OFFLINE
     with RunRecord.open(run_dir, "dashboard", asdict(config), config.seed) as record:
         entity = config.entity or (_own_entity() if online else _NOWHERE)
         built = {"workspace": workspace(entity, config.project, config.title)}
@@ -50,28 +52,16 @@ def run(config: DashboardConfig, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def has_key() -> bool:
-    """Whether W&B has a key: in the environment, or for its server in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]:
-        try:
-            if netrc.netrc(str(file)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
 def _own_entity() -> str:
     import wandb
 
     try:
-        return str(wandb.Api(timeout=20).default_entity)
+        entity = wandb.Api(timeout=20).default_entity
     except Exception as error:  # of requests, of W&B, of its GraphQL client
         raise _refused(error) from error
+    if not entity:
+        raise UserError("entity=null: the key has no default entity; give entity=<user or team>")
+    return str(entity)
 
 
 def _saved(name: str, built: Any) -> str:

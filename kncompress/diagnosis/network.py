@@ -55,11 +55,11 @@ def check_hub(ask: bool, seconds: float) -> list[Finding]:
 
 def check_wandb(ask: bool, seconds: float) -> list[Finding]:
     """Key, mode and server. Runs are logged offline unless told otherwise, so none of these is essential."""
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    base = _wandb_url()
     mode = os.environ.get("WANDB_MODE")
     disabled = f"WANDB_MODE={mode}" if mode in ("offline", "dryrun", "disabled") else None
     findings = [_reach(WANDB, base, disabled, ask, seconds, "runs are logged to their folders: logger.mode=offline")]
-    place = _wandb_key(urlsplit(base).hostname or base)
+    place = wandb_key()
     if place:
         findings.append(Finding(WANDB, "key", "ok", f"in {place}"))
     else:
@@ -82,15 +82,26 @@ def _reach(area: str, url: str, forbidden: str | None, ask: bool, seconds: float
     return Finding(area, "server", level, f"{url} cannot be reached ({reason})", without)
 
 
-def _wandb_key(host: str) -> str | None:
-    """Where the key is, not what it is."""
+def wandb_key() -> str | None:
+    """Where the key of W&B's server is, not what it is: the variable, or the netrc file; None: there is none."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return str(file) if netrc.netrc(str(file)).hosts.get(host) else None
-    except (OSError, netrc.NetrcParseError):
-        return None
+    server = urlsplit(_wandb_url())
+    named = os.environ.get("NETRC")
+    for name in [named] if named else ["~/.netrc", "~/_netrc"]:
+        file = Path(name).expanduser()
+        try:
+            found = netrc.netrc(str(file))
+        except (OSError, ValueError, netrc.NetrcParseError):
+            continue
+        # W&B writes the port too where there is one; older versions did not.
+        if any(found.authenticators(host) for host in (server.netloc, server.hostname) if host):
+            return str(file)
+    return None
+
+
+def _wandb_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
 
 
 def _set(name: str) -> bool:

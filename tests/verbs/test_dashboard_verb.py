@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kncompress.diagnosis.network import wandb_key
+
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboard)")
 
 
@@ -41,12 +43,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(command: Any, words: list[str]
 
 
 def test_a_key_is_found_where_wandb_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kncompress.commands.dashboard import has_key
-
-    assert not has_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password of-a-test\n")
-    assert has_key()
+    assert wandb_key() is None
+    hosts = ("api.wandb.ai", "wandb.example.org:8080")
+    entries = [f"machine {host}\n  login user\n  password of-a-test\n" for host in hosts]
+    (tmp_path / "netrc").write_text("".join(entries))
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_key() == str(tmp_path / "netrc")
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not has_key()
+    assert wandb_key() is None
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
+    assert wandb_key() == str(tmp_path / "netrc")
     monkeypatch.setenv("WANDB_API_KEY", "of-a-test")
-    assert has_key()
+    assert wandb_key() == "WANDB_API_KEY"
+
+
+def test_always_is_not_held_against_a_mode_that_forbids_it(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "of-a-test")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code, _, err = command("dashboard", "save=always")
+    assert code == 2 and "save=always: WANDB_MODE=offline keeps off the network" in err and err.count("\n") == 1
+    assert not Path("runs").exists()
