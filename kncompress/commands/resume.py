@@ -8,6 +8,8 @@ from typing import Any, cast
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kncompress.commands.compose import compose, typed
 from kncompress.commands.presets import existing_path, groups
@@ -18,7 +20,8 @@ from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
 
-_OWN = ("run_dir", "resume", "fail_fast")
+OWN = ("run_dir", "resume", "fail_fast")
+"""Keys that tell where and how a run or a sweep runs, not what it computes."""
 
 
 def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[str]) -> tuple[Path, str]:
@@ -46,10 +49,14 @@ def unfinished_run(verb: Verb, text: str) -> Path:
     for name in ("run.json", "config.yaml"):
         if not (folder / name).is_file():
             raise UserError(f"resume={text}: not a run folder (no {name} in it)")
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if run["verb"] != verb.name:
-        raise UserError(f"resume={text}: a run of {run['verb']}, not of {verb.name}")
-    if run["status"] == "finished":
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        begun, status = run["verb"], run["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"resume={text}: its run.json is damaged; start a new run") from None
+    if begun != verb.name:
+        raise UserError(f"resume={text}: a run of {begun}, not of {verb.name}")
+    if status == "finished":
         raise UserError(f"resume={text}: this run is finished; name the folder of an unfinished run")
     return folder
 
@@ -90,7 +97,11 @@ def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[
 
 
 def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
-    return plain(verb, cast(DictConfig, OmegaConf.create(_literal(read_config(folder / "config.yaml")))))
+    try:
+        values = read_config(folder / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        raise UserError(f"resume={folder}: its config.yaml is damaged; start a new run") from None
+    return plain(verb, cast(DictConfig, OmegaConf.create(_literal(values))))
 
 
 def _plain_of(config: RunConfig) -> dict[str, Any]:
@@ -99,7 +110,7 @@ def _plain_of(config: RunConfig) -> dict[str, Any]:
 
 def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[str], saved: dict[str, Any]) -> None:
     names = [override.lstrip("+").partition("=")[0] for override in overrides]
-    names = [name for name in names if name not in _OWN and not name.startswith("hydra")]
+    names = [name for name in names if name not in OWN and not name.startswith("hydra")]
     if not names:
         return
     composed = compose(hydra, verb.name, [*overrides])
@@ -112,14 +123,14 @@ def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[s
             touched += [path for path in _leaves(composed) if path.startswith(f"{name}.")]
         else:
             touched.append(name)
-    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in _OWN}
+    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in OWN}
     _refuse(folder, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """``{key: (saved, given)}`` of all keys whose values differ."""
     paths = dict.fromkeys([*_leaves_of(saved), *_leaves_of(given)])
-    pairs = {path: (_at(saved, path), _at(given, path)) for path in paths if path not in _OWN}
+    pairs = {path: (_at(saved, path), _at(given, path)) for path in paths if path not in OWN}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -14,15 +14,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kncompress.commands.overrides import quoted
-from kncompress.commands.resume import differences_from_saved
+from kncompress.commands.resume import OWN, differences_from_saved
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.tracking.whole_file import write_text
 
 FILE = "sweep.json"
-OWN = ("run_dir", "resume", "fail_fast")
-"""Keys that tell where and how a sweep runs, not what it computes."""
 
 
 @dataclass

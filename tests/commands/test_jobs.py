@@ -10,9 +10,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import probe_verb
 import pytest
 import yaml
 
+from kncompress.__main__ import VERBS
 from kncompress.commands.run_folder import take
 
 PROBE = Path(__file__).with_name("probe_verb.py")
@@ -89,6 +91,17 @@ def test_log_lines_appear_once(probe, tmp_path):
     done = probe("logger.project=log", "run_dir=new")
     assert (done.stdout + done.stderr).count("one line") == 1
     assert (tmp_path / "new" / "train.log").read_text().count("one line") == 1
+
+
+@pytest.mark.parametrize("damage", [("run.json", '{"verb": "tra'), ("run.json", "[]"), ("config.yaml", "seed: [1")])
+def test_a_damaged_run_cannot_be_resumed_and_keeps_no_other_from_it(damage, command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    assert command("train", "logger.project=flaky", "seed=1")[0] == 1
+    (folder,) = Path("runs").iterdir()
+    (folder / damage[0]).write_text(damage[1])
+    code, _, err = command("train", f"resume={folder}")
+    assert code == 2 and f"its {damage[0]} is damaged" in err and err.count("\n") == 1
+    assert command("train", "logger.project=fine", "seed=1", "resume=auto")[0] == 0
 
 
 def test_failing_jobs_do_not_stop_the_sweep(probe, tmp_path):
