@@ -170,8 +170,10 @@ def _spread(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, block: 
     if bias is None:
         y = z @ small
     else:
-        # The product is added to the bias: a pass less over y than the other way round.
-        y = bias.to(z.dtype).expand(x.numel() // (n1 * n2), -1).reshape(-1, small.shape[1]).addmm_(z, small)
+        # The product is added to the bias: a pass less over y than the other way round. A copy even where reshape by
+        # itself would make none: it is written to.
+        y = bias.to(z.dtype).expand(x.numel() // (n1 * n2), -1).clone(memory_format=torch.contiguous_format)
+        y = y.view(-1, small.shape[1]).addmm_(z, small)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -85,6 +85,7 @@ def test_unknown_order_is_named():
 
 BLOCKS = [("12x64(x)2x1", 4), ("12x64(x)2x1*2", 4), ("64x12(x)1x2", 4), ("64x12(x)1x2*2", 4), ("64x640(x)4x1", 16)]
 BLOCKS += [("12x64(x)2x2", 4), ("12x96(x)3x2*2", 4), ("64x12(x)2x2", 4), ("96x12(x)2x3*2", 4)]
+BLOCKS += [("4x64(x)2x1", 4), ("4x64(x)2x2*2", 4)]  # the block is the whole of the left factor's side
 
 
 @pytest.mark.parametrize("bias", [True, False])
