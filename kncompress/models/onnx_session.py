@@ -40,11 +40,12 @@ class OnnxModel(nn.Module):
 def largest_difference(model: Any, other: Any, seed: int = 0) -> float:
     """The largest difference between two models' logits, as a share of the first one's largest logit.
 
-    On random tokens: one token alone, several rows, a row that is padded, and all positions (256 at most).
+    On random tokens: one token alone, several rows, a row that is padded, and all positions (256 at most). nan where
+    either has a logit that is no number.
     """
     config = model.config
     random = torch.Generator().manual_seed(seed)
-    worst = largest = 0.0
+    worst, largest = torch.zeros(2)
     for rows, tokens in ((1, 1), (3, 5), (2, config.max_position_embeddings)):
         tokens = min(tokens, config.max_position_embeddings, 256)
         ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=random)
@@ -53,6 +54,6 @@ def largest_difference(model: Any, other: Any, seed: int = 0) -> float:
         first, second = (
             each(input_ids=ids, attention_mask=mask, use_cache=False).logits.float() for each in (model, other)
         )
-        worst = max(worst, float((first - second).abs().max()))
-        largest = max(largest, float(first.abs().max()))
-    return worst / largest if largest else worst
+        worst = torch.maximum(worst, (first - second).abs().max())  # nan stays nan, which Python's max drops
+        largest = torch.maximum(largest, first.abs().max())
+    return float(worst / largest if largest else worst)

@@ -1,6 +1,7 @@
 """``export``: what is written, read by those it is written for: transformers alone, safetensors, onnxruntime."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from verbs.conftest import read
 from kncompress.__main__ import main
 from kncompress.kron import parse_shape
 from kncompress.models.compress import compress_
+from kncompress.models.onnx_session import largest_difference
 from kncompress.models.plan import Plan
 from kncompress.models.pretrained import save_model
 
@@ -225,6 +227,17 @@ def test_a_model_without_next_tokens_has_no_int8(command: Any, tmp_path: Path) -
         logits_of(BertForMaskedLM.from_pretrained("run/model"), ids),
         logits_of(BertForMaskedLM.from_pretrained(tmp_path / "bert"), ids),
     )
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_logits_that_are_no_numbers_differ(damaged: int) -> None:
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=16, bos_token_id=0, eos_token_id=0)
+    models = [GPT2LMHeadModel(config).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert largest_difference(*models) == 0
+    with torch.no_grad():
+        models[damaged].transformer.wpe.weight[3] = torch.nan  # as an overflow in float16 would leave
+    assert math.isnan(largest_difference(*models))
 
 
 def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: Path) -> None:
