@@ -27,10 +27,10 @@ def check_storage(run_dir: Path, least: float) -> list[Finding]:
 def check_folder(name: str, folder: Path, change: str, least: float) -> Finding:
     """One folder, or where it does not exist yet the one above it; a file is written there and removed."""
     place = folder.absolute()
-    while not place.exists():
-        place = place.parent
     text = f"{folder}"
     try:
+        while not place.exists():
+            place = place.parent
         with tempfile.NamedTemporaryFile(dir=place):
             pass
         free = shutil.disk_usage(place).free / _GB

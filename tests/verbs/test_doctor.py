@@ -161,6 +161,13 @@ def test_a_disk_with_little_room_is_noted(tmp_path: Path) -> None:
     assert full.level == "note" and full.todo == "make room, or give another: X=<folder>"
 
 
+def test_a_folder_that_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 300)  # too long a name: as where a folder may not be entered, the question itself fails
+    found = check_folder("cache", folder, "X=<folder>", 0)
+    assert found.level == "broken" and "cannot be written" in found.text and found.todo == "give another: X=<folder>"
+    assert check_folder("hub cache", folder, "X=<folder>", 0).level == "note"
+
+
 def test_a_missing_package_of_the_command_line_is_one_line(tmp_path: Path) -> None:
     code = "import sys; sys.modules['hydra'] = None; from kncompress.__main__ import main; sys.exit(main(['doctor']))"
     environment = os.environ | {"PYTHONPATH": str(Path(kncompress.__file__).parents[1])}
