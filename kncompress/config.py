@@ -516,7 +516,7 @@ class BenchConfig(RunConfig):
     @property
     def chosen(self) -> list[str]:
         """Parts to measure, in order."""
-        named = [self.parts] if isinstance(self.parts, str) else list(self.parts)
+        named = list(self.parts) if isinstance(self.parts, list | tuple) else [self.parts]
         return list(self.PARTS) if "all" in named else [str(name) for name in named]
 
 

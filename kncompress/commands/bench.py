@@ -29,6 +29,7 @@ from kncompress.evaluation.table import draw, machine_line, markdown, rich_table
 from kncompress.evaluation.tokens import measure_tokens
 from kncompress.models.anatomy import anatomy_of
 from kncompress.models.plan import plan_from_config
+from kncompress.tasks.student import require_causal
 from kncompress.tasks.training import keep_freed_memory
 from kncompress.tracking.record import RunRecord
 from kncompress.tracking.whole_file import replacing, write_text
@@ -40,6 +41,7 @@ _WIDTH = 140
 def check(config: BenchConfig) -> None:
     """Cheap checks before anything is written: model, factors, presets, and the text where it is read."""
     setting = setting_of(config)
+    require_causal(setting.fields, "bench")
     plan_from_config(config.factors, setting.fields)
     for name in config.presets:
         known = [*options("factors"), OUTER, SPEEDY]
@@ -47,7 +49,10 @@ def check(config: BenchConfig) -> None:
             raise UserError(f"presets={name}: no such factors; {choices_hint(name, known)}")
     most = setting.fields.max_position_embeddings
     if setting.sizes.sequence > most:
-        raise UserError(f"tokens={config.tokens}: the model has {most} positions, fewer than a sequence takes")
+        given = "null" if config.tokens is None else config.tokens
+        raise UserError(
+            f"tokens={given}: a sequence takes {setting.sizes.sequence}, and the model has {most} positions"
+        )
     if "tokens" in config.chosen:
         find_sources(config.data.source, "data.source", config.data.text_format)
 

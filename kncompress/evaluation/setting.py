@@ -47,6 +47,8 @@ SIZES = {
     "full": Sizes(2048, 512, 7, 3, 2, 4, 128, (1, 8), 4096, 2**29, None),
     "small": Sizes(32, 16, 2, 1, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
 }
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "activation_dropout", "hidden_dropout")
+_DROPOUTS += ("dropout", "layerdrop")  # the student of ``train`` has none: the plain script's would be another loss
 _SMALL_MODEL = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 2048, "n_positions": 64}
 
 
@@ -115,7 +117,7 @@ def _fields(config: BenchConfig) -> Any:
         fields = GPT2Config(**_SMALL_MODEL, bos_token_id=0, eos_token_id=0)
     else:
         fields = copy.deepcopy(model_config(config.model))
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
+    for name in _DROPOUTS:
         if hasattr(fields, name):
             setattr(fields, name, 0.0)
     return fields

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BertConfig, OPTConfig
 from verbs.conftest import read
+
+from kncompress.config import BenchConfig, ModelConfig
+from kncompress.evaluation.setting import random_model, setting_of
 
 
 def test_product_and_fit(command: Any) -> None:
@@ -44,6 +49,7 @@ def test_all_parts(command: Any, text: Path) -> None:
     ("words", "message"),
     [
         (["parts=[products]"], "parts=products: not one of all, product, step"),
+        (["parts=3"], "parts=3: not one of all, product, step"),
         (["size=large"], "size=large: not one of full, small"),
         (["presets=[kngpt3]"], "presets=kngpt3: no such factors; nearest: kngpt2"),
         (["factors=layerdrop"], "factors.depth=0.5: bench compares models of one depth"),
@@ -54,3 +60,21 @@ def test_bad_input_is_one_line_and_writes_nothing(command: Any, words: list[str]
     code, out, err = command("bench", *words)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert list(Path().iterdir()) == []
+
+
+def test_a_model_that_predicts_no_next_token_is_named(command: Any) -> None:
+    BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32).save_pretrained("bert")
+    code, out, err = command("bench", "model=./bert", "parts=[fit]")
+    assert code == 2 and "a bert fills in masked tokens, and bench needs" in err and out == ""
+    assert err.count("\n") == 1 and [path.name for path in Path().iterdir()] == ["bert"]
+
+
+def test_models_have_no_dropout(tmp_path: Path) -> None:
+    """Whatever a family calls its own: the plain script would train with it, and ours without."""
+    OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, layerdrop=0.5, vocab_size=64,
+              word_embed_proj_dim=16).save_pretrained(tmp_path)  # fmt: skip
+    config = BenchConfig(model=ModelConfig(path=str(tmp_path)), accelerator="cpu", precision="fp32")
+    model = random_model(setting_of(config).fields, 0, torch.device("cpu"), torch.float32)
+    values = [(name, getattr(module, name, None)) for module in model.modules() for name in ("dropout", "layerdrop")]
+    rates = [(name, value) for name, value in values if isinstance(value, float | int)]
+    assert {name for name, _ in rates} == {"dropout", "layerdrop"} and not any(value for _, value in rates)
