@@ -46,7 +46,7 @@ def job(sequence: int, batch: int, width: int, layers: int) -> StepJob:
 
 
 def step(given: StepJob) -> tuple[float, float, float]:
-    """(seconds, peak bytes, cost): maps 12 D^2 and the head V D a token, 4 passes of half; attention T D a token."""
+    """(seconds, peak bytes, cost): maps 12 D^2 and head V D a token, a whole pass and 3 of half; attention T D."""
     found = run_child(["-m", "kncompress.evaluation.step_process"], asdict(given))
     seconds = sorted(found["seconds"])[len(found["seconds"]) // 2]
     width, layers = given.architecture["n_embd"], given.architecture["n_layer"]

@@ -1,8 +1,10 @@
 """Losses on features, logits and labels: tensors in, a scalar in float32 out.
 
 Inputs may be bfloat16 or float16, and autocast may be on: the arithmetic is float32 all the same (float64 for
-float64 inputs). The teacher is a constant: no gradient ever reaches its tensors, which may come from
-``torch.inference_mode``. A mask (B, T) is true at the tokens that count; false everywhere gives nan.
+float64 inputs). Gradients of logits are rounded to the inputs' type before the upstream gradient scales them: in
+float16 the smallest become 0, from which no loss scale saves them. The teacher is a constant: no gradient ever reaches
+its tensors, which may come from ``torch.inference_mode``. A mask (B, T) is true at the tokens that count; false
+everywhere gives nan.
 """
 
 from typing import Literal
