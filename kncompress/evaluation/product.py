@@ -139,7 +139,7 @@ def _measure(setting: Setting, case: Case, backward: bool) -> Measurement:
         try:
             if backward:
                 check_backward(name, setting.device, dtype)
-            modules[name] = _rival(case.ours, build)
+            modules[name] = rival_of(case.ours, build)
             _check_equal(case.ours, modules[name], x)
             if backward:
                 _call(modules[name], x, upstream)()
@@ -186,10 +186,10 @@ def _linear(case: Case) -> nn.Linear:
     return nn.Linear(case.inputs, case.outputs, getattr(case.dense, "bias", None) is not None)
 
 
-def _rival(ours: nn.Module, build: Callable[[KroneckerLinear], nn.Module]) -> nn.Module:
+def rival_of(ours: nn.Module, build: Callable[[KroneckerLinear], nn.Module]) -> nn.Module:
     """``ours`` with each factored layer in a rival's form."""
     if isinstance(ours, FusedMaps):
-        return FusedMaps({name: _rival(child, build) for name, child in ours.named_children()})
+        return FusedMaps({name: rival_of(child, build) for name, child in ours.named_children()}, ours.blocks)
     if isinstance(ours, HybridLinear):
         raise Unavailable("no sums of several shapes")
     return build(ours) if isinstance(ours, KroneckerLinear) else ours

@@ -10,10 +10,12 @@ from kncompress.evaluation.child import peak_memory, run_child
 from kncompress.evaluation.fit import rearranged
 from kncompress.evaluation.machine import Ceiling
 from kncompress.evaluation.measurement import OURS, Measurement
+from kncompress.evaluation.product import rival_of
 from kncompress.evaluation.rivals import RIVALS, FormedEveryTime, Unavailable
 from kncompress.evaluation.table import draw, markdown
 from kncompress.evaluation.timing import Rounds, alternate
 from kncompress.kron import KroneckerLinear, KroneckerShape, nearest_factors
+from kncompress.models.swap import FusedMaps
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,14 @@ def test_rivals_compute_the_same(name: str, bias: bool, terms: int) -> None:
         (wanted,) = torch.autograd.grad(layer(x), x, upstream)
         (found,) = torch.autograd.grad(rival(x), x, upstream)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_rival_of_fused_maps_gives_their_outputs_in_the_same_order(blocks: int) -> None:
+    layers = {name: KroneckerLinear(KroneckerShape((2, 8), (2, 4))) for name in ("q", "k")}
+    fused = FusedMaps({**layers, "v": torch.nn.Linear(32, 8)}, blocks)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(rival_of(fused, FormedEveryTime)(x), fused(x), rtol=1e-4, atol=1e-5)
 
 
 def test_svd_of_the_rearranged_weight_gives_the_nearest_factors() -> None:
