@@ -442,7 +442,7 @@ class InspectConfig(RunConfig):
 
 @dataclass
 class EvaluateConfig(RunConfig):
-    """``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on ``tasks``."""
+    """``evaluate``: perplexity of a model on a text, by both protocols; or its scores on ``tasks`` or ``lambada``."""
 
     data: DataConfig = field(default_factory=DataConfig)
     context: int | None = None
@@ -455,8 +455,11 @@ class EvaluateConfig(RunConfig):
     """Tokens in one forward pass."""
     tasks: list[str] = field(default_factory=list)
     """In the place of perplexity: tasks of lm-evaluation-harness, or YAML files in its format (extra ``eval``)."""
+    lambada: str | None = None
+    """In the place of perplexity: passages whose last word is to be told: hub:EleutherAI/lambada_openai, a folder of
+    jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""
     limit: int | None = None
-    """Only the first items of each task; null: all."""
+    """Only the first items of each task, or passages; null: all."""
     shots: int | None = None
     """Worked examples before each item of a task; null: as the task says."""
 
@@ -464,9 +467,12 @@ class EvaluateConfig(RunConfig):
         for name in ("context", "stride", "tokens", "batch_tokens", "limit"):
             _positive(name, getattr(self, name))
         _not_negative("shots", self.shots)
-        for name in ("limit", "shots"):
-            if getattr(self, name) is not None and not self.tasks:
-                raise UserError(f"{name}={getattr(self, name)}: is for tasks; give tasks=[...]")
+        if self.tasks and self.lambada is not None:
+            raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
+        if self.shots is not None and not self.tasks:
+            raise UserError(f"shots={self.shots}: is for tasks; give tasks=[...]")
+        if self.limit is not None and not self.tasks and self.lambada is None:
+            raise UserError(f"limit={self.limit}: is for tasks and lambada; give tasks=[...] or lambada=...")
 
 
 @dataclass

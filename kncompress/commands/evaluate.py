@@ -1,6 +1,8 @@
-"""``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on benchmark tasks."""
+"""``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on tasks, or on last words."""
 
+import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kncompress.config import EvaluateConfig
+from kncompress.data.files import text_lines
 from kncompress.data.sources import find_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
 from kncompress.evaluation.harness import check_tasks, load_tasks, score_tasks
-from kncompress.metrics import bits_per_byte, perplexity
+from kncompress.metrics import bits_per_byte, last_words, perplexity
 from kncompress.models.compress import unique_parameters
 from kncompress.tasks.student import load_teacher, model_config, require_causal
 from kncompress.tracking.record import RunRecord
@@ -27,6 +30,9 @@ def check(config: EvaluateConfig) -> None:
         raise UserError("model.path=null: evaluate needs a model that exists")
     if config.tasks:
         check_tasks(config.tasks)
+    elif config.lambada is not None:
+        if not _is_text_file(config.lambada):
+            find_sources(config.lambada, "lambada")
     else:
         key = config.data.split if config.data.split in ("validation", "test") else "source"
         source = getattr(config.data, key)
@@ -45,18 +51,22 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     """Score the text or the tasks; returns the metrics that ``result.json`` holds."""
     check(config)
     tasks = load_tasks(config.tasks, config.shots, config.seed) if config.tasks else None
+    passages = _passages(config.lambada, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
         window = config.context or model.config.max_position_embeddings
         metrics: dict[str, float]
-        if tasks is None:
+        if passages is not None:
+            metrics = _last_words(config, passages, model, tokenizer, window)
+            table = _task_table(config, metrics)
+        elif tasks is None:
             metrics = _perplexity(config, model, tokenizer, window)
             table = _table(config, window, metrics)
         else:
             batch = max(1, config.batch_tokens // window)
             metrics = score_tasks(model, tokenizer, tasks, window, batch, config.limit)
             table = _task_table(config, metrics)
-            metrics["parameters"] = unique_parameters(model)
+        metrics["parameters"] = unique_parameters(model)
         record.finish("finished", metrics)
         Console().print(table)
     return metrics
@@ -81,7 +91,6 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
         "nll": score.nll,
         "tokens": score.tokens,
         "windows": score.windows,
-        "parameters": unique_parameters(model),
     }
     if score.window_perplexity is not None:
         metrics["perplexity_window_mean"] = score.window_perplexity
@@ -89,6 +98,46 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
         # The few tokens that no window scores count as the mean of the others.
         metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
     return metrics
+
+
+def _is_text_file(source: str) -> bool:
+    return source.endswith(".txt") and Path(source).expanduser().is_file()
+
+
+def _passages(source: str, limit: int | None) -> list[str]:
+    """Every passage of the source, or the first ones, in order."""
+    texts: Iterable[str]
+    if _is_text_file(source):
+        texts = text_lines(Path(source).expanduser())
+    else:
+        texts = (text for found in find_sources(source, "lambada") for text in found.documents("all"))
+    passages = list(itertools.islice((text for text in texts if text.strip()), limit))
+    if not passages:
+        raise UserError(f"lambada={source}: has no text; give passages, one a row or a line")
+    single = next((text for text in passages if " " not in text.strip()), None)
+    if single is not None:
+        raise UserError(f"lambada={source}: the passage {single.strip()[:40]!r} has one word; give two or more")
+    return passages
+
+
+def _last_words(
+    config: EvaluateConfig, passages: list[str], model: Any, tokenizer: Any, window: int
+) -> dict[str, float]:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("passages", total=None)
+        score = last_words(
+            model,
+            tokenizer,
+            passages,
+            window,
+            config.batch_tokens,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {
+        "lambada/accuracy": score.accuracy,
+        "lambada/perplexity": score.perplexity,
+        "lambada/items": float(score.passages),
+    }
 
 
 def _task_table(config: EvaluateConfig, metrics: dict[str, float]) -> Table:

@@ -47,8 +47,11 @@ SIZES = {
     "full": Sizes(2048, 512, 7, 3, 2, 4, 128, (1, 8), 4096, 2**29, None),
     "small": Sizes(32, 16, 2, 1, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
 }
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "activation_dropout", "hidden_dropout")
-_DROPOUTS += ("dropout", "layerdrop")  # the student of ``train`` has none: the plain script's would be another loss
+# The student of ``train`` has no dropout: the plain script's would be another loss.
+_DROPOUTS = (
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "activation_dropout", "hidden_dropout"),
+    *("dropout", "layerdrop"),
+)
 _SMALL_MODEL = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 2048, "n_positions": 64}
 
 

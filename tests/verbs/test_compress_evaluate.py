@@ -229,3 +229,29 @@ def test_a_masked_language_model_is_compressed_but_not_scored(command: Any, tmp_
         code, _, err = command(verb, "model=run/model", "run_dir=other")
         assert code == 2 and err.count("\n") == 1 and f"{verb} needs one that predicts the next token" in err
     assert not Path("other").exists()
+
+
+def test_last_words_of_passages_in_a_file(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("the river gave the city its name\nborn in London and died in London\n\n")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "test.jsonl").write_text(
+        '{"text": "the river gave the city its name"}\n{"text": "born in London and died in London"}\n'
+    )
+    found = []
+    for source in ("words.txt", "words"):
+        code, out, err = command("evaluate", f"lambada={tmp_path / source}", f"run_dir={source}.run")
+        assert code == 0 and "accuracy" in out, err
+        found.append(read(Path(f"{source}.run"), "result.json")["metrics"])
+    assert found[0] == found[1] and found[0]["lambada/items"] == 2 and found[0]["parameters"] == 6_967_296
+    assert found[0]["lambada/accuracy"] in (0, 0.5, 1) and found[0]["lambada/perplexity"] > 1
+    assert command("evaluate", f"lambada={tmp_path}/words.txt", "limit=1", "run_dir=one")[0] == 0
+    assert read(Path("one"), "result.json")["metrics"]["lambada/items"] == 1
+    (tmp_path / "single.txt").write_text("word\n")
+    for words, said in (
+        ([f"lambada={tmp_path}/single.txt"], "single.txt: the passage 'word' has one word"),
+        (["lambada=nowhere"], "lambada=nowhere"),
+        (["limit=1"], "limit=1: is for tasks and lambada"),
+        ([f"lambada={tmp_path}/words.txt", "tasks=[arc_easy]"], "words.txt: give lambada=... or tasks=[...]"),
+    ):
+        code, _, err = command("evaluate", *words, "run_dir=bad")
+        assert code == 2 and said in err and err.count("\n") == 1 and not Path("bad").exists()
