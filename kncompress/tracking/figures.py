@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
+_NAMED = 12
+"""Most runs whose names are written beside their points."""
 
 
 def pareto_front(points: Points) -> list[int]:
@@ -32,18 +34,23 @@ def pareto_figure(
     figure = go.Figure()
     line = {"shape": "hv", "dash": "dot", "color": "gray"}
     figure.add_scatter(**_xy(front), mode="lines", line=line, name="front", hoverinfo="skip")
-    figure.add_scatter(**_xy(points), mode="markers", text=[name for name, _ in runs], name="runs", marker={"size": 9})
+    named = "markers+text" if len(runs) <= _NAMED else "markers"
+    names = [name for name, _ in runs]
+    figure.add_scatter(
+        **_xy(points), mode=named, text=names, textposition="middle right", name="runs", marker={"size": 9}
+    )
     if dense:
         marker: dict[str, Any] = {"size": 13, "symbol": "star"}
         figure.add_scatter(**_xy(dense), mode="markers", name="dense", marker=marker)
     if baselines:
         marker = {"size": 10, "symbol": "diamond"}
-        at, names = _xy(list(baselines.values())), list(baselines)
+        at, others = _xy(list(baselines.values())), list(baselines)
         figure.add_scatter(
-            **at, mode="markers+text", text=names, textposition="top center", name="baselines", marker=marker
+            **at, mode="markers+text", text=others, textposition="top center", name="baselines", marker=marker
         )
     # So few powers of ten that plain numbers read better.
-    axis = {"title": "perplexity", "type": "log", "dtick": "D2", "exponentformat": "none"}
+    ticks = [digit * 10**power for power in range(-1, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
+    axis = {"title": "perplexity", "type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
     return figure.update_layout(xaxis_title="unique parameters", yaxis=axis)
 
 
