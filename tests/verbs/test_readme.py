@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tomllib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,9 @@ def test_the_python_of_the_readme_runs(at_home: Path, capsys: Any) -> None:
     assert found
     for code in found:
         assert "runs/.../model" in code
-        exec(compile(code.replace("runs/.../model", "runs/first/model"), "README.md", "exec"), {})
+        with warnings.catch_warnings():  # peft tells that GPT-2's own maps lie the other way round, and copes
+            warnings.simplefilter("ignore", UserWarning)
+            exec(compile(code.replace("runs/.../model", "runs/first/model"), "README.md", "exec"), {})
     assert "The history of" in capsys.readouterr().out
 
 
