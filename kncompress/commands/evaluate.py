@@ -91,6 +91,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
         "nll": score.nll,
         "tokens": score.tokens,
         "windows": score.windows,
+        "parameters": unique_parameters(model),
     }
     if score.window_perplexity is not None:
         metrics["perplexity_window_mean"] = score.window_perplexity

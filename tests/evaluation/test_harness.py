@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_models_likelihoods(command, tiny, task, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["limit=3"], "limit=3: is for tasks; give tasks=[...]"),
+        (["limit=3"], "limit=3: is for tasks and lambada; give tasks=[...] or lambada=..."),
         (["shots=2"], "shots=2: is for tasks; give tasks=[...]"),
         (["tasks=[arc_easy]", "limit=0"], "limit=0: must be greater than 0"),
         (["tasks=[arc_easy]"], "tasks=['arc_easy']: needs lm-eval: pip install 'kncompress[eval]'"),
