@@ -1,6 +1,7 @@
 """What a person sees: lines in a log, a live bar on a terminal."""
 
 import io
+import logging
 import re
 
 import pytest
@@ -12,6 +13,12 @@ from kncompress.tracking.progress import TrainingProgress, clock
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def no_complaint_of_a_closed_handler(monkeypatch):
+    """A handler may hold the stderr of a test before, closed by now: its complaint would land in the live bar."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 def run(fit, task, steps, stream=None, validate_every=None, **settings):
