@@ -6,7 +6,7 @@ The same command goes on in the same folder: finished jobs are kept, the others 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from kncompress.commands.resume import OWN, differences_from_saved
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
-from kncompress.tracking.whole_file import write_text
+from kncompress.tracking.whole_file import read_object, write_text
 
 FILE = "sweep.json"
 
@@ -117,7 +117,7 @@ def launched(verb: Verb, folder: Path, number: int, overrides: Sequence[str]) ->
     job = folder / str(number)
     words = [*overrides, f"hydra.sweep.subdir={number}"]
     if job.exists():
-        run = _json(job / "run.json")
+        run = read_object(job / "run.json")
         if "resume" in {entry.name for entry in fields(verb.config)} and run.get("status") in (
             "running",
             "failed",
@@ -159,11 +159,3 @@ def _same(found: Sweep, asked: Sweep) -> bool:
     if (found.verb, found.overrides, found.metrics) != (asked.verb, asked.overrides, asked.metrics):
         return False
     return bool(asked.metrics) or found.jobs == asked.jobs
-
-
-def _json(file: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

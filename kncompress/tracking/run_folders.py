@@ -14,6 +14,7 @@ from yaml import YAMLError
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
 from kncompress.tracking.metrics_file import complete_rows
+from kncompress.tracking.whole_file import read_object
 
 REPORT, SAMPLES = "report.json", "samples.json"
 
@@ -81,8 +82,8 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    record = _json(folder / "run.json")
-    result = _json(folder / "result.json")
+    record = read_object(folder / "run.json")
+    result = read_object(folder / "result.json")
     words = [str(word) for word in record.get("command", [])]
     command = f"python -m kncompress {shlex.join(words[1:])}" if words else ""
     return Run(
@@ -93,7 +94,7 @@ def _read(folder: Path, name: str) -> Run:
         record,
         result.get("metrics") or {},
         _curves(folder / "metrics.csv"),
-        _json(folder / REPORT).get("rows") or [],
+        read_object(folder / REPORT).get("rows") or [],
         _samples(folder / SAMPLES),
         _text(folder / "config.yaml", str(record.get("verb", ""))),
     )
@@ -142,14 +143,6 @@ def _curves(file: Path) -> dict[str, list[tuple[int, float]]]:
                 if text and math.isfinite(value := float(text)):
                     curves.setdefault(name, []).append((step, value))
     return curves
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _natural(folder: Path) -> list[tuple[int, str]]:
