@@ -267,13 +267,16 @@ class LoggerConfig:
     group: str | None = None
     """W&B group; null: the sweep's folder name in a sweep."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags, besides the names of the experiment and of the preset of factors."""
+    """W&B tags of at most 64 characters, besides the names of the experiment and of the preset of factors."""
     artifact: bool = True
     """W&B: the model folder as an artifact, with its plan; of an offline run, ``wandb sync`` uploads it."""
 
     def __post_init__(self) -> None:
         _choice("logger.name", self.name, ("wandb", "csv", "none"))
         _choice("logger.mode", self.mode, ("offline", "online", "disabled"))
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UserError(f"logger.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64")
 
 
 @dataclass

@@ -82,18 +82,23 @@ class Search:
         return self._overrides(low)
 
     def run(self, launcher: "Launcher") -> None:
-        """Go on until the sweep has ``jobs`` jobs, or the space has no new one."""
+        """Go on until the sweep has ``jobs`` jobs, or the space has no new one.
+
+        Raises UserError as soon as a finished job lacks what is to be minimised: no other would have it.
+        """
         study = self._study(launcher.folder)
         left = [n for n in range(len(launcher.sweep.jobs)) if not self._told(study, launcher.folder, n)]
         for number in left:
             launcher.run([number])
             self._tell(study, launcher.folder, number)
+            self._require_metrics(launcher.folder, number)
             if launcher.stopped:
                 return
         while batch := self._batch(study, launcher):
             launcher.run(batch)
             for number in batch:
                 self._tell(study, launcher.folder, number)
+                self._require_metrics(launcher.folder, number)
             if launcher.stopped:
                 return
 
@@ -148,6 +153,16 @@ class Search:
                 optuna.trial.create_trial(
                     values=values, params=known.params, distributions=known.distributions, user_attrs={"job": number}
                 )
+            )
+
+    def _require_metrics(self, folder: Path, number: int) -> None:
+        result = result_of(folder / str(number))
+        found = result.get("metrics") or {}
+        missing = [name for name in self.metrics if name not in found]
+        if result.get("status") == "finished" and missing:
+            raise UserError(
+                f"hydra.sweeper.metrics=[{','.join(self.metrics)}]: job {number} has no {', '.join(missing)}; "
+                f"it has {', '.join(found) or 'none'}"
             )
 
     def _told(self, study: Any, folder: Path, number: int) -> bool:

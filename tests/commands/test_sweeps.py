@@ -226,6 +226,23 @@ def test_a_search_marks_its_front_and_goes_on_in_its_study(sweep: Any) -> None:
     }
 
 
+def test_a_search_for_what_no_job_measures_ends_after_the_first(sweep: Any) -> None:
+    pytest.importorskip("optuna")
+    words = [*SEARCH, "factors.mlp.right=[1,2]", "hydra.sweeper.metrics=[perplexity,size]", "run_dir=s"]
+    for _ in range(2):  # the same command says the same again
+        code, _, err = sweep(*words)
+        assert code == 2 and "metrics=[perplexity,size]: job 0 has no size; it has perplexity, steps" in err
+        assert len(rows("s")) == 1 and err.count("\n") == 1
+
+
+def test_a_search_stops_at_a_failed_job(sweep: Any) -> None:
+    pytest.importorskip("optuna")
+    words = [*SEARCH, "factors.mlp.right=[1,2]", "logger.project=fail", "fail_fast=true", "run_dir=s"]
+    for _ in range(2):
+        assert sweep(*words)[0] == 1
+        assert [row["status"] for row in rows("s")] == ["failed"]
+
+
 def test_a_search_retries_what_failed_and_tells_its_study(sweep: Any) -> None:
     optuna = pytest.importorskip("optuna")
     words = [*SEARCH, "factors.mlp.right=[1,2]", "logger.project=flaky", "hydra.sweeper.jobs=2", "run_dir=s"]
