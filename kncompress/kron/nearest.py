@@ -14,6 +14,8 @@ from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _CHUNK = 1 << 22
 """Numbers of the weight that are held in another type or form at a time."""
+_FEW = 4
+"""Most numbers of a factor that is fitted without rearranging the weight."""
 
 
 class Factors(NamedTuple):
@@ -45,25 +47,79 @@ def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
         ShapeError: ``weight`` is not (M, N).
         ValueError: ``weight`` holds a value that is not finite.
     """
-    check_weight(weight, shape)
+    _check_shape(weight, shape)
     (m1, n1), (m2, n2) = shape.left, shape.right
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    matrix = matrix.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
     with without_autocast(matrix.device):
-        left, right = _truncated_svd(matrix, shape.terms)
-    sign = sign_of(right)
+        factors = _one_term(matrix, shape) if shape.terms == 1 and matrix.dtype == torch.float32 else None
+        if factors is None:
+            check_weight(weight, shape)
+            matrix = matrix.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
+            left, right = _truncated_svd(matrix, shape.terms)
+            sign = sign_of(right)
+            factors = Factors(left * sign, right * sign)
     return Factors(
-        (left * sign).reshape(-1, m1, n1).to(weight.dtype).contiguous(),
-        (right * sign).reshape(-1, m2, n2).to(weight.dtype).contiguous(),
+        factors.left.reshape(-1, m1, n1).to(weight.dtype).contiguous(),
+        factors.right.reshape(-1, m2, n2).to(weight.dtype).contiguous(),
     )
 
 
 def check_weight(weight: Tensor, shape: KroneckerShape) -> None:
     """Raises ShapeError where the weight is not (M, N), ValueError where it is not finite."""
+    _check_shape(weight, shape)
+    # Numbers that are not all finite have no finite sum, which is much faster to take; it may have overflowed, too.
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+        raise ValueError("weight: holds values that are not finite")
+
+
+def _check_shape(weight: Tensor, shape: KroneckerShape) -> None:
     if tuple(weight.shape) != (shape.out_features, shape.in_features):
         raise ShapeError(f"weight={list(weight.shape)}: {shape} needs {[shape.out_features, shape.in_features]}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight: holds values that are not finite")
+
+
+def _one_term(weight: Tensor, shape: KroneckerShape) -> Factors | None:
+    """One term of which a factor is a row or a column of a few numbers, in two passes over the float32 weight.
+
+    None for other shapes, and where squares of the weight leave float32. An error of the Gram matrix of relative size
+    e turns the factor by e s1^2 / (s1^2 - s2^2) for singular values s1 and s2, and makes the distance squared larger by
+    no more than e^2 times the weight's.
+    """
+    (m1, n1), (m2, n2) = shape.left, shape.right
+    small_right = m2 * n2 <= m1 * n1
+    few = min(m1 * n1, m2 * n2)
+    block = 1
+    if not 2 <= few <= _FEW or weight.device.type != "cpu":
+        return None
+    if small_right and m2 == 1:
+        block = next(size for size in (8, 4, 2, 1) if n1 % size == 0)
+        parts = weight.reshape(-1, block * n2)  # columns: ``block`` numbers of R(W) each
+        squares = torch.stack([rows.T @ rows for rows in parts.split(_CHUNK // parts.shape[1])]).sum(
+            0, dtype=torch.float64
+        )
+        gram = squares.view(block, n2, block, n2).diagonal(dim1=0, dim2=2).sum(-1)
+    elif small_right and n2 == 1:
+        parts = weight.reshape(m1, m2, n1)
+    elif not small_right and n1 == 1:
+        parts = weight.reshape(m1, m2, n2).transpose(0, 1)
+    elif not small_right and m1 == 1:
+        parts = weight.reshape(m2, n1, n2)
+    else:
+        return None
+    if parts.dim() == 3:
+        gram = torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+    mean = float(gram.trace()) / weight.numel()
+    if not 1e-20 < mean < 1e20:  # null, not finite, or squares that float32 cannot hold
+        return None
+    values, vectors = torch.linalg.eigh(gram)
+    root = values[-1] ** 0.25  # of the singular value: each factor's norm
+    vector = vectors[:, -1]
+    few_numbers, onto = (vector * root).float()[None], (vector / root).float()
+    image = onto @ parts if parts.dim() == 3 else parts @ torch.block_diag(*[onto[:, None]] * block)
+    rest = image.reshape(1, -1)
+    left, right = (rest, few_numbers) if small_right else (few_numbers, rest)
+    if float(sign_of(right)) < 0:
+        left, right = left.neg_(), right.neg_()
+    return Factors(left, right)
 
 
 def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +146,8 @@ def balanced(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
     A null term keeps a null image, and a basis vector of the size of the largest term's.
     """
-    sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # (R, 1)
+    # In float64: torch's float32 norm of 19 million numbers is off by 1e-3.
+    sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True, dtype=torch.float64).to(image.dtype)  # (R, 1)
     most = sigma.max()
     null = sigma <= 10 * torch.finfo(sigma.dtype).eps * most
     root = sigma.sqrt()

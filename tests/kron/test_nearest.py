@@ -16,6 +16,9 @@ TEXTS = [
     "1x17(x)13x1*5",
     "6x6(x)6x6*9",
 ]
+FEW = ["12x7(x)1x2", "12x8(x)1x3", "9x6(x)2x1", "11x5(x)4x1", "2x1(x)9x8", "1x3(x)9x8", "1x4(x)7x5"]
+"""One term, one of its factors a row or a column of a few numbers: fitted in their own way."""
+TEXTS += FEW[1:]
 
 
 def best_possible(weight: torch.Tensor, shape: KroneckerShape) -> float:
@@ -80,6 +83,35 @@ def test_null_weight_has_one_null_factor(shape):
     assert not large.any()
     torch.testing.assert_close(small.flatten(1).norm(dim=1), torch.ones(3))
     assert relative_error(torch.zeros(12, 10), *factors) == 0.0
+
+
+@pytest.mark.parametrize("text", FEW)
+def test_factors_of_a_few_numbers_are_those_of_any_other(text, monkeypatch):
+    shape = KroneckerShape.parse(text)
+    weight = torch.randn(shape.out_features, shape.in_features)
+    found = nearest_factors(weight, shape)
+    monkeypatch.setattr("kncompress.kron.nearest._one_term", lambda *_: None)
+    torch.testing.assert_close(found, nearest_factors(weight, shape), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("text", FEW)
+def test_factors_of_a_few_numbers_of_any_size(text, scale):
+    shape = KroneckerShape.parse(text)
+    weight = torch.randn(shape.out_features, shape.in_features, dtype=torch.float64)
+    left, right = nearest_factors((weight * scale).float(), shape)
+    error = relative_error(weight, left.double() / scale, right.double())
+    assert error == pytest.approx(best_possible(weight, shape), abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("text", FEW)
+def test_factors_of_a_few_numbers_that_are_not_finite(text, bad):
+    shape = KroneckerShape.parse(text)
+    weight = torch.randn(shape.out_features, shape.in_features)
+    weight[-1, -1] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        nearest_factors(weight, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
