@@ -88,9 +88,9 @@ def kronecker_linear(
         if extra > 0 and many:
             order = "formed"
     if order == "right" and n1 == m2 == 1:  # outer products: the two plain products of a low-rank map
-        return F.linear(F.linear(x, right.reshape(terms, n2)), left.reshape(terms, m1).T, bias)
+        return _linear(_linear(x, right.reshape(terms, n2)), left.reshape(terms, m1).T, bias)
     if order == "left" and m1 == n2 == 1:
-        return F.linear(F.linear(x, left.reshape(terms, n1)), right.reshape(terms, m2).T, bias)
+        return _linear(_linear(x, left.reshape(terms, n1)), right.reshape(terms, m2).T, bias)
     vectors = x.numel() // (n1 * n2)
     single = terms == 1 and ((order == "right" and m2 == 1) or (order == "left" and n2 == 1))
     if single and not torch.compiler.is_exporting() and vectors < _BLOCK:
@@ -116,10 +116,21 @@ def _few(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """One term whose right factor is a row (1, n2) or a column (m2, 1), in as few calls as can be: they take time."""
     if right.shape[0] == 1:
         z = x.unflatten(-1, (left.shape[1], right.shape[1])) @ right[0]
-        return F.linear(z, left, bias)
-    z = F.linear(x, left)
-    y = (z.unsqueeze(-1) * right[:, 0].to(z.dtype)).flatten(-2)
-    return y if bias is None else y + bias.to(y.dtype)
+        return _linear(z, left, bias)
+    z = _linear(x, left).unsqueeze(-1)
+    column = right[:, 0].to(z.dtype)
+    y = z * column if bias is None else torch.addcmul(bias.view(-1, len(column)).to(z.dtype), z, column)
+    return y.flatten(-2)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``; for one bfloat16 vector on a CPU the product of a matrix and a vector, which is twice as fast."""
+    single = x.dtype == weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu"
+    if not single or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    vector = x.reshape(-1)
+    y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _block(side: int, other: int, factor: int, vectors: int) -> int:

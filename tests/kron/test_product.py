@@ -122,6 +122,28 @@ def test_blocks_of_the_identity_under_autocast():
     assert float((y.float() - wanted).norm() / wanted.norm()) < 0.01
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("text", ["12x8(x)1x2", "12x8(x)2x1", "12x1(x)1x8*3", "1x8(x)12x1*3"])
+def test_a_single_bfloat16_vector(text, bias):
+    """It takes the product of a matrix and a vector; two equal vectors do not."""
+    shape = KroneckerShape.parse(text)
+    x = torch.randn(1, shape.in_features)
+    values = [x, *(factor.float() for factor in random_factors(shape))]
+    if bias:
+        values.append(torch.randn(shape.out_features))
+    one = [value.bfloat16().requires_grad_() for value in values]
+    plain = [value.detach().float().requires_grad_() for value in one]
+    y, wanted = kronecker_linear(one[0], *one[1:]), kronecker_linear(plain[0].expand(2, -1), *plain[1:])[:1]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), wanted, atol=0.05, rtol=0.02)
+    upstream = torch.randn(y.shape).bfloat16()
+    found = torch.autograd.grad(y, one, upstream)
+    for ours, theirs in zip(found, torch.autograd.grad(wanted, plain, upstream.float()), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=0.05, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kronecker_linear(*values).dtype == torch.bfloat16
+
+
 def test_an_exported_graph_serves_any_number_of_vectors_and_holds_the_factors():
     """Eager calls choose by the number of vectors between three ways; a recorded graph may not."""
     from kncompress.kron import KroneckerLinear, parse_shape
