@@ -1,0 +1,45 @@
+"""The typed schema of every configuration value.
+
+YAML under ``conf/`` holds the values; these dataclasses hold types, meaning and checks, a module for each family of
+verbs. They import neither torch nor Hydra, so that a config error is answered at once. Field comments are the
+reference that the README points to.
+"""
+
+from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
+from kncompress.config.factoring import CalibrationConfig, CompressConfig, FactorConfig, FactoringConfig, FactorsConfig
+from kncompress.config.glue import FineTuningConfig, GlueConfig, GlueDataConfig
+from kncompress.config.measurement import BenchConfig, EvaluateConfig
+from kncompress.config.planning import InspectConfig, PlanConfig
+from kncompress.config.reports import DashboardConfig, DoctorConfig, ReportConfig
+from kncompress.config.run import DataConfig, ModelConfig, RunConfig
+from kncompress.config.training import LoggerConfig, SamplesConfig, TrainConfig, TrainerConfig
+from kncompress.config.use import ExportConfig, GenerateConfig
+
+__all__ = [
+    "BenchConfig",
+    "CalibrationConfig",
+    "CompressConfig",
+    "DashboardConfig",
+    "DataConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FactorConfig",
+    "FactoringConfig",
+    "FactorsConfig",
+    "FineTuningConfig",
+    "GenerateConfig",
+    "GlueConfig",
+    "GlueDataConfig",
+    "InspectConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SamplesConfig",
+    "TrainConfig",
+    "TrainerConfig",
+]

@@ -1,0 +1,73 @@
+"""What training minimises, and with which optimiser: ``train`` and ``glue``."""
+
+from dataclasses import dataclass
+
+from kncompress.config.checks import _choice, _not_negative, _positive, _share
+from kncompress.errors import UserError
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the training loss; 0 leaves a term out. All terms are means, logits in nats per token."""
+
+    embedding: float = 0.0
+    """MSE of the embedding outputs."""
+    attention: float = 0.0
+    """Attention of every layer: KL(teacher || student) of the maps, or MSE of the scores."""
+    attention_form: str = "kl"
+    """``kl`` (KnGPT2) or ``mse`` (KroneckerBERT: pre-softmax scores)."""
+    hidden: float = 0.0
+    """MSE of the hidden states after every layer."""
+    feed_forward: float = 0.0
+    """MSE of the feed-forward outputs of every layer."""
+    logits: float = 0.0
+    """KL(teacher || student) of the next-token distributions, times temperature squared."""
+    temperature: float = 1.0
+    """Softmax temperature of the logits term."""
+    cross_entropy: float = 1.0
+    """Next-token cross-entropy on the text."""
+
+    TERMS = ("embedding", "attention", "hidden", "feed_forward", "logits", "cross_entropy")
+
+    def __post_init__(self) -> None:
+        for name in self.TERMS:
+            _not_negative(f"objective.{name}", getattr(self, name))
+        if not any(getattr(self, name) for name in self.TERMS):
+            raise UserError(f"objective: every weight is 0; give at least one of {', '.join(self.TERMS)}")
+        _choice("objective.attention_form", self.attention_form, ("kl", "mse"))
+        _positive("objective.temperature", self.temperature)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(getattr(self, name) for name in self.TERMS if name != "cross_entropy")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its schedule: linear warm-up, then cosine."""
+
+    name: str = "adamw"
+    """``adamw``, or ``muon``: Muon (its step scaled to the size of AdamW's) for the dense matrices inside the
+    layers, AdamW for everything else."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """On matrices; norms, biases and embeddings are exempt."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises."""
+    final: float = 0.1
+    """Rate at the end as a share of the peak."""
+    factor_rates: str = "one"
+    """``one``: every factor takes ``lr``; ``scaled``: each takes the rate at which a step moves its map's weight as
+    ``lr`` would move a dense one (``kron.gauge.step_scales``)."""
+
+    def __post_init__(self) -> None:
+        _choice("optimizer.name", self.name, ("adamw", "muon"))
+        _choice("optimizer.factor_rates", self.factor_rates, ("one", "scaled"))
+        _positive("optimizer.lr", self.lr)
+        _not_negative("optimizer.weight_decay", self.weight_decay)
+        for name in ("beta1", "beta2", "warmup", "final"):
+            _share(f"optimizer.{name}", getattr(self, name))

@@ -1,0 +1,115 @@
+"""``compress``, and the keys of every verb that factors a model: shapes, start, calibration."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.run import DataConfig, RunConfig
+from kncompress.errors import UserError
+
+
+@dataclass
+class FactorConfig:
+    """Factors of one group of maps: ``terms`` products whose right factor is ``right`` = [rows, columns]."""
+
+    right: list[int] = field(default_factory=lambda: [1, 2])
+    """Shape of the right factor, out x in; for ``mlp`` [hidden side, model side]: mirrored in the map back."""
+    terms: int = 1
+    """Number of summed Kronecker products."""
+    layers: Any = None
+    """Layers of this group where they differ from ``factors.layers``."""
+
+
+@dataclass
+class FactorsConfig:
+    """Which map becomes which Kronecker sum. A group that is null stays dense."""
+
+    depth: Any = None
+    """Layers that the student keeps: null (all), a number, a share such as 0.5 (halves rounded up), evenly spread as in
+    DistilGPT2; or a list of the teacher's layers, counted from 0."""
+    layers: Any = "all"
+    """``all``, ``odd`` (1, 3, 5, ... counted from 0), ``even``, or a list of layer numbers; after ``depth``."""
+    embedding: FactorConfig | None = None
+    """Token embedding, and the head where it is tied to it; an untied head is the map ``head`` of ``maps``."""
+    qkv: FactorConfig | None = None
+    """Query, key and value maps, each by itself."""
+    o: FactorConfig | None = None
+    """Attention output map."""
+    mlp: FactorConfig | None = None
+    """Feed-forward maps; ``right`` is that of the maps into the hidden layer (up, and a Llama's gate), mirrored for
+    the map out of it."""
+    maps: dict[str, str] = field(default_factory=dict)
+    """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
+    scalars: bool = False
+    """A number to learn for each term (Krony-PT), 1 at the start, of all factored maps; of single ones by ``s*`` before
+    the shape in ``maps``."""
+
+
+@dataclass
+class CalibrationConfig:
+    """Factors fitted to what the maps see on the training split of ``data.source``: ``start`` calibrated, sequential.
+
+    Both need the second moments of the inputs of the maps that are factored.
+    """
+
+    tokens: int = 16384
+    """Tokens of the calibration text: the first ones of the training split."""
+    context: int | None = None
+    """Tokens in a block of it; null: ``data.context``, or else the model's context length, at most 1024."""
+    gauge: str = "equal"
+    """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
+    (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
+    sweeps: int = 20
+    """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
+    bias: bool = True
+    """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
+    moments: str | None = None
+    """Folder where the moments of the dense model's inputs, before any ``symmetries``, are kept and found again; null:
+    they are not kept."""
+    symmetries: list[str] = field(default_factory=list)
+    """Exact changes of the dense weights, made before the fit where it then loses less: ``hidden``: order of each
+    layer's feed-forward units; ``heads``: basis of each head's values, and without rotary embeddings of its queries and
+    keys; ``residual``: one order of the residual coordinates, from the weights alone. A start at random has none."""
+    repair: int = 0
+    """Passes over the text in which, after any start but random, each block is trained against the dense block's
+    outputs; 0: none."""
+    repair_lr: float = 1e-3
+    """Peak rate of that, for a dense weight; factors take the rates that ``optimizer.factor_rates=scaled`` gives."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context", "sweeps", "repair_lr"):
+            _positive(f"calibration.{name}", getattr(self, name))
+        _not_negative("calibration.repair", self.repair)
+        _choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
+        for name in self.symmetries:
+            _choice("calibration.symmetries", name, ("hidden", "heads", "residual"))
+
+
+@dataclass
+class FactoringConfig(RunConfig):
+    """Keys of the verbs that factor a model."""
+
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    start: str = "nearest"
+    """Start of the factors: ``random``; ``nearest`` to the weights; ``calibrated``: the least error on the inputs of
+    each map; ``sequential``: the same, on inputs from the layers factored before, against the dense outputs."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dtype: str = "float32"
+    """Type of the saved weights: float32, float16 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        _choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
+        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        if self.calibration.repair and self.start == "random":
+            raise UserError(f"calibration.repair={self.calibration.repair}: needs a start that is fitted, not random")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the start, or the repair after it, reads text."""
+        return self.start in ("calibrated", "sequential") or self.calibration.repair > 0
+
+
+@dataclass
+class CompressConfig(FactoringConfig):
+    """``compress``: factor a model and save it, without training."""

@@ -1,0 +1,95 @@
+"""``evaluate`` and ``bench``: how good a model is, and how fast."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.factoring import FactorsConfig
+from kncompress.config.run import DataConfig, RunConfig
+from kncompress.errors import UserError
+
+
+@dataclass
+class EvaluateConfig(RunConfig):
+    """``evaluate``: perplexity of a model on a text, by both protocols; or its scores on ``tasks`` or ``lambada``."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    context: int | None = None
+    """Window in tokens; null: the model's context length."""
+    stride: int | None = None
+    """Tokens between windows of the token-weighted protocol; null: the window (no overlap)."""
+    tokens: int | None = None
+    """Score only the first tokens of the text; null: all."""
+    batch_tokens: int = 8192
+    """Tokens in one forward pass."""
+    tasks: list[str] = field(default_factory=list)
+    """In the place of perplexity: tasks of lm-evaluation-harness, or YAML files in its format (extra ``eval``)."""
+    lambada: str | None = None
+    """In the place of perplexity: passages whose last word is to be told: hub:EleutherAI/lambada_openai, a folder of
+    jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""
+    limit: int | None = None
+    """Only the first items of each task, or passages; null: all."""
+    shots: int | None = None
+    """Worked examples before each item of a task; null: as the task says."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "stride", "tokens", "batch_tokens", "limit"):
+            _positive(name, getattr(self, name))
+        _not_negative("shots", self.shots)
+        if self.tasks and self.lambada is not None:
+            raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
+        if self.shots is not None and not self.tasks:
+            raise UserError(f"shots={self.shots}: is for tasks; give tasks=[...]")
+        if self.limit is not None and not self.tasks and self.lambada is None:
+            raise UserError(f"limit={self.limit}: is for tasks and lambada; give tasks=[...] or lambada=...")
+
+
+@dataclass
+class BenchConfig(RunConfig):
+    """``bench``: speed and memory of this package beside its rivals, and beside what this machine can do at best.
+
+    Weights are random, of the sizes of ``model``. Ours and the rivals take turns in one process, or in pairs of fresh
+    ones (``step``, ``startup``, ``memory``); figures are medians.
+    """
+
+    parts: Any = "all"
+    """``all``, or some of ``product``, ``step``, ``fit``, ``generate``, ``tokens``, ``startup``, ``memory``."""
+    size: str = "full"
+    """``full``: the maps of ``model``, 2,048 tokens; ``small``: a GPT-2 of two layers 48 wide, for a look at the verb;
+    its figures mean nothing."""
+    presets: list[str] = field(default_factory=lambda: ["kngpt2", "kronypt_81m", "kronypt_80m", "outer"])
+    """Of ``product``: presets of factors; ``outer``: outer products of half the parameters; ``speed``: shapes that
+    ``plan speed=true`` may choose."""
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    """Of the student in the other parts."""
+    precision: str = "auto"
+    """``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+    threads: int | None = None
+    """CPU threads; null: as torch has it."""
+    tokens: int | None = None
+    """Tokens of a product and of a training step; null: by ``size``."""
+    repeats: int | None = None
+    """Rounds; null: by ``size``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text of ``tokens``."""
+
+    PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tokens", "repeats"):
+            _positive(name, getattr(self, name))
+        _choice("size", self.size, ("full", "small"))
+        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        for name in self.chosen:
+            _choice("parts", name, ("all", *self.PARTS))
+        if self.factors.depth is not None:
+            raise UserError(f"factors.depth={self.factors.depth}: bench compares models of one depth; give null")
+
+    @property
+    def chosen(self) -> list[str]:
+        """Parts to measure, in order."""
+        named = list(self.parts) if isinstance(self.parts, list | tuple) else [self.parts]
+        return list(self.PARTS) if "all" in named else [str(name) for name in named]

@@ -1,0 +1,57 @@
+"""``plan`` and ``inspect``: what a model would be after factoring."""
+
+from dataclasses import dataclass, field
+
+from kncompress.config.checks import _choice, _positive
+from kncompress.config.factoring import CalibrationConfig, FactorsConfig
+from kncompress.config.run import DataConfig, RunConfig
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """``plan``: choose a shape for every map, so that the model keeps to a budget with the least harm.
+
+    Moments come from the first ``calibration.tokens`` of the training split of ``data.source``, harms from the
+    ``harm_tokens`` after them; the finished plan is measured on the validation split.
+    """
+
+    budget: float = 0.667
+    """Up to 1: share of all unique parameters, embedding and head included, tied ones once; above 1: their number."""
+    speed: bool = False
+    """Only shapes whose product is faster than the dense one: at most 1 / 1.3 of its multiply-adds for outer products,
+    1 / 1.9 where right factors have one row or column, 1 / 24 where they have several. The other maps stay dense."""
+    harm: str | None = None
+    """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
+    harm_tokens: int = 1024
+    """Tokens on which the harm of each map is measured."""
+    measure: bool | None = None
+    """Fit the plan and measure its KL and perplexity; null: unless ``harm`` is given."""
+    validation_tokens: int = 8192
+    """Tokens of the validation split that this is measured on."""
+    precision: str = "auto"
+    """Of the harms: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
+    start: str = "calibrated"
+    """Fit with which the plan is measured: ``calibrated`` or ``sequential``."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _positive("budget", self.budget)
+        for name in ("harm_tokens", "validation_tokens"):
+            _positive(name, getattr(self, name))
+        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("start", self.start, ("calibrated", "sequential"))
+
+    @property
+    def measures(self) -> bool:
+        """Whether the finished plan is fitted and measured."""
+        return self.harm is None if self.measure is None else self.measure
+
+
+@dataclass
+class InspectConfig(RunConfig):
+    """``inspect``: what a model would be after factoring, from its configuration alone; no weights are read."""
+
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    every_map: bool = False
+    """One line for each map; otherwise equal maps of several layers share one."""

@@ -1,0 +1,75 @@
+"""What every run has: a model, most often a text, a folder and a seed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.config.checks import _choice, _positive, _share
+from kncompress.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model: one that exists, or one to be trained from random weights."""
+
+    path: str | None = None
+    """Folder, hub id, ``asset:mini`` for the teacher inside the package, or ``package:NAME`` for the folder of an
+    installed Python package, which is not imported. Weights are read from safetensors, never unpickled."""
+    gguf_file: str | None = None
+    """GGUF file in that folder, with the model's weights, configuration and tokenizer; taken as float32."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own where absent."""
+    architecture: dict[str, Any] | None = None
+    """Fields of the transformers config (``model_type`` among them) of a model to inspect or to train from scratch."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise UserError(f"model.path={self.path}: give model.path or model.architecture, one of the two")
+        if self.gguf_file is not None and self.path is None:
+            raise UserError(f"model.gguf_file={self.gguf_file}: needs model.path, the folder that the file lies in")
+
+
+@dataclass
+class DataConfig:
+    """Text, and how it becomes token blocks."""
+
+    source: Any = "sample"
+    """``sample``; a text file, or a folder of text, parquet, jsonl or arrow files; ``hub:ID``, ``hub:ID:CONFIGURATION``
+    for a data set of the Hugging Face hub (its column ``text``, its own splits); or a list of these."""
+    validation: Any = None
+    """Source of the validation split; null: part of ``source``, split by document."""
+    test: Any = None
+    """Source of the test split; null: part of ``source``, split by document."""
+    context: int | None = None
+    """Tokens in a block; null: the model's own context length."""
+    text_format: str = "auto"
+    """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
+    rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens``, ``*.raw`` and data sets of
+    that name, else plain. A row of a data set is a document, except of WikiText, whose rows are lines."""
+    split: str = "auto"
+    """``evaluate``: what is scored: ``train``, ``validation``, ``test``, ``all``; ``auto``: the test split where the
+    source names one (the sample, a folder with a test file), the whole text otherwise."""
+    fraction: float = 1.0
+    """Share of the training documents that is used, chosen by a hash of their text and ``seed``."""
+    seed: int = 0
+    """Seeds the split by document, the choice of ``fraction`` and the order of the blocks."""
+    cache_dir: str | None = None
+    """Token caches; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
+
+    def __post_init__(self) -> None:
+        _positive("data.context", self.context)
+        _positive("data.fraction", self.fraction)
+        _share("data.fraction", self.fraction)
+        _choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
+        _choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
+
+
+@dataclass
+class RunConfig:
+    """Keys that every verb has."""
+
+    run_dir: str | None = None
+    """Folder of this run; null: ``runs/<verb>-<experiment>-<time>``."""
+    seed: int = 0
+    fail_fast: bool = False
+    """In a sweep (``-m``): start no further job once one has failed."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))

@@ -1,0 +1,129 @@
+"""``train``: how long, on what devices, where its metrics go."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
+from kncompress.config.factoring import FactoringConfig
+from kncompress.errors import UserError
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, in which precision. Batches are counted in tokens."""
+
+    tokens: int | None = None
+    """Training tokens in all; null: one epoch. Rounded up to whole steps."""
+    steps: int | None = None
+    """Optimiser steps in all; overrides ``tokens``."""
+    batch_tokens: int = 8192
+    """Tokens of one optimiser step, over all devices: more of them share the same batch."""
+    micro_batch_tokens: int = 4096
+    """Most tokens in one forward pass of one device; the rest of the batch is accumulated."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+    strategy: str = "auto"
+    """``ddp``: a copy of the model in each process; ``fsdp``: one model in shards over GPUs; ``auto``: one process, or
+    ddp where there are several."""
+    devices: Any = 1
+    """Processes on each node, one a GPU or, on CPUs, one a share of the cores; ``auto``: every GPU of the node, or what
+    torchrun or SLURM has started."""
+    nodes: int = 1
+    """Machines."""
+    precision: str = "auto"
+    """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 where the hardware multiplies it natively."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 leaves it alone."""
+    dropout: bool = False
+    """Keep the model's dropout while training."""
+    validate_every: int | None = None
+    """Steps between validations; null: ten in a run."""
+    validation_tokens: int | None = 65536
+    """Most tokens of one validation during training; null: all."""
+    test_tokens: int | None = None
+    """Most tokens of the test split that are scored before and after training; null: all."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: with every validation."""
+    keep: str = "best"
+    """Which weights become ``model/``: ``best`` (lowest validation loss) or ``last``."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tokens",
+            "steps",
+            "batch_tokens",
+            "micro_batch_tokens",
+            "nodes",
+            "validate_every",
+            "validation_tokens",
+            "test_tokens",
+            "checkpoint_every",
+        ):
+            _positive(f"trainer.{name}", getattr(self, name))
+        if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
+            raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
+        _choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _choice("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        if self.strategy == "fsdp" and self.accelerator == "cpu":
+            raise UserError("trainer.strategy=fsdp: shards over GPUs; trainer.strategy=ddp also runs on CPUs")
+        _choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("trainer.keep", self.keep, ("best", "last"))
+        _not_negative("trainer.gradient_clip", self.gradient_clip)
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides ``metrics.csv``."""
+
+    name: str = "wandb"
+    """``wandb``, ``csv`` (the file alone) or ``none``."""
+    mode: str = "offline"
+    """W&B: ``offline``, ``online`` or ``disabled``; ``WANDB_MODE`` overrides it."""
+    project: str = "kncompress"
+    entity: str | None = None
+    group: str | None = None
+    """W&B group; null: the sweep's folder name in a sweep."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags of at most 64 characters, besides the names of the experiment and of the preset of factors."""
+    artifact: bool = True
+    """W&B: the model folder as an artifact, with its plan; of an offline run, ``wandb sync`` uploads it."""
+
+    def __post_init__(self) -> None:
+        _choice("logger.name", self.name, ("wandb", "csv", "none"))
+        _choice("logger.mode", self.mode, ("offline", "online", "disabled"))
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UserError(f"logger.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64")
+
+
+@dataclass
+class SamplesConfig:
+    """Texts that teacher and trained student write, always by the likeliest token: ``samples.json``."""
+
+    count: int = 3
+    """Prompts, from evenly spaced places of the test split; 0: no samples."""
+    prompt_tokens: int = 16
+    """Tokens of a prompt."""
+    tokens: int = 32
+    """Most new tokens after it."""
+
+    def __post_init__(self) -> None:
+        _not_negative("samples.count", self.count)
+        _positive("samples.prompt_tokens", self.prompt_tokens)
+        _positive("samples.tokens", self.tokens)
+
+
+@dataclass
+class TrainConfig(FactoringConfig):
+    """``train``: teacher and text in, repaired student out."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    resume: str | None = None
+    """Folder of an unfinished run or sweep to continue; ``auto``: the run in ``run_dir``, or without one the newest in
+    ``runs/`` with this configuration, and a new run where there is none; ``never`` or null: a new run. A sweep goes on
+    with the newest of the same jobs unless ``never``."""

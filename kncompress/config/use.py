@@ -1,0 +1,84 @@
+"""``export`` and ``generate``: what a finished model is used for."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.config.checks import _choice, _not_negative, _positive, _share
+from kncompress.config.run import DataConfig, RunConfig
+from kncompress.errors import UserError
+
+
+@dataclass
+class ExportConfig(RunConfig):
+    """``export``: a model, compressed or not, in a form that runs without this package, checked before it is kept.
+
+    ``dense``, ``onnx`` and ``int8`` leave a folder ``model/``, with the tokenizer where there is one; ``merged`` leaves
+    ``merged.safetensors``. An export that fails its check leaves neither, one line says why, and the exit code is 1.
+    """
+
+    format: str = "dense"
+    """``dense``: a plain transformers folder, the factors multiplied out; ``merged``: its weights as one safetensors
+    file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same, its weights as 8-bit
+    integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
+    dtype: str = "float32"
+    """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
+    tolerance: float | None = None
+    """Most that a logit may change, as a share of the largest; null: 1e-4, or 1e-2 of an ONNX file in float16. ``int8``
+    is measured by its perplexity instead."""
+    int8_tolerance: float = 0.02
+    """Most that ``int8`` may raise the perplexity, as a share of that of the ONNX file which it is made from."""
+    tokens: int = 16384
+    """Tokens of ``data`` on which that is measured."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text of ``int8``; other formats read none."""
+
+    FORMATS = ("dense", "merged", "onnx", "int8")
+
+    def __post_init__(self) -> None:
+        _choice("format", self.format, self.FORMATS)
+        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
+        _choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
+        for name in ("tolerance", "int8_tolerance", "tokens"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass
+class GenerateConfig(RunConfig):
+    """``generate``: text from a model, shown as it comes; with ``compare`` another model's beside it.
+
+    Both models draw with the same random numbers; ``result.json`` has the texts.
+    """
+
+    prompt: Any = None
+    """What to go on from, or a list of such texts; ``''``: a new text."""
+    prompts: str | None = None
+    """A text file in the place of ``prompt``: a prompt on each line, blank lines left out."""
+    compare: str | None = None
+    """Second model, as ``model.path``: the teacher beside its student."""
+    tokens: int = 64
+    """Most new tokens of a text; it also ends at the model's end of text and at its last position."""
+    samples: int = 1
+    """Texts for each prompt, the n-th with the random numbers of ``seed`` + n - 1."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw among so many tokens, the likeliest ones; null: all."""
+    top_p: float = 0.95
+    """Draw among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text has already become less likely."""
+    accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            told = "null" if self.prompt is None else self.prompt
+            raise UserError(f"prompt={told}: give prompt=... or prompts=<text file>, one of the two")
+        if isinstance(self.prompt, dict) or (isinstance(self.prompt, list) and not self.prompt):
+            raise UserError(f"prompt={self.prompt}: must be a text or a list of texts")
+        for name in ("tokens", "samples", "top_k", "top_p", "repetition_penalty"):
+            _positive(name, getattr(self, name))
+        _not_negative("temperature", self.temperature)
+        _share("top_p", self.top_p)
+        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
