@@ -1,6 +1,7 @@
 """Layers whose weight is a Kronecker sum: drop-in for ``nn.Linear`` and ``nn.Embedding``."""
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -82,35 +83,23 @@ class _Factored(nn.Module):
     def _fit(self, weight: Tensor) -> None:
         self.set_factors(*nearest_factors(weight, self.shape))
 
-    def extra_repr(self) -> str:
-        return costs_of(self.shape)
 
+class _LinearMap(nn.Module):
+    """What a map with factors of ``shape`` shares with ``nn.Linear``: sizes, a bias (M,), the way from a dense one and
+    back. A subclass has ``weight``, and ``_fit`` to take the factors near to one."""
 
-class KroneckerLinear(_Factored):
-    """y = W x + bias with W = sum_r s_r left[r] (x) right[r]; (..., N) -> (..., M).
+    shape: Shape
+    bias: nn.Parameter | None
 
-    Parameters ``left`` (R, m1, n1), ``right`` (R, m2, n2), ``scale`` (R,) or None for s = 1, and ``bias`` (M,) or
-    None. Starts from ``reset_parameters()``; nothing is drawn on the meta device.
-    """
-
-    def __init__(
-        self,
-        shape: KroneckerShape,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(shape, device, dtype)
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(shape.out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+    def _add_bias(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        empty = torch.empty(self.shape.out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: Tensor | None, shape: KroneckerShape) -> "KroneckerLinear":
-        """The layer nearest to a dense map; type and device are the weight's, the bias is copied.
+    def from_dense(cls, weight: Tensor, bias: Tensor | None, shape: Shape) -> Self:
+        """The layer near to a dense map: a Kronecker sum's nearest one, a hybrid's by back-fitting.
+
+        Type and device are the weight's, the bias is copied.
 
         Args:
             weight: (M, N), out x in.
@@ -126,12 +115,13 @@ class KroneckerLinear(_Factored):
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
 
-    @classmethod
-    def tied_to(cls, embedding: "KroneckerEmbedding") -> "KroneckerLinear":
-        """The language-model head that shares the embedding's factors (the same Parameters), without bias."""
-        head = cls(embedding.shape, bias=False, device="meta")
-        head.left, head.right, head.scale = embedding.left, embedding.right, embedding.scale
-        return head
+    def _fit(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The formed weight, (M, N); made anew at each call."""
+        raise NotImplementedError
 
     @property
     def in_features(self) -> int:
@@ -144,6 +134,48 @@ class KroneckerLinear(_Factored):
         return self.shape.out_features
 
     @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The equal ``nn.Linear``, with a weight and a bias of its own."""
+        with without_autocast(next(self.parameters()).device):
+            weight = self.weight
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{_costs(self.shape)}, bias={self.bias is not None}"
+
+
+class KroneckerLinear(_Factored, _LinearMap):
+    """y = W x + bias with W = sum_r s_r left[r] (x) right[r]; (..., N) -> (..., M).
+
+    Parameters ``left`` (R, m1, n1), ``right`` (R, m2, n2), ``scale`` (R,) or None for s = 1, and ``bias`` (M,) or
+    None. Starts from ``reset_parameters()``; nothing is drawn on the meta device.
+    """
+
+    shape: KroneckerShape
+
+    def __init__(
+        self,
+        shape: KroneckerShape,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape, device, dtype)
+        self._add_bias(bias, device, dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def tied_to(cls, embedding: "KroneckerEmbedding") -> "KroneckerLinear":
+        """The language-model head that shares the embedding's factors (the same Parameters), without bias."""
+        head = cls(embedding.shape, bias=False, device="meta")
+        head.left, head.right, head.scale = embedding.left, embedding.right, embedding.scale
+        return head
+
+    @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Random factors whose formed weight has standard deviation ``std``, and a null bias."""
         super().reset_parameters(std)
@@ -154,27 +186,8 @@ class KroneckerLinear(_Factored):
         """(..., N) -> (..., M)."""
         return kronecker_linear(x, *self.scaled_factors(), self.bias)
 
-    @torch.no_grad()
-    def to_dense(self) -> nn.Linear:
-        """The equal ``nn.Linear``."""
-        with without_autocast(self.left.device):
-            weight = self.weight
-        return dense_linear(weight, self.bias, self.training)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-def dense_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """``nn.Linear`` that owns ``weight`` (M, N) and a copy of ``bias``."""
-    dense = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
-    dense.weight = nn.Parameter(weight)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().clone())
-    return dense.train(training)
-
-
-def costs_of(shape: Shape) -> str:
+def _costs(shape: Shape) -> str:
     """One line: the shape, its parameters and its multiply-adds."""
     return (
         f"{shape}, parameters={shape.parameters:,} of {shape.dense_parameters:,}, "
@@ -263,3 +276,6 @@ class KroneckerEmbedding(_Factored):
         dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         dense.weight = nn.Parameter(weight)
         return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return _costs(self.shape)
