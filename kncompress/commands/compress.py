@@ -14,7 +14,7 @@ from kncompress.models.plan import plan_from_config
 from kncompress.models.pretrained import save_model
 from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
 from kncompress.tasks.depth import student_config
-from kncompress.tasks.student import factor_, load_dense, load_teacher, model_config, tokenizer_if_any
+from kncompress.tasks.student import FitOptions, factor_, load_dense, load_teacher, model_config, tokenizer_if_any
 from kncompress.tracking.record import RunRecord
 from kncompress.tracking.whole_file import write_text
 
@@ -41,7 +41,7 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
             model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
         began = time.perf_counter()
         with fit_progress() as progress:
-            report = factor_(model, config.factors, config.start, text, config.calibration, progress)
+            report = factor_(model, config.factors, config.start, FitOptions(text, config.calibration, progress))
         seconds = time.perf_counter() - began
         data = config.data.source if text is not None else None
         facts = CardFacts(config.model.path, data, {"seconds/fit": seconds})

@@ -20,7 +20,7 @@ from kncompress.models.compress import CompressionReport, unique_parameters
 from kncompress.tasks.batches import BatchPlan, plan_batches
 from kncompress.tasks.calibration import calibration_text, fit_progress
 from kncompress.tasks.processes import processes
-from kncompress.tasks.student import load_teacher, make_student, new_model
+from kncompress.tasks.student import FitOptions, load_teacher, make_student, new_model
 
 Scores = Comparison | Perplexity
 
@@ -82,9 +82,8 @@ def prepare(config: TrainConfig, repair: bool = True) -> TrainingJob:
         teacher, tokenizer = load_teacher(config.model)
         text = calibration_text(config, teacher.config, tokenizer)
         with fit_progress() as progress:
-            student, report, layers = make_student(
-                teacher, config.factors, config.start, text, config.calibration, progress
-            )
+            fit = FitOptions(text, config.calibration, progress)
+            student, report, layers = make_student(teacher, config.factors, config.start, fit)
     context = config.data.context or student.config.max_position_embeddings
     limit = config.trainer.validation_tokens
     data = TextDataModule(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,38 +130,40 @@ def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_config(fields), tokenizer
 
 
+@dataclass(frozen=True)
+class FitOptions:
+    """What finds the factors, besides their start; as the arguments of ``compress_``."""
+
+    text: CalibrationText | None = None
+    settings: CalibrationConfig | None = None
+    progress: Progress | None = None
+
+
 def factor_(
     model: Any,
     factors: FactorsConfig,
     start: str,
-    text: CalibrationText | None = None,
-    settings: CalibrationConfig | None = None,
-    progress: Progress | None = None,
+    fit: FitOptions = FitOptions(),
 ) -> CompressionReport:
-    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place.
-
-    ``text``, ``settings`` and ``progress`` are those of ``compress_``.
-    """
+    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place."""
     plan = plan_from_config(factors, student_config(model.config, factors))
     layers = student_layers(factors, model.config)
-    return compress_(model, plan, cast(Start, start), progress, layers, text, settings)
+    return compress_(model, plan, cast(Start, start), fit.progress, layers, fit.text, fit.settings)
 
 
 def make_student(
     teacher: Any,
     factors: FactorsConfig,
     start: str,
-    text: CalibrationText | None = None,
-    settings: CalibrationConfig | None = None,
-    progress: Progress | None = None,
+    fit: FitOptions = FitOptions(),
 ) -> tuple[Any, CompressionReport, tuple[int, ...] | None]:
     """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
 
     The layers are those of the teacher that were kept, counted from 0; None where all were. Arguments as ``factor_``.
-    Where ``settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
+    Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
     """
     student = copy.deepcopy(teacher)
-    report = factor_(student, factors, start, text, settings, progress)
+    report = factor_(student, factors, start, fit)
     if report.arrangement is not None and report.arrangement.residual is not None:
         # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
         permute_residual_(teacher, torch.tensor(report.arrangement.residual))

@@ -16,7 +16,7 @@ from kncompress.data.tokenizer import load_tokenizer, train_tokenizer
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.errors import UserError
 from kncompress.models.pretrained import load_model, save_model
-from kncompress.tasks.student import load_teacher, locate, make_student, model_config, tokenizer_if_any
+from kncompress.tasks.student import FitOptions, load_teacher, locate, make_student, model_config, tokenizer_if_any
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "The river runs past the old mill and down to the sea. " * 30
@@ -136,7 +136,7 @@ def test_a_teacher_gets_the_students_order_of_the_residual() -> None:
     before = teacher(ids, output_hidden_states=True)
     factors = FactorsConfig(embedding=FactorConfig([1, 2]), mlp=FactorConfig([2, 1]), layers=[1])
     settings = CalibrationConfig(symmetries=["hidden", "heads", "residual"])
-    student, report, _ = make_student(teacher, factors, "nearest", settings=settings)
+    student, report, _ = make_student(teacher, factors, "nearest", FitOptions(settings=settings))
     assert report.arrangement is not None and report.arrangement.residual is not None
     order = torch.tensor(report.arrangement.residual)
     after = teacher(ids, output_hidden_states=True)
