@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
 
 from kncompress.config import TrainConfig
 from kncompress.data.sources import find_sources
@@ -94,11 +96,12 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
         job = prepare(config, repair=not (run_dir / "checkpoints" / LAST).exists())
         sweep, tags = _sweep(run_dir), _presets()
         loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, sweep, tags)
-        start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
-        trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
         code = 1
         metrics: dict[str, float] = {}
+        trainer: L.Trainer | None = None
         try:
+            start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
+            trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
             _keep_report(job, run_dir / REPORT, trainer.is_global_zero)
             repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
             maps = [asdict(row) for row in job.report.rows] if job.report is not None else []
@@ -109,12 +112,12 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             metrics |= repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
-                if config.samples.count:
-                    log_samples(loggers, _keep_samples(config, job, run_dir / SAMPLES))
                 facts = CardFacts(config.model.path, config.data.source, metrics)
                 model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
-                if config.logger.artifact:
-                    log_model(loggers, model, run_dir / REPORT, maps, metrics)
+                with record.tolerating("samples"):
+                    _keep_samples(config, job, run_dir / SAMPLES, trainer.strategy.root_device, loggers)
+                with record.tolerating("W&B artifact"):
+                    log_model(loggers if config.logger.artifact else [], model, run_dir / REPORT, maps, metrics)
                 record.finish("finished", metrics, model)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
                 print(f"model: {model}", flush=True)
@@ -122,11 +125,15 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
         except BaseException as error:
             code = outcome(error)[1]
             if isinstance(error, DivergedError):
-                alert(loggers, "training diverged", f"{run_dir.name}: {error}")
+                with record.tolerating("W&B alert"):
+                    alert(loggers, "training diverged", f"{run_dir.name}: {error}")
             raise
         finally:
-            finish_loggers(loggers, code, metrics)
-            end_children(trainer, failed=code != 0)
+            try:
+                finish_loggers(loggers, record, code, metrics)
+            finally:  # a signal may come while W&B uploads
+                if trainer is not None:
+                    end_children(trainer, failed=code != 0)
     return metrics
 
 
@@ -136,13 +143,16 @@ def _keep_report(job: TrainingJob, file: Path, write: bool) -> None:
         write_text(file, job.report.as_json())
 
 
-def _keep_samples(config: TrainConfig, job: TrainingJob, file: Path) -> list[dict[str, str]]:
-    """What teacher and student write after a few prompts of the test split, on the device that they are on."""
-    if job.teacher is not None:
-        job.teacher.to(job.student.device)
-    rows = write_samples(job.teacher, job.student, job.test, job.tokenizer, config.samples)
+def _keep_samples(
+    config: TrainConfig, job: TrainingJob, file: Path, device: torch.device, loggers: Sequence[Logger]
+) -> None:
+    """What teacher and student write after a few prompts of the test split, where any are asked for."""
+    if not config.samples.count:
+        return
+    teacher = None if job.teacher is None else job.teacher.to(device)
+    rows = write_samples(teacher, job.student.to(device), job.test, job.tokenizer, config.samples)
     write_text(file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    return rows
+    log_samples(loggers, rows)
 
 
 def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:

@@ -160,10 +160,14 @@ def _wandb(
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"logger.mode={mode}: {reason}; logger.mode=offline needs neither key nor network") from error
-    record.fields |= {"wandb_group": group, "wandb_tags": tags}
-    record.wandb_id = run.id
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP, step_sync=True)
+    try:
+        record.fields |= {"wandb_group": group, "wandb_tags": tags}
+        record.wandb_id = run.id
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
     # Given a started run, the logger neither starts its own nor sets WANDB_MODE for the whole process.
     return WandbLogger(experiment=run, project=config.project, save_dir=str(folder), log_model=False)
 
@@ -178,8 +182,12 @@ def log_facts(loggers: Sequence[Logger], facts: Mapping[str, float | int | str])
             logger.experiment.config.update(dict(facts), allow_val_change=True)
 
 
-def finish_loggers(loggers: Sequence[Logger], exit_code: int, metrics: Mapping[str, float] | None = None) -> None:
+def finish_loggers(
+    loggers: Sequence[Logger], record: RunRecord, exit_code: int, metrics: Mapping[str, float] | None = None
+) -> None:
     """End the W&B run with the process's true exit code, so that the next job of a sweep starts its own.
+
+    What W&B does not take is a warning in ``record``: the run itself has ended by now.
 
     Args:
         exit_code: 0, or what the process will exit with: W&B shows anything else as failed.
@@ -187,5 +195,7 @@ def finish_loggers(loggers: Sequence[Logger], exit_code: int, metrics: Mapping[s
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(dict(metrics or {}))
-            logger.experiment.finish(exit_code=exit_code)
+            with record.tolerating("W&B summary"):
+                logger.experiment.summary.update(dict(metrics or {}))
+            with record.tolerating("W&B"):
+                logger.experiment.finish(exit_code=exit_code)

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from json import dumps, loads
 from pathlib import Path
@@ -105,6 +106,17 @@ class RunRecord:
             self.fields["peak_memory_bytes"] = peak_memory()
             _write_json(self.folder / "run.json", self.fields)
 
+    @contextmanager
+    def tolerating(self, what: str) -> Iterator[None]:
+        """Work that a run can do without: an error in the block becomes a warning, told and kept in ``run.json``."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{what}: {_one_line(error)}"
+            print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)
+            self.fields["warnings"].append(text)
+            self.save()
+
     def finish(
         self,
         status: Status,
@@ -201,6 +213,7 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
         "wandb_group": None,
         "wandb_tags": [],
         "error": None,
+        "warnings": [],
         "resumes": [],
     }
 

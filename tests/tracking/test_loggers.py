@@ -93,7 +93,7 @@ def run_job(folder, code, **config):
         for step in range(3):
             for logger in loggers:
                 logger.log_metrics({"train/loss": 3.0 - step}, step)
-        finish_loggers(loggers, code, {"student/perplexity": 12.5})
+        finish_loggers(loggers, record, code, {"student/perplexity": 12.5})
     return record
 
 
@@ -143,6 +143,17 @@ def test_each_job_of_a_sweep_has_its_own_run_and_exit_code(tmp_path):
     assert len(ids) == 2 and codes == [0, 1]
 
 
+def test_what_wandb_does_not_take_in_the_end_is_a_warning(tmp_path, capfd):
+    with RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
+        loggers = build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job")
+        loggers[1].experiment.finish()  # whoever ends it: it takes no summary now
+        finish_loggers(loggers, record, 0, {"perplexity": 2.0})
+        record.finish("finished", {"perplexity": 2.0})
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "finished" and run["warnings"][0].startswith("W&B summary: UsageError: ")
+    assert capfd.readouterr().err == f"kncompress: warning: {run['warnings'][0]}\n"
+
+
 def test_job_left_open_does_not_swallow_the_next(tmp_path):
     with RunRecord.open(tmp_path / "0", "train", CONFIG, 3) as first:
         build_loggers(LoggerConfig(), tmp_path / "0", first, CONFIG, "job-0")
@@ -154,21 +165,21 @@ def test_job_left_open_does_not_swallow_the_next(tmp_path):
 def test_resume_keeps_the_run_id_group_and_tags(tmp_path):
     with pytest.raises(KeyboardInterrupt), RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
         loggers = build_loggers(LoggerConfig(tags=["a"]), tmp_path, record, CONFIG, "job", "sweep-7", ["kngpt2"])
-        finish_loggers(loggers, 130)
+        finish_loggers(loggers, record, 130)
         raise KeyboardInterrupt
     with RunRecord.open(tmp_path, "train", CONFIG, 3, resume=True) as again:
         loggers = build_loggers(LoggerConfig(), tmp_path, again, CONFIG, "job")
         run = loggers[1].experiment
         assert run.id == record.wandb_id == again.wandb_id
         assert (run.group, run.tags) == ("sweep-7", ("a", "kngpt2"))
-        finish_loggers(loggers, 0)
+        finish_loggers(loggers, again, 0)
 
 
 def test_lightning_logs_through_both(tmp_path, fit, linear_task):
     with RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
         loggers = build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job")
         fit(linear_task(), 4, 2, logger=loggers, callbacks=list(checkpoint_callbacks(tmp_path)))
-        finish_loggers(loggers, 0)
+        finish_loggers(loggers, record, 0)
     history = [values(entry.history.item) for entry in offline_log(tmp_path) if entry.HasField("history")]
     logged = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}
     assert logged == {int(row["step"]): float(row["train/loss"]) for row in rows(tmp_path / "metrics.csv")}
@@ -192,7 +203,7 @@ def test_which_loggers(tmp_path, monkeypatch, config, environment, kinds):
         monkeypatch.setenv("WANDB_MODE", environment)
     with RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
         loggers = build_loggers(LoggerConfig(**config), tmp_path, record, CONFIG, "job")
-        finish_loggers(loggers, 0)
+        finish_loggers(loggers, record, 0)
     assert [type(logger) for logger in loggers] == kinds
     assert (tmp_path / "wandb").exists() == (WandbLogger in kinds)
     assert os.environ.get("WANDB_MODE") == environment  # the next job's is not touched

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs.conftest import read
+from wandb_log import offline_log
 
 
 def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[str], tiny: Path) -> None:
@@ -252,3 +254,21 @@ def test_a_resumed_run_is_not_repaired_again(
     assert {key: again[key] for key in kept} == kept and json.loads(run.read_text())["status"] == "finished"
     assert again["perplexity/start"] == metrics["perplexity/start"]
     assert Path("run/model/model.safetensors").read_bytes() == weights
+
+
+def test_a_model_that_cannot_write_samples_is_saved_all_the_same(
+    command: Any, small: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny, tmp_path / "teacher")
+    settings = json.loads((teacher / "generation_config.json").read_text())
+    (teacher / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[9999]]}))  # of 300
+    words = [word for word in small if not word.startswith("model=")]
+    code, _, err = command("train", *words, f"model={teacher}", "run_dir=run", "logger=wandb", "trainer.steps=2")
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "warning" in line]
+    assert line.startswith("kncompress: warning: samples: ValueError: ")
+    assert read(Path("run"), "result.json")["model"] == "model" and Path("run/summary.txt").exists()
+    assert Path("run/model/model.safetensors").exists() and not Path("run/samples.json").exists()
+    run = read(Path("run"), "run.json")
+    assert run["status"] == "finished" and run["warnings"] == [line.removeprefix("kncompress: warning: ")]
+    assert [entry.exit.exit_code for entry in offline_log(Path("run")) if entry.HasField("exit")] == [0]

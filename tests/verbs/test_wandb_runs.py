@@ -111,3 +111,16 @@ def test_divergence_alerts_and_ends_as_failed(command: Any, wandb_words: list[st
     assert [record.exit_code for record in of_kind(log, "exit")] == [1]
     assert not [entry for entry in of_kind(log, "artifact") if entry.type == "model"]
     assert not Path("run/samples.json").exists()
+
+
+def test_a_failure_before_the_first_step_ends_the_run_there_too(
+    command: Any, wandb_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr("kncompress.commands.train.build_trainer", fail)
+    code, _, err = command("train", *wandb_words, "run_dir=run")
+    assert code == 1 and err.endswith("kncompress: RuntimeError: no device\n")
+    assert [record.exit_code for record in of_kind(offline_log(Path("run")), "exit")] == [1]
+    assert read(Path("run"), "run.json")["status"] == read(Path("run"), "result.json")["status"] == "failed"
