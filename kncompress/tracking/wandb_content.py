@@ -1,6 +1,7 @@
 """What a run shows in W&B beside its metrics: facts to group by, every map, samples, the model, and alerts.
 
-All of it is for the loggers of one run; those that are not W&B's are passed over.
+All of it is for the loggers of one run; those that are not W&B's are passed over, and a run without them does not
+import ``wandb``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,9 +55,9 @@ def _terms(shape: str) -> int:
 def log_maps(loggers: Sequence[Logger], maps: Sequence[Mapping[str, Any]]) -> None:
     """Every factored map: a table ``maps`` of shapes, parameters and errors, and ``maps_picture``, a heat map of the
     errors where plotly is installed, else W&B's own bar chart."""
-    import wandb
-
     for run in _runs(loggers) if maps else ():
+        import wandb
+
         cells: list[Any] = [[row.get(name) for name in _MAP_COLUMNS] for row in maps]
         table = wandb.Table(columns=list(_MAP_COLUMNS), data=cells)
         picture: Any
@@ -69,10 +70,10 @@ def log_maps(loggers: Sequence[Logger], maps: Sequence[Mapping[str, Any]]) -> No
 
 def log_samples(loggers: Sequence[Logger], rows: Sequence[Mapping[str, str]]) -> None:
     """The texts of ``samples.json`` as a table, a row a prompt."""
-    import wandb
-
     columns = [name for name in _SAMPLE_COLUMNS if rows and name in rows[0]]
     for run in _runs(loggers) if columns else ():
+        import wandb
+
         cells: list[Any] = [[row[name] for name in columns] for row in rows]
         run.log({SAMPLES: wandb.Table(columns=list(columns), data=cells)})
 
@@ -85,9 +86,9 @@ def log_model(
 
     Files are named where they lie, not copied: of an offline run they are there until ``wandb sync`` uploads them.
     """
-    import wandb
-
     for run in _runs(loggers):
+        import wandb
+
         plan = {str(row["name"]): str(row["shape"]) for row in maps}
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"plan": plan, "metrics": dict(metrics)})
         artifact.add_dir(str(folder), skip_cache=True, policy="immutable")

@@ -272,3 +272,12 @@ def test_a_model_that_cannot_write_samples_is_saved_all_the_same(
     run = read(Path("run"), "run.json")
     assert run["status"] == "finished" and run["warnings"] == [line.removeprefix("kncompress: warning: ")]
     assert [entry.exit.exit_code for entry in offline_log(Path("run")) if entry.HasField("exit")] == [0]
+
+
+def test_a_run_that_logs_to_a_file_alone_needs_no_wandb(
+    command: Any, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it is an error
+    code, _, err = command("train", *small, "trainer.steps=1", "trainer.validate_every=1", "run_dir=run")
+    assert code == 0, err
+    assert read(Path("run"), "run.json")["warnings"] == [] and read(Path("run"), "samples.json")
