@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kncompress.commands.compose import typed
-from kncompress.commands.run_folder import RUN_DIR, discard, inherited
+from kncompress.commands.run_folder import RUN_DIR, discard, in_use, inherited
 from kncompress.commands.sweep_folder import FILE, done_elsewhere, not_own
 from kncompress.commands.sweep_table import write_sweep_table
 from kncompress.commands.verbs import Verb
@@ -30,7 +30,7 @@ from kncompress.errors import CheckFailed, UserError
 from kncompress.tracking import signals
 from kncompress.tracking.process import outcome as outcome_of
 from kncompress.tracking.process import process_rank
-from kncompress.tracking.whole_file import write_text
+from kncompress.tracking.whole_file import read_object, write_text
 
 _DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
 FAILED = ".failed"
@@ -91,6 +91,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         return {"status": "elsewhere", "exit_code": 0}
     if job.sweep_dir is not None:
         print(f"job {folder.name}: {' '.join(words)}", flush=True)
+    before = _stamp(folder)
     try:
         config = typed(job.verb.config, composed)
         config.run_dir = str(folder)
@@ -108,7 +109,11 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     if number is not None:
         outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
     if process_rank() == 0:
-        _record(job, folder, outcome, words)
+        try:
+            _record(job, folder, outcome, words, began=_stamp(folder) != before)
+        except OSError as error:  # a full disk, say
+            if not outcome["exit_code"]:
+                outcome = {"status": "failed", "exit_code": 1, "error": f"the outcome cannot be written: {error}"}
     elif inherited() is not None:
         return _end_of_child(outcome)
     if outcome["status"] == "interrupted":
@@ -142,9 +147,22 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"status": status, "exit_code": code} | ({"error": text} if code else {})
 
 
-def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -> None:
-    """Complete ``result.json``, which a verb writes itself when it finishes, and the sweep's table."""
-    if outcome["exit_code"] == 2 and job.sweep_dir is None and not (folder / "run.json").exists():
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Tells one ``run.json`` from another, each of which is written anew."""
+    with contextlib.suppress(OSError):
+        found = (folder / "run.json").stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], began: bool) -> None:
+    """Complete ``result.json`` and ``run.json``, which a verb writes itself when it ends, and the sweep's table.
+
+    ``began``: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
+    """
+    if in_use(folder):
+        return  # this job was refused, for another process is at work in the folder
+    if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
         return  # a single run that never began leaves nothing
     file = folder / "result.json"
     try:
@@ -155,8 +173,8 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -
     if outcome["status"] != "finished" or not file.exists():
         result |= changes
         write_text(file, json.dumps(result, indent=2) + "\n")
-    if outcome["status"] == "interrupted":
-        _mark_interrupted(folder / "run.json")
+    if began:
+        _complete(folder / "run.json", outcome)
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
         kept = not_own(words) if job.sweep_dir is not None else words
@@ -167,12 +185,12 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str]) -
         write_sweep_table(job.sweep_dir)
 
 
-def _mark_interrupted(file: Path) -> None:
-    """Of a run that had just finished when the signal came, the record says so too: it can be resumed."""
-    with contextlib.suppress(OSError, ValueError):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if run["status"] == "finished":
-            write_text(file, json.dumps(run | {"status": "interrupted"}, indent=2) + "\n")
+def _complete(file: Path, outcome: dict[str, Any]) -> None:
+    """The status that the job ended with, where its record has another: a signal came, or an error, as it ended."""
+    run = read_object(file)
+    if run and run.get("status") != outcome["status"]:
+        changed = {"status": outcome["status"], "error": outcome.get("error")}
+        write_text(file, json.dumps(run | changed, indent=2) + "\n")
 
 
 @contextlib.contextmanager

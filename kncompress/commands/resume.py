@@ -13,12 +13,13 @@ from yaml import YAMLError
 
 from kncompress.commands.compose import compose, typed
 from kncompress.commands.presets import existing_path, groups
-from kncompress.commands.run_folder import discard
+from kncompress.commands.run_folder import discard, in_use
 from kncompress.commands.spelling import nearest
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.tracking.config_file import read_config
+from kncompress.tracking.process import process_rank
 
 OWN = ("run_dir", "resume", "fail_fast")
 """Keys that tell where and how a run or a sweep runs, not what it computes."""
@@ -58,6 +59,8 @@ def unfinished_run(verb: Verb, text: str) -> Path:
         raise UserError(f"resume={text}: a run of {begun}, not of {verb.name}")
     if status == "finished":
         raise UserError(f"resume={text}: this run is finished; name the folder of an unfinished run")
+    if process_rank() == 0 and in_use(folder):  # the others of a distributed run find the first at work
+        raise UserError(f"resume={text}: another process is at work in it; wait or name another folder")
     return folder
 
 

@@ -1,14 +1,18 @@
 """The folder of a run: its name, and taking it so that no two runs share one."""
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from kncompress.errors import UserError
 from kncompress.tracking.process import process_rank
 
+LOCK = ".lock"
 RUN_DIR = "KNCOMPRESS_RUN_DIR"
 """Set by a process while its job runs: processes that it starts for DDP use the same folder."""
 
@@ -53,10 +57,10 @@ def take(run_dir: str | None, name: str) -> Path:
     if run_dir is not None:
         folder = Path(run_dir).expanduser().absolute()
         refuse_used(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, f"run_dir={folder}")
         return folder
     parent = Path("runs").absolute()
-    parent.mkdir(parents=True, exist_ok=True)
+    _make(parent, f"run_dir=null: {parent}")
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:
@@ -69,18 +73,40 @@ def take(run_dir: str | None, name: str) -> Path:
             return folder
 
 
+def _make(folder: Path, what: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written: {error.strerror}; give run_dir=<another folder>") from None
+
+
 def refuse_used(folder: Path) -> None:
     """Raises UserError where ``folder`` is a file or holds another run or other files."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir={folder}: a file; give a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
         what = "another run" if (folder / "run.json").exists() else "files"
         raise UserError(f"run_dir={folder}: holds {what}; give a new or empty folder")
 
 
+def in_use(folder: Path) -> bool:
+    """Whether another process holds the lock of a run or a sweep."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def discard(folder: Path, made: bool) -> None:
     """Remove what Hydra wrote for a run that never began, and the folder too if ``made`` for it."""
-    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / ".lock"]:
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / LOCK]:
         file.unlink(missing_ok=True)
     for empty in (folder / ".hydra", *((folder,) if made else ())):
         with contextlib.suppress(OSError):  # it holds something of the user's or of the verb's

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kncompress.commands.overrides import quoted
 from kncompress.commands.resume import OWN, differences_from_saved
+from kncompress.commands.run_folder import LOCK, in_use
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
@@ -131,28 +132,15 @@ def launched(verb: Verb, folder: Path, number: int, overrides: Sequence[str]) ->
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other commands out of the sweep. Raises UserError where another is at work in it."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # who only asks whether the folder is in use holds it for a moment
     except Timeout:
         raise UserError(f"run_dir={folder}: another process is at work in it; wait or name another folder") from None
     try:
         yield
     finally:
         lock.release()
-
-
-def in_use(folder: Path) -> bool:
-    """Whether another process holds the lock of a run or a sweep."""
-    if not (folder / ".lock").exists():
-        return False
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
 
 
 def _same(found: Sweep, asked: Sweep) -> bool:

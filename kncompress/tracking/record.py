@@ -242,7 +242,7 @@ def _resumed(folder: Path, fields: dict[str, Any], config: Mapping[str, Any]) ->
 def _locked(folder: Path, key: str) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # who only asks whether the folder is in use holds it for a moment
     except Timeout as error:
         raise UserError(f"{key}={folder}: another process is at work in it; wait or name another folder") from error
     return lock

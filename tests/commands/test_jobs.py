@@ -13,8 +13,11 @@ from pathlib import Path
 import probe_verb
 import pytest
 import yaml
+from filelock import FileLock
 
 from kncompress.__main__ import VERBS
+from kncompress.commands.compose import open_hydra
+from kncompress.commands.job import Job
 from kncompress.commands.run_folder import take
 
 PROBE = Path(__file__).with_name("probe_verb.py")
@@ -102,6 +105,39 @@ def test_a_damaged_run_cannot_be_resumed_and_keeps_no_other_from_it(damage, comm
     code, _, err = command("train", f"resume={folder}")
     assert code == 2 and f"its {damage[0]} is damaged" in err and err.count("\n") == 1
     assert command("train", "logger.project=fine", "seed=1", "resume=auto")[0] == 0
+
+
+def test_a_run_at_work_is_not_resumed_by_another(command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    assert command("train", "logger.project=flaky", "run_dir=runs/train-mini-kngpt2-1")[0] == 1
+    run = Path("runs/train-mini-kngpt2-1")
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    with FileLock(run / ".lock"):
+        code, _, err = command("train", f"resume={run}")
+        assert code == 2 and f"resume={run}: another process is at work in it" in err
+        # One that comes between that check and the start leaves the outcome to the other too.
+        job = Job(probe_verb.VERB)
+        words = [f"hydra.run.dir={run}", "hydra.output_subdir=null", f"++resume={run.absolute()}"]
+        assert open_hydra("train").run("train", job, words).return_value["exit_code"] == 2
+        assert command("train", "logger.project=flaky", "resume=auto")[0] == 1  # a new run, in a folder of its own
+    now = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    changed = {file.name for file in now if now[file] != before[file]}
+    assert changed <= {"train.log"} and len(list(Path("runs").iterdir())) == 2
+
+
+def test_what_fails_after_the_record_is_closed_is_in_it_all_the_same(command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    code, _, err = command("train", "logger.project=late", "run_dir=run")
+    assert code == 1 and err.endswith("kncompress: RuntimeError: the process group is gone\n")
+    run = json.loads(Path("run/run.json").read_text())
+    assert (run["status"], run["error"]) == ("failed", "RuntimeError: the process group is gone")
+    assert _result(Path("run"))["status"] == "failed"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(command):
+    Path("file").touch()
+    code, _, err = command("inspect", "run_dir=file/run")
+    assert code == 2 and "file/run: cannot be written: Not a directory" in err and err.count("\n") == 1
 
 
 def test_failing_jobs_do_not_stop_the_sweep(probe, tmp_path):
