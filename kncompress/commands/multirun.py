@@ -1,6 +1,7 @@
 """A sweep from its words to its table: its jobs checked, its folder found or made, what is missing launched."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kncompress.commands.pareto_search import Search, is_search
 from kncompress.commands.presets import References, defaults_of
 from kncompress.commands.sweep import choices_of, expand, validated
 from kncompress.commands.sweep_folder import (
+    FILE,
     Sweep,
     changed_job,
     find_sweep,
@@ -74,8 +76,7 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
     if search is None:
         sweep.jobs = [not_own(words) for words in jobs]
         sweep.job_words = [job.words(words) for words in sweep.jobs]
-    folder = _folder(job, configs, name, sweep, fresh)
-    with held(folder):
+    with _folder(job, configs, name, sweep, fresh) as folder:
         (folder / FAILED).unlink(missing_ok=True)
         launcher = Launcher(hydra, replace(job, sweep_dir=folder), folder, sweep, own)
         try:
@@ -91,8 +92,12 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
     return code or _exit_code(folder)
 
 
-def _folder(job: Job, configs: Sequence[Any], name: str, sweep: Sweep, fresh: bool) -> Path:
-    """The folder of the same sweep, whose jobs so far are then in ``sweep``, or a new one."""
+@contextlib.contextmanager
+def _folder(job: Job, configs: Sequence[Any], name: str, sweep: Sweep, fresh: bool) -> Iterator[Path]:
+    """The folder of the same sweep, whose jobs so far are then in ``sweep``, or a new one; other commands are kept out.
+
+    Raises UserError where another process is at work in it, or has begun a sweep in a new one at the same moment.
+    """
     run_dir = configs[0].run_dir
     found = None if fresh else find_sweep(run_dir, name, sweep)
     changed = changed_job(job.verb, found, configs) if found is not None and not sweep.metrics else None
@@ -100,18 +105,23 @@ def _folder(job: Job, configs: Sequence[Any], name: str, sweep: Sweep, fresh: bo
         raise UserError(f"run_dir={run_dir}: {changed}; give a new folder")
     if found is None or changed:
         folder = run_folder.take(run_dir, name)
-        sweep.write(folder)
-        what = "a search" if sweep.metrics else f"{len(sweep.jobs)} jobs"
-        print(f"{job.verb.name}: {what} in {folder}", flush=True)
-        return folder
-    if sweep.metrics:
-        begun = read_sweep(found)
-        assert begun is not None
-        sweep.jobs, sweep.job_words = begun.jobs, begun.job_words
-    left = len(missing(found, range(len(sweep.jobs))))
-    again = "" if left or sweep.metrics else "; resume=never begins a new one"
-    print(f"{job.verb.name}: {left} of {len(sweep.jobs)} jobs missing in {found}{again}", flush=True)
-    return found
+        with held(folder):
+            if (folder / FILE).exists():
+                raise UserError(f"run_dir={folder}: another process has just begun a sweep in it; give a new folder")
+            sweep.write(folder)
+            what = "a search" if sweep.metrics else f"{len(sweep.jobs)} jobs"
+            print(f"{job.verb.name}: {what} in {folder}", flush=True)
+            yield folder
+        return
+    with held(found):
+        if sweep.metrics:
+            begun = read_sweep(found)
+            assert begun is not None
+            sweep.jobs, sweep.job_words = begun.jobs, begun.job_words
+        left = len(missing(found, range(len(sweep.jobs))))
+        again = "" if left or sweep.metrics else "; resume=never begins a new one"
+        print(f"{job.verb.name}: {left} of {len(sweep.jobs)} jobs missing in {found}{again}", flush=True)
+        yield found
 
 
 @dataclass

@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from kncompress.__main__ import VERBS
+from kncompress.commands import run_folder
 from kncompress.commands.compose import open_hydra
 from kncompress.commands.job import Job
 from kncompress.commands.multirun import _by_other_sweeper
@@ -144,6 +145,22 @@ def test_a_job_at_work_elsewhere_is_left_alone(sweep: Any) -> None:
     assert returned.return_value == {"status": "elsewhere", "exit_code": 0}
     assert read("s", "1", "result.json") == before
     assert sweep("logger.project=fine,flaky", "run_dir=s")[0] == 0
+
+
+def test_of_two_sweeps_that_begin_in_one_folder_the_later_leaves_it_alone(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(run_dir: str, name: str) -> Path:
+        folder = taken(run_dir, name)
+        monkeypatch.setattr(run_folder, "take", taken)
+        assert sweep("seed=5,6", run_dir_word)[0] == 0  # the other comes at this moment
+        return folder
+
+    taken, run_dir_word = run_folder.take, "run_dir=s"
+    monkeypatch.setattr(run_folder, "take", take)
+    code, _, err = sweep("seed=1,2", run_dir_word)
+    assert code == 2 and "another process has just begun a sweep in it" in err and err.count("\n") == 1
+    assert [row["seed"] for row in rows("s")] == ["5", "6"] and read("s", "sweep.json")["words"][0] == "seed=5,6"
 
 
 def test_a_launcher_that_is_not_there_is_named(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
