@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kncompress.diagnosis.findings import Finding, Level
+from kncompress.diagnosis.storage import hub_home
 
 HUB, WANDB = "Hugging Face hub", "Weights & Biases"
 _TRUE = ("1", "on", "yes", "true")
@@ -42,8 +43,7 @@ def check_hub(ask: bool, seconds: float) -> list[Finding]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     offline = next((n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _set(n)), None)
     findings = [_reach(HUB, endpoint, offline, ask, seconds, "models and data sets must lie here: folders, or HF_HOME")]
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
+    file = Path(os.environ.get("HF_TOKEN_PATH", hub_home() / "token")).expanduser()
     token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else str(file) if _holds_text(file) else None
     if token:
         findings.append(Finding(HUB, "token", "ok", f"in {token}"))

@@ -14,14 +14,28 @@ _GB = 10**9
 
 def check_storage(run_dir: Path, least: float) -> list[Finding]:
     """Folders of runs, token caches, the hub's cache and temporary files; ``least`` free gigabytes."""
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub, variable = hub_cache()
     folders = (
         ("runs", run_dir.parent, "run_dir=<folder>"),
         ("cache", cache_root(None), "KNCOMPRESS_CACHE=<folder>"),
-        ("hub cache", hub, "HF_HOME=<folder>"),
+        ("hub cache", hub, f"{variable}=<folder>"),
         ("temporary files", Path(tempfile.gettempdir()), "TMPDIR=<folder>"),
     )
     return [check_folder(name, folder, change, least) for name, folder, change in folders]
+
+
+def hub_home() -> Path:
+    """Where Hugging Face's libraries keep what is theirs: ``$HF_HOME``, else below ``$XDG_CACHE_HOME``."""
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.path.expandvars(home)).expanduser()
+
+
+def hub_cache() -> tuple[Path, str]:
+    """Where models and data sets of the hub lie, and the variable that moves them."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(name):
+            return Path(os.path.expandvars(os.environ[name])).expanduser(), name
+    return hub_home() / "hub", "HF_HOME"
 
 
 def check_folder(name: str, folder: Path, change: str, least: float) -> Finding:

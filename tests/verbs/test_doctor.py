@@ -1,5 +1,6 @@
 """``doctor`` on this machine, beside real servers that answer, fail and hang, and with things that are broken."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import kncompress
 from kncompress.diagnosis import installation
 from kncompress.diagnosis.installation import check_extra, check_packages, check_python
 from kncompress.diagnosis.network import answer, check_hub, check_wandb
-from kncompress.diagnosis.storage import check_folder
+from kncompress.diagnosis.storage import check_folder, check_storage, hub_cache, hub_home
 
 NETWORK = (
     "HF_HUB_OFFLINE",
@@ -159,6 +160,35 @@ def test_a_disk_with_little_room_is_noted(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists() and list(tmp_path.iterdir()) == []
     full = check_folder("cache", tmp_path, "X=<folder>", 1e9)
     assert full.level == "note" and full.todo == "make room, or give another: X=<folder>"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"HF_HOME": "here"},
+        {"XDG_CACHE_HOME": "cache"},
+        {"HF_HUB_CACHE": "models", "HF_HOME": "here"},
+        {"HUGGINGFACE_HUB_CACHE": "$HOME/models"},
+        {},
+    ],
+)
+def test_the_hubs_folders_are_those_that_its_own_package_uses(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.find_spec("huggingface_hub.constants")
+    assert spec is not None and spec.loader is not None
+    constants = importlib.util.module_from_spec(spec)  # a fresh one, which reads the variables of now
+    spec.loader.exec_module(constants)
+    folder, variable = hub_cache()
+    assert str(folder) == constants.HF_HUB_CACHE and str(hub_home()) == constants.HF_HOME
+    assert variable == next((name for name in variables if "HUB_CACHE" in name), "HF_HOME")
+    (found,) = [finding for finding in check_storage(tmp_path, 0) if finding.name == "hub cache"]
+    assert found.text.startswith(f"{folder}, ")
 
 
 def test_a_folder_that_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
