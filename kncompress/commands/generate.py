@@ -85,7 +85,11 @@ def _check_model(model: ModelConfig, prompts: list[str], key: str) -> None:
         require_causal(fields, "generate")
         tokenizer = tokenizer_of(model)
     except UserError as error:
-        raise error if key == "model" else UserError(f"{key}={model.path}: {error}") from error
+        if key == "model":
+            raise
+        subject, _, reason = str(error).partition(": ")  # it names model.path, which is another model here
+        reason = reason if subject.partition("=")[0] in ("model", "model.path") else str(error)
+        raise UserError(f"{key}={model.path}: {reason}") from error
     for prompt in prompts:
         count, positions = len(prompt_ids(tokenizer, prompt)), fields.max_position_embeddings
         if count > positions:

@@ -103,13 +103,15 @@ def test_an_empty_prompt_begins_a_text_and_the_context_ends_it(command: Any, tin
         (["prompt=a", "tokens=0"], "tokens=0: must be greater than 0"),
         (["prompt=a", "top_p=2"], "top_p=2.0: must lie between 0 and 1"),
         (["prompt=a", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
-        (["prompt=a", "compare=nowhere"], "compare=nowhere: no such folder"),
+        (["prompt=a", "compare=nowhere"], "kncompress: compare=nowhere: no such folder"),
+        (["prompt=a", "compare=empty"], "kncompress: compare=empty: no model there"),
         (["prompt=a", "model=nowhere/at/all"], "model=nowhere/at/all: no such"),
         (["prompt=" + "word " * 40], "prompt=word word word word ...: 200 tokens; model="),
         (["prompt=a", "accelerator=tpu"], "accelerator=tpu: not one of auto, cpu, gpu"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(command: Any, tiny: Path, words: list[str], message: str) -> None:
+    Path("empty").mkdir()
     code, _, err = command("generate", f"model={tiny}", *words, "run_dir=run")
     assert code == 2 and err.count("\n") == 1
     assert message in err
