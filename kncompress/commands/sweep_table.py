@@ -48,7 +48,7 @@ def write_sweep_table(sweep_dir: Path) -> None:
         write_text(sweep_dir / "sweep.csv", text.getvalue())
         head, *cells = _shown(rows, [*_main_columns(sweep_dir, rows), "error"])
         lines = [head, ["---"] * len(head), *cells]
-        write_text(sweep_dir / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        write_text(sweep_dir / "sweep.md", "".join(map(_markdown, lines)))
 
 
 def sweep_table(sweep_dir: Path) -> str:
@@ -70,8 +70,13 @@ def _main_columns(sweep_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _shown(rows: Sequence[dict[str, Any]], columns: list[str]) -> list[list[str]]:
-    """A line of names, then one a row; what would break a table of Markdown is escaped."""
-    return [columns] + [[_cell(row.get(name, "")).replace("|", "\\|") for name in columns] for row in rows]
+    """A line of names, then one a row."""
+    return [columns] + [[_cell(row.get(name, "")) for name in columns] for row in rows]
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    """A line of a table, in which ``|`` would begin another cell."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _mark_front(rows: list[dict[str, Any]], sweep: Sweep) -> None:
@@ -96,4 +101,4 @@ def _varied(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else " ".join(str(value).splitlines())

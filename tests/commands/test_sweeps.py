@@ -176,6 +176,15 @@ def test_the_table_is_there_as_markdown(sweep: Any) -> None:
     assert first.startswith("| 0 | fine | finished | 10 |") and second.endswith("| trainer.steps=3: too few |")
 
 
+def test_no_value_breaks_the_table(sweep: Any) -> None:
+    code, out, err = sweep("logger.group='two\nlines','a|b'", "seed=1", "run_dir=s")
+    assert code == 0, err
+    lines = Path("s/sweep.md").read_text().splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| 0 | 'two lines' | finished |")
+    assert lines[3].startswith("| 1 | 'a\\|b' | finished |") and "'a|b'" in out
+    assert rows("s")[0]["logger.group"] == "'two\nlines'"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_sweep_is_finished_by_the_same_command(
