@@ -1,17 +1,23 @@
 """How time and memory grow with tokens, width, terms, sequence length and batch; the slopes, beside the formulas'.
 
-Usage: python experiments/throughput/growth.py RESULTS.csv [small]
+Usage: python experiments/throughput/growth.py RESULTS.csv [small]; the picture beside it needs the extra ``reports``.
 """
 
 import csv
 import math
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import matplotlib
 import torch
 from transformers import GPT2Config
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.evaluation.child import run_child
@@ -24,15 +30,22 @@ from kncompress.tasks.training import keep_freed_memory
 Row = tuple[str, int, float, float, float]
 """What grows, its size, seconds, bytes (0: not measured), cost by the formulas in any unit."""
 CPU = torch.device("cpu")
+_ROUNDS = 3
+"""Of each training step; a round takes all sizes of a curve in turn, so that a slow minute slows them alike."""
 
 
-def products(tokens: int, width: int, terms: int) -> tuple[float, float]:
-    """(seconds, multiply-adds) of the forward pass of a map of (4 width, width), right factors 4x1."""
-    shape = KroneckerShape.fit(4 * width, width, [4, 1], terms)
-    layer, x = KroneckerLinear(shape), torch.randn(tokens, width)
-    with torch.no_grad():
-        rounds = alternate({"": lambda: layer(x)}, 5, CPU)
-    return rounds.median(""), float(tokens * shape.multiply_adds)
+def products(curve: str, sizes: Mapping[int, tuple[int, int, int]]) -> Iterator[Row]:
+    """The forward pass of maps of (4 width, width), right factors 4x1, for each size's (tokens, width, terms)."""
+    calls: dict[str, Callable[[], object]] = {}
+    costs: dict[str, float] = {}
+    for size, (tokens, width, terms) in sizes.items():
+        shape = KroneckerShape.fit(4 * width, width, [4, 1], terms)
+        layer, x = KroneckerLinear(shape).requires_grad_(False), torch.randn(tokens, width)
+        calls[str(size)] = partial(layer, x)
+        costs[str(size)] = float(tokens * shape.multiply_adds)
+    rounds = alternate(calls, 9, CPU)
+    for name, cost in costs.items():
+        yield curve, int(name), rounds.median(name), 0.0, cost
 
 
 def job(sequence: int, batch: int, width: int, layers: int) -> StepJob:
@@ -45,36 +58,38 @@ def job(sequence: int, batch: int, width: int, layers: int) -> StepJob:
     return StepJob(fields.to_dict(), maps, sequence, batch, 3, "fp32", "cpu", 0)
 
 
-def step(given: StepJob) -> tuple[float, float, float]:
-    """(seconds, peak bytes, cost): maps 12 D^2 and head V D a token, a whole pass and 3 of half; attention T D."""
-    found = run_child(["-m", "kncompress.evaluation.step_process"], asdict(given))
-    seconds = sorted(found["seconds"])[len(found["seconds"]) // 2]
-    width, layers = given.architecture["n_embd"], given.architecture["n_layer"]
-    maps = 2.5 * (12 * layers * width**2 + given.architecture["vocab_size"] * width)
-    return seconds, float(found["peak"]), given.tokens * (maps + 6 * layers * given.sequence * width)
+def steps(curve: str, sizes: Mapping[int, StepJob]) -> Iterator[Row]:
+    """Training steps, each in a process of its own; cost of a token: maps 12 D^2 and head V D, attention T D a layer.
+
+    The teacher goes forward through all of it, the student forward and backward (three times as much) through half.
+    """
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    peaks: dict[int, float] = {}
+    for _ in range(_ROUNDS):
+        for size, given in sizes.items():
+            found = run_child(["-m", "kncompress.evaluation.step_process"], asdict(given))
+            seconds[size] += found["seconds"]
+            peaks[size] = float(found["peak"])
+    for size, given in sizes.items():
+        width, layers = given.architecture["n_embd"], given.architecture["n_layer"]
+        maps = 2.5 * (12 * layers * width**2 + given.architecture["vocab_size"] * width)
+        cost = given.tokens * (maps + 6 * layers * given.sequence * width)
+        yield curve, size, statistics.median(seconds[size]), peaks[size], float(cost)
 
 
 def rows(small: bool) -> Iterator[Row]:
     """All curves."""
     tokens, width, layers = (64, 64, 2) if small else (2048, 768, 4)
-    for count in (tokens // 4, tokens // 2, tokens, 2 * tokens):
-        yield "product, tokens", count, *_timed(products(count, width, 1))
-    for side in (width // 2, width, 2 * width):
-        yield "product, width", side, *_timed(products(tokens, side, 1))
-    for terms in (1, 2, 3, 4):
-        yield "product, terms", terms, *_timed(products(tokens, width, terms))
+    counts = (tokens // 4, tokens // 2, tokens, 2 * tokens)
+    yield from products("product, tokens", {count: (count, width, 1) for count in counts})
+    yield from products("product, width", {side: (tokens, side, 1) for side in (width // 2, width, 2 * width)})
+    yield from products("product, terms", {terms: (tokens, width, terms) for terms in (1, 2, 3, 4)})
     given = job(tokens // 16, 4, width, layers)
-    for times in (1, 2, 4):
-        yield "step, sequence", times * given.sequence, *step(replace(given, sequence=times * given.sequence))
-    for times in (1, 2, 4):
-        yield "step, batch", 4 * times, *step(replace(given, batch=4 * times))
-    for side in (width // 2, width):
-        yield "step, width", side, *step(job(given.sequence, 4, side, layers))
-
-
-def _timed(found: tuple[float, float]) -> tuple[float, float, float]:
-    seconds, cost = found
-    return seconds, 0.0, cost
+    longer = (given.sequence, 2 * given.sequence, 4 * given.sequence)
+    yield from steps("step, sequence", {length: replace(given, sequence=length) for length in longer})
+    yield from steps("step, batch", {batch: replace(given, batch=batch) for batch in (4, 8, 16)})
+    wider = (width // 2, width, width * 3 // 2)
+    yield from steps("step, width", {side: job(given.sequence, 4, side, layers) for side in wider})
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -82,12 +97,33 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return math.log(values[-1] / values[0]) / math.log(sizes[-1] / sizes[0])
 
 
+def draw(found: Sequence[Row], file: Path) -> None:
+    """A panel for each curve: measured, and the formula's line through its largest size."""
+    plt.rcParams["svg.hashsalt"] = "kncompress"
+    names = list(dict.fromkeys(row[0] for row in found))
+    figure, panels = plt.subplots(2, (len(names) + 1) // 2, figsize=(9, 5.5), squeeze=False)
+    for name, axes in zip(names, panels.flat, strict=False):
+        _, sizes, seconds, peaks, costs = zip(*(row for row in found if row[0] == name), strict=True)
+        axes.plot(sizes, seconds, marker="o", label="seconds")
+        axes.plot(sizes, [seconds[-1] * cost / costs[-1] for cost in costs], "--", color="grey", label="formula")
+        if peaks[0]:
+            axes.plot(sizes, [peak / 1e9 for peak in peaks], marker="s", label="peak, GB")
+        axes.set(title=name, xscale="log", yscale="log")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main(file: Path, small: bool) -> None:
-    """Write the CSV, print the slopes."""
+    """Write the CSV and the picture, print the slopes."""
     keep_freed_memory()
     found = list(rows(small))
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([("curve", "size", "seconds", "bytes", "cost"), *found])
+    draw(found, file.with_suffix(".svg"))
     for curve in dict.fromkeys(row[0] for row in found):
         sizes, seconds, peaks, costs = zip(*(row[1:] for row in found if row[0] == curve), strict=True)
         line = f"{curve:<16} seconds ~ size^{slope(sizes, seconds):.2f}, formulas size^{slope(sizes, costs):.2f}"
