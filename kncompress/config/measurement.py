@@ -72,6 +72,8 @@ class BenchConfig(RunConfig):
     """Tokens of a product and of a training step; null: by ``size``."""
     repeats: int | None = None
     """Rounds; null: by ``size``."""
+    profile: bool = False
+    """Of ``product`` and ``generate``, tell which operators ours spends its time in, in ``table.md``."""
     data: DataConfig = field(default_factory=DataConfig)
     """The text of ``tokens``."""
 

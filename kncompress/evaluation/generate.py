@@ -42,6 +42,7 @@ def measure_generation(setting: Setting, plan: Plan) -> Iterator[Measurement]:
             dense_read / read if batch == 1 else None,
             tokens * setting.ceiling.seconds(flops, read),
             more={f"{name}/tokens_per_second": batch * tokens / rounds.median(OURS)},
+            operators=setting.operators(calls[OURS]),
         )
 
 

@@ -30,6 +30,8 @@ class Measurement:
     """Rivals that could not be measured, and why."""
     more: Mapping[str, float] = field(default_factory=dict)
     """Further metrics by their whole names."""
+    operators: Mapping[str, float] = field(default_factory=dict)
+    """Shares of our time by operator, where that was asked for."""
 
     @property
     def ours(self) -> float:

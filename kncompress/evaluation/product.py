@@ -163,6 +163,7 @@ def _measure(setting: Setting, case: Case, backward: bool) -> Measurement:
         case.promised,
         setting.ceiling.seconds(2 * passes * tokens * case.multiply_adds, numbers * setting.number_bytes),
         missing=missing,
+        operators=setting.operators(calls[OURS]),
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from kncompress.config import BenchConfig, TrainerConfig
 from kncompress.errors import UserError
 from kncompress.evaluation.machine import Ceiling, measure_ceiling
+from kncompress.evaluation.operators import time_by_operator
 from kncompress.tasks.processes import accelerator
 from kncompress.tasks.student import model_config
 from kncompress.tasks.training import precision
@@ -87,6 +89,10 @@ class Setting:
     def number_bytes(self) -> int:
         """Of one number."""
         return self.dtype.itemsize
+
+    def operators(self, call: Callable[[], object]) -> dict[str, float]:
+        """``time_by_operator`` where the configuration asks for it, else nothing."""
+        return time_by_operator(call, self.device) if self.config.profile else {}
 
     def say(self, what: str) -> None:
         """Tell on standard error what is measured now."""

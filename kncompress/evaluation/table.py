@@ -7,6 +7,7 @@ from rich.table import Table
 
 from kncompress.evaluation.machine import Ceiling
 from kncompress.evaluation.measurement import OURS, Measurement
+from kncompress.evaluation.operators import in_words
 
 HEAD = ("measured", "ours", "bound", "of bound", "speed-up", "promised", "kept", "over others")
 
@@ -55,6 +56,8 @@ def markdown(measurements: Sequence[Measurement], where: str) -> str:
     lines = [where, "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]
     sizes = [f"- `{m.name}`: {m.what}" for m in measurements]
     lines += ["", "Sizes:", "", *sizes]
+    if profiled := [f"- `{m.name}`: {in_words(m.operators)}" for m in measurements if m.operators]:
+        lines += ["", "Where our time goes:", "", *profiled]
     if missing := _missing(measurements):
         lines += ["", "Not measured:", "", *missing]
     return "\n".join(lines) + "\n"

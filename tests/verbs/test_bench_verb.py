@@ -14,7 +14,7 @@ from kncompress.evaluation.setting import random_model, setting_of
 
 def test_product_and_fit(command: Any) -> None:
     words = ["size=small", "parts=[product,fit]", "presets=[kngpt2,outer]", "precision=fp32", "accelerator=cpu"]
-    code, _, err = command("bench", *words, "run_dir=run")
+    code, _, err = command("bench", *words, "profile=true", "run_dir=run")
     assert code == 0, err
     metrics = read(Path("run"), "result.json")["metrics"]
     for preset, maps in (("kngpt2", ("head", "attn.qkv", "attn.o", "mlp.up", "mlp.down")), ("outer", ("mlp.up",))):
@@ -28,6 +28,8 @@ def test_product_and_fit(command: Any) -> None:
     up = values["product/kngpt2/mlp.up/forward"]
     assert up["promised"] == pytest.approx(48 * 192 / (48 * 96 + 96 * 2))
     assert up["promise"] == pytest.approx(up["speedup"] / up["promised"])
+    assert sum(up["operators"].values()) == pytest.approx(1)
+    assert up["operators"]["mm 32x48 48x96"] > 0  # the large product: half of the 192 outputs from 48 inputs
     assert {"fit/seconds", "fit/speedup", "machine/flops", "machine/bandwidth"} <= metrics.keys()
     assert "product/kngpt2/attn.qkv/step" in Path("run/table.md").read_text()
 
