@@ -64,6 +64,21 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
         raise UserError(f"{_pair(key, plain)}: {_reason(error)}{_origin(key, choices or {})}") from None
 
 
+def check_homes(config: RunConfig, prose: tuple[str, ...]) -> None:
+    """Raises UserError for a value, except of the keys ``prose``, that begins with ``~`` and a user who is unknown."""
+    for key, text in _strings(_container(OmegaConf.structured(config))):
+        if key.split("[")[0] not in prose:
+            home(text, key)
+
+
+def home(text: str, key: str) -> Path:
+    """The path ``text`` with the folder of its user. Raises UserError, which names ``key``, for an unknown user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}={text}: {Path(text).parts[0]} is no user of this machine; ./~... is a file") from None
+
+
 def _container(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from kncompress.commands import run_folder
-from kncompress.commands.compose import compose, open_hydra
+from kncompress.commands.compose import compose, home, open_hydra
 from kncompress.commands.job import Interrupted, Job
 from kncompress.commands.multirun import OUR_SETTINGS, is_hydras, multirun
 from kncompress.commands.overrides import Line, quoted, to_hydra
@@ -55,7 +55,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
     sweep = line.multirun if composed.hydra.mode is None else composed.hydra.mode == RunMode.MULTIRUN
     resume = composed.get("resume")
     if resume not in (None, "never", "auto"):
-        begun = read_sweep(Path(str(resume)).expanduser())
+        begun = read_sweep(home(str(resume), "resume"))
         if begun is not None and not child:
             return _dispatch(verb, _line_of_sweep(verb, line, str(resume), begun.verb, begun.words))
         if sweep:

@@ -181,8 +181,8 @@ def _plausible_model(text: str, names: list[str]) -> bool:
 
 
 def _siblings(text: str) -> list[str]:
-    parent = Path(text).expanduser().parent
     try:
+        parent = Path(text).expanduser().parent
         return [f"{text[: len(text) - len(Path(text).name)]}{entry.name}" for entry in parent.iterdir()]
-    except OSError:
+    except (OSError, RuntimeError):  # no such folder, no such user
         return []

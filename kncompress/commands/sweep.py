@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kncompress.commands.compose import compose, typed
+from kncompress.commands.compose import check_homes, compose, typed
 from kncompress.commands.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
@@ -60,7 +60,9 @@ def validated(
     for number, overrides in enumerate(jobs):
         try:
             node = compose(hydra, config_name, common + overrides)
-            configs.append(typed(verb.config, node, choices_of(node)))
+            config = typed(verb.config, node, choices_of(node))
+            check_homes(config, verb.texts)
+            configs.append(config)
             nodes.append(node)
         except UserError as error:
             wrong[number] = error

@@ -100,3 +100,27 @@ def test_flag_may_stand_anywhere_and_lists_are_swept(shown):
         mlps = [(config["factors"]["mlp"]["right"], config["factors"]["mlp"]["terms"]) for config in configs]
         assert mlps == [([a, b], n) for a, b in ((1, 2), (2, 1), (2, 2)) for n in (1, 2)]
         assert {config["seed"] for config in configs} == {1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "run_dir=~nosuchuser/x"),
+        ("inspect", "model=~nosuchuser/x"),
+        ("inspect", "model.path=~nosuchuser/x"),
+        ("inspect", "factors=~nosuchuser/x.yaml"),
+        ("train", "resume=~nosuchuser/x"),
+        ("train", "data.source=[a.txt,~nosuchuser/x.txt]"),
+        ("generate", "prompt=~tilde", "prompts=~nosuchuser/x.txt", "prompt=null"),
+        ("glue", "+baselines.small=~nosuchuser/x"),
+    ],
+)
+def test_a_home_folder_of_nobody_is_one_line(words, command, tmp_path):
+    code, _, err = command(*words)
+    assert code == 2 and err.count("\n") == 1 and "~nosuchuser" in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prose_may_begin_with_a_tilde(shown):
+    (config,) = shown("generate", "prompt=~nosuchuser is no path")
+    assert config["prompt"] == "~nosuchuser is no path"
