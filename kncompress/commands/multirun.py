@@ -1,7 +1,7 @@
 """A sweep from its words to its table: its jobs checked, its folder found or made, what is missing launched."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,13 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
     if search is None:
         sweep.jobs = [not_own(words) for words in jobs]
         sweep.job_words = [job.words(words) for words in sweep.jobs]
-    with _folder(job, configs, name, sweep, fresh) as folder:
+
+    def begun_configs(found: Path) -> Sequence[Any]:
+        """Of the jobs that a search has had so far, as they are composed today."""
+        begun = read_sweep(found)
+        return validated(hydra, verb, verb.name, begun.jobs if begun else [], own, checks=False)[0]
+
+    with _folder(job, configs, begun_configs, name, sweep, fresh) as folder:
         (folder / FAILED).unlink(missing_ok=True)
         launcher = Launcher(hydra, replace(job, sweep_dir=folder), folder, sweep, own)
         try:
@@ -93,14 +99,23 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
 
 
 @contextlib.contextmanager
-def _folder(job: Job, configs: Sequence[Any], name: str, sweep: Sweep, fresh: bool) -> Iterator[Path]:
+def _folder(
+    job: Job,
+    configs: Sequence[Any],
+    begun_configs: Callable[[Path], Sequence[Any]],
+    name: str,
+    sweep: Sweep,
+    fresh: bool,
+) -> Iterator[Path]:
     """The folder of the same sweep, whose jobs so far are then in ``sweep``, or a new one; other commands are kept out.
 
     Raises UserError where another process is at work in it, or has begun a sweep in a new one at the same moment.
     """
     run_dir = configs[0].run_dir
     found = None if fresh else find_sweep(run_dir, name, sweep)
-    changed = changed_job(job.verb, found, configs) if found is not None and not sweep.metrics else None
+    changed = None
+    if found is not None:
+        changed = changed_job(job.verb, found, begun_configs(found) if sweep.metrics else configs)
     if changed and run_dir is not None:
         raise UserError(f"run_dir={run_dir}: {changed}; give a new folder")
     if found is None or changed:

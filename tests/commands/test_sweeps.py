@@ -252,6 +252,19 @@ def test_a_search_marks_its_front_and_goes_on_in_its_study(sweep: Any) -> None:
     }
 
 
+def test_a_search_does_not_go_on_with_another_configuration(sweep: Any) -> None:
+    pytest.importorskip("optuna")
+    Path("plan.yaml").write_text("layers: all\nqkv:\n  right: [1, 2]\n")
+    words = ["sweep=optuna_shapes", "factors=plan.yaml", "factors.mlp.terms=range(1,4)", "run_dir=s"]
+    assert sweep(*words, "hydra.sweeper.jobs=1")[0] == 0
+    assert sweep(*words, "hydra.sweeper.jobs=2")[0] == 0 and len(rows("s")) == 2
+    Path("plan.yaml").write_text("layers: all\nqkv:\n  right: [2, 1]\n")
+    before = {path: path.stat().st_mtime_ns for path in Path("s").rglob("*") if path.name != ".lock"}
+    code, _, err = sweep(*words, "hydra.sweeper.jobs=3")
+    assert code == 2 and "run_dir=s: job 0 has factors.qkv.right=[1, 2], now [2, 1]" in err and err.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in Path("s").rglob("*") if path.name != ".lock"}
+
+
 def test_a_search_for_what_no_job_measures_ends_after_the_first(sweep: Any) -> None:
     pytest.importorskip("optuna")
     words = [*SEARCH, "factors.mlp.right=[1,2]", "hydra.sweeper.metrics=[perplexity,size]", "run_dir=s"]
