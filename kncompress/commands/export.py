@@ -16,7 +16,7 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import CheckFailed, UserError
 from kncompress.metrics import perplexity
 from kncompress.models.compress import unique_parameters
-from kncompress.models.merged import write_merged
+from kncompress.models.merged import read_merged_, write_merged
 from kncompress.models.onnx_graph import check_packages, write_int8, write_onnx
 from kncompress.models.onnx_session import OnnxModel, largest_difference
 from kncompress.models.pretrained import load_model, save_model, to_dense
@@ -27,6 +27,8 @@ from kncompress.tracking.whole_file import filling
 _CLASSIFIER = "ForSequenceClassification"
 _WINDOW = 1024
 """Most tokens in a window of the text."""
+_ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+"""Most that a logit may change, as a share of the largest; in 16 bits ten roundings: 2^-10 and 2^-7 of a number."""
 
 
 def check(config: ExportConfig) -> None:
@@ -68,28 +70,50 @@ def _is_classifier(fields: Any) -> bool:
     return any(name.endswith(_CLASSIFIER) for name in fields.architectures or ())
 
 
-def _load(config: ExportConfig) -> Any:
+def _load(config: ExportConfig, dtype: str = "float32", folder: Path | None = None) -> Any:
+    """The model as transformers reads it in this type, from ``folder`` where one is given.
+
+    A cast of a model that is there would round its rotary frequencies too, which transformers keeps in float32.
+    """
     assert config.model.path is not None
-    folder = locate(config.model.path, config.model.gguf_file or "weights")
     task = {"task": "sequence-classification"} if _is_classifier(model_config(config.model)) else {}
-    return load_model(folder, gguf_file=config.model.gguf_file, dtype=torch.float32, **task)
+    options = {"dtype": getattr(torch, dtype), **task}
+    if folder is not None:
+        return load_model(folder, **options)
+    folder = locate(config.model.path, config.model.gguf_file or "weights")
+    return load_model(folder, gguf_file=config.model.gguf_file, **options)
+
+
+def _in_type(config: ExportConfig, model: Any) -> Any:
+    """``model``, which is in float32, in the type of the export."""
+    return model if config.dtype == "float32" else _load(config, config.dtype)
+
+
+def _twin(config: ExportConfig, model: Any, metrics: dict[str, float]) -> Any:
+    """The model multiplied out, compared in float32: 16 bits would hide a slip."""
+    dense = to_dense(model)
+    _compare(config, model, dense, metrics, "float32")
+    metrics["parameters/dense"] = unique_parameters(dense)
+    return dense
 
 
 def _dense(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    dense = to_dense(model)
-    _compare(config, model, dense, metrics)
-    metrics["parameters/dense"] = unique_parameters(dense)
-    return save_model(dense, run_dir / "model", tokenizer_if_any(config.model), config.dtype)
+    dense = _twin(config, model, metrics)
+    folder = run_dir / "model"
+    with filling(folder) as fresh:
+        save_model(dense, fresh, tokenizer_if_any(config.model), config.dtype)
+        _compare(config, _in_type(config, model), _load(config, config.dtype, fresh), metrics)
+    return folder
 
 
 def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    dense = to_dense(model)
-    _compare(config, model, dense, metrics)
-    metrics["parameters/dense"] = unique_parameters(dense)
+    dense = _twin(config, model, metrics)
     file = run_dir / "merged.safetensors"
     fresh = file.with_name(f".{file.name}.tmp")
     try:
         write_merged(dense, fresh, getattr(torch, config.dtype))
+        read_merged_(dense, fresh)
+        _compare(config, _in_type(config, model), dense, metrics)
         fresh.replace(file)
     finally:
         fresh.unlink(missing_ok=True)
@@ -97,7 +121,7 @@ def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, 
 
 
 def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    model = model.to(getattr(torch, config.dtype))
+    model = _in_type(config, model)
     folder = run_dir / "model"
     with filling(folder) as fresh:
         write_onnx(model, fresh / "model.onnx")
@@ -141,14 +165,15 @@ def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
     return folder
 
 
-def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, float]) -> None:
-    """Raises CheckFailed where the two models' logits differ by more than ``tolerance``."""
-    wide = config.format == "onnx" and config.dtype == "float16"
-    allowed = config.tolerance or (1e-2 if wide else 1e-4)
+def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, float], dtype: str | None = None) -> None:
+    """Raises CheckFailed where the logits of two models of one type differ by more than ``tolerance``."""
+    dtype = dtype or config.dtype
+    allowed = config.tolerance or _ALLOWED[dtype]
     found = metrics["logits/difference"] = largest_difference(model, other, config.seed)
     if not found <= allowed:
         raise CheckFailed(
-            f"tolerance={allowed:g}: the logits of the export differ by {found:.3g} of the largest; nothing was kept"
+            f"tolerance={allowed:g}: the logits of the export differ by {found:.3g} of the largest in {dtype}; nothing "
+            "was kept"
         )
 
 

@@ -23,8 +23,8 @@ class ExportConfig(RunConfig):
     dtype: str = "float32"
     """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
     tolerance: float | None = None
-    """Most that a logit may change, as a share of the largest; null: 1e-4, or 1e-2 of an ONNX file in float16. ``int8``
-    is measured by its perplexity instead."""
+    """Most that a logit may change, as a share of the largest, against the model in the same type; null: 1e-4 in
+    float32, 1e-2 in float16, 8e-2 in bfloat16. ``int8`` is measured by its perplexity instead."""
     int8_tolerance: float = 0.02
     """Most that ``int8`` may raise the perplexity, as a share of that of the ONNX file which it is made from."""
     tokens: int = 16384

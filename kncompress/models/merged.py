@@ -33,3 +33,18 @@ def write_merged(model: Any, file: Path, dtype: torch.dtype = torch.float32) -> 
 
     weights, tied = merged_weights(model, dtype)
     save_file(weights, file, metadata={"format": "pt", "tied": json.dumps(tied)})
+
+
+def read_merged_(dense: Any, file: Path) -> None:
+    """Have a model of the plain class take the weights of such a file, in place and in their type.
+
+    Raises:
+        RuntimeError: the file lacks a weight, or has one that the class has not.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(file, framework="pt") as opened:
+        tied = json.loads(opened.metadata()["tied"])
+    weights = load_file(file)
+    dense.load_state_dict(weights | {name: weights[other] for name, other in tied.items()}, assign=True)

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from models.conftest import config_of, random_model
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from kncompress.__main__ import main
 from kncompress.kron import parse_shape
 from kncompress.models.compress import compress_
 from kncompress.models.onnx_session import largest_difference
-from kncompress.models.plan import Plan
+from kncompress.models.plan import Plan, RightFactor
 from kncompress.models.pretrained import save_model
 
 IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -44,6 +45,10 @@ maps:
   layers.0.attn.q: 4x4(x)4x4*2
   layers.1.attn.o: 8x8(x)2x2*2 + 16x1(x)1x16*2
 """
+
+PLAN = Plan(
+    {"layers.*": RightFactor((2, 2), 3), "layers.*.attn.*": RightFactor((2, 1)), "embedding": RightFactor((1, 2))}
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +243,90 @@ def test_logits_that_are_no_numbers_differ(damaged: int) -> None:
     with torch.no_grad():
         models[damaged].transformer.wpe.weight[3] = torch.nan  # as an overflow in float16 would leave
     assert math.isnan(largest_difference(*models))
+
+
+def test_logits_of_padding_do_not_count() -> None:
+    """In layers with a window some see nothing at all, and each program fills that with what it likes."""
+    model = random_model(config_of("opt"))
+
+    class Filled(torch.nn.Module):
+        def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+            found = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+            found.logits[attention_mask == 0] = torch.nan
+            return found
+
+    assert largest_difference(model, Filled()) == 0
+
+
+@pytest.mark.parametrize("form", ["dense", "merged"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_are_compared_with_the_model_in_16_bits(command: Any, compressed: Path, form: str, dtype: str) -> None:
+    words = ["export", f"model={compressed}", f"format={form}", f"dtype={dtype}"]
+    code, _, err = command(*words, "run_dir=run")
+    assert code == 0, err
+    found = read(Path("run"), "result.json")["metrics"]["logits/difference"]
+    assert 1e-4 < found < {"float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    if form == "dense":
+        made, model = (AutoModelForCausalLM.from_pretrained(f, dtype=dtype) for f in ("run/model", compressed))
+        assert found == pytest.approx(largest_difference(model, made), rel=0.5)
+    code, _, err = command(*words, f"tolerance={found / 2}", "run_dir=strict")
+    assert code == 1 and err.count("\n") == 1 and f"of the largest in {dtype}" in err
+    assert not Path("strict/model").exists() and not list(Path("strict").rglob("*.safetensors*"))
+
+
+@pytest.mark.parametrize("form", ["dense", "merged"])
+def test_a_weight_beyond_float16_is_found_in_what_was_written(
+    command: Any, tiny: Path, tmp_path: Path, form: str
+) -> None:
+    """The factors, and all that the model computes with them, are finite in float16; their product is not."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    compress_(model, Plan({"layers.0.attn.v": parse_shape("8x8(x)2x2")}))
+    with torch.no_grad():
+        value = model.get_submodule("transformer.h.0.attn.c_attn.v")
+        for factor in (value.left, value.right):
+            factor.zero_()[0, 0, 0] = 300
+        model.transformer.h[0].ln_1.weight[0] = 1e-4
+    save_model(model, tmp_path / "wide")
+    words = ["export", f"model={tmp_path / 'wide'}", f"format={form}"]
+    code, _, err = command(*words, "dtype=float16", "run_dir=run")
+    assert code == 1 and err.count("\n") == 1 and "differ by nan of the largest in float16" in err
+    assert not Path("run/model").exists() and not list(Path("run").rglob("*.safetensors*"))
+    assert command(*words, "dtype=bfloat16", "run_dir=other")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2.untied.window", "qwen3", "opt", "opt.narrow", "gpt_neox"])
+def test_onnx_of_every_family(command: Any, tmp_path: Path, kind: str) -> None:
+    """Rotations, grouped queries, masks of a window: against transformers, with padding on either side."""
+    config = config_of(kind)
+    if "window" in kind:
+        config.use_sliding_window, config.sliding_window = True, 5
+        config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = random_model(config)
+    compress_(model, PLAN)
+    save_model(model, tmp_path / "compressed")
+    code, _, err = command("export", f"model={tmp_path / 'compressed'}", "format=onnx", "run_dir=run")
+    assert code == 0, err
+    session = onnxruntime.InferenceSession("run/model/model.onnx", providers=["CPUExecutionProvider"])
+    ids = torch.randint(2, 96, (3, 32), generator=torch.Generator().manual_seed(0))
+    for mask in (torch.ones_like(ids), torch.ones_like(ids).tril(20), torch.ones_like(ids).tril(20).flip(1)):
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        real = mask.bool()
+        expected = logits_of(model, ids, mask)[real]
+        torch.testing.assert_close(torch.from_numpy(found)[real], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_float16_graph_turns_by_float32_angles(command: Any, tmp_path: Path) -> None:
+    """At position 2,048 an angle from a frequency of 11 bits is off by half a radian."""
+    model = random_model(config_of("llama"))
+    save_model(model, tmp_path / "rotary")
+    assert command("export", f"model={tmp_path / 'rotary'}", "format=onnx", "dtype=float16", "run_dir=run")[0] == 0
+    frequencies = model.model.rotary_emb.inv_freq.numpy().ravel()
+    tables = [
+        onnx.numpy_helper.to_array(value).ravel() for value in onnx.load("run/model/model.onnx").graph.initializer
+    ]
+    assert any(t.dtype == np.float32 and np.array_equal(t, frequencies) for t in tables)
 
 
 def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: Path) -> None:
