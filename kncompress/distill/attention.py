@@ -1,10 +1,11 @@
 """Losses on attention, from queries and keys: no attention map has to be returned by the model.
 
 Fused attention kernels return no maps, so they are formed again here:
-scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i, or, where the student's
-layer has a ``causal`` that is false (an encoder's), every key. The arithmetic is float32 whatever the inputs and
-autocast are (float64 for float64 inputs). Blocks of queries are compared with the keys that they may see and no
-others: about half of the square where attention is causal, never a whole (B, H, T, T) tensor.
+scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i; of a layer with a
+``window`` of w tokens, keys i - w + 1..i; or, where the student's layer has a ``causal`` that is false (an encoder's),
+every key. The arithmetic is float32 whatever the inputs and autocast are (float64 for float64 inputs). Blocks of
+queries are compared with the keys that they may see and hardly any others: about half of the square where attention
+is causal, never a whole (B, H, T, T) tensor.
 """
 
 import math
@@ -43,7 +44,7 @@ def attention_kl(student: QueryKey, teacher: QueryKey, mask: Tensor | None = Non
         mask: (B, T), true at real tokens: padding is no key, and its queries do not count. Null: all real.
 
     Raises:
-        ValueError: head counts, batches or lengths differ.
+        ValueError: head counts, batches, lengths or windows differ.
     """
     return _compare(student, teacher, mask, _map_kl, per_query=True)
 
@@ -90,26 +91,25 @@ def _compare(
     _check(student, teacher, mask)
     wanted = wants_gradient(student.query, student.key)
     mask = None if mask is None else mask.bool()
-    causal = getattr(student, "causal", True)
+    span = _span(student)
     with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
         query, key = full_precision(student.query) * student.scaling, full_precision(student.key)
         query_of_teacher = full_precision(teacher.query) * teacher.scaling
         key_of_teacher = full_precision(teacher.key)
         query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
         total, count = query.new_zeros(()), query.new_zeros((), dtype=torch.int64)
-        for rows, start, stop, end in _blocks(query, causal):
-            own = None if mask is None else mask[rows]
-            hide, visible = _visibility(range(start, stop), end, causal, own, query.device)
-            part, seen = query[rows, :, start:stop], key[rows, :, :end]
-            scores_of_teacher = _scores(query_of_teacher[rows, :, start:stop], key_of_teacher[rows, :, :end])
+        for rows, queries, keys in _blocks(query, span):
+            hide, visible = _visibility(queries, keys, span, None if mask is None else mask[rows], query.device)
+            part, seen = query[rows, :, queries], key[rows, :, keys]
+            scores_of_teacher = _scores(query_of_teacher[rows, :, queries], key_of_teacher[rows, :, keys])
             value, gradient = divergence(_scores(part, seen), scores_of_teacher, hide)
             total += value
             scored = visible.any(-1) if per_query else visible
             count += scored.sum() * (part.shape[0] * part.shape[1] // visible.shape[0])
             if wanted:
-                grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * block, end)
-                query_gradient[rows, :, start:stop] = (grouped @ seen).reshape_as(part)
-                key_gradient[rows, :, :end] += grouped.mT @ _grouped(part, seen.shape[1])
+                grouped = _grouped(gradient, seen.shape[1])  # (B, Hkv, groups * queries, keys)
+                query_gradient[rows, :, queries] = (grouped @ seen).reshape_as(part)
+                key_gradient[rows, :, keys] += grouped.mT @ _grouped(part, seen.shape[1])
         value = total / count
         if not wanted:
             return value
@@ -120,36 +120,47 @@ def _compare(
     return with_gradients(value, [student.query, student.key], gradients)
 
 
-def _blocks(query: Tensor, causal: bool) -> Iterator[tuple[slice, int, int, int]]:
-    """What is compared at a time: sequences, first query, the one after the last, and the key after the last."""
+def _span(side: QueryKey) -> int | None:
+    """How many keys up to its own position a query may see; None where later ones too."""
+    if not getattr(side, "causal", True):
+        return None
+    length = side.query.shape[2]
+    return min(getattr(side, "window", None) or length, length)
+
+
+def _blocks(query: Tensor, span: int | None) -> Iterator[tuple[slice, slice, slice]]:
+    """What is compared at a time: sequences, queries, and the keys among which are all that these may see."""
     batch, heads, length, _ = query.shape
     block = max(64, length // 8)
     for start in range(0, length, block):
         stop = min(start + block, length)
-        end = stop if causal else length
+        keys = slice(0, length) if span is None else slice(max(0, start - span + 1), stop)
         rows = batch
         if query.device.type == "cpu":
-            rows = max(1, min(batch, _CACHED // (heads * (stop - start) * end)))
+            rows = max(1, min(batch, _CACHED // (heads * (stop - start) * (keys.stop - keys.start))))
         for first in range(0, batch, rows):
-            yield slice(first, first + rows), start, stop, end
+            yield slice(first, first + rows), slice(start, stop), keys
 
 
 def _visibility(
-    queries: range, end: int, causal: bool, mask: Tensor | None, device: torch.device
+    queries: slice, keys: slice, span: int | None, mask: Tensor | None, device: torch.device
 ) -> tuple[Hide, Tensor]:
-    """How to hide scores of the queries with keys 0..end-1, and which are seen: (1 or B, 1, queries, end)."""
-    square = torch.ones(len(queries), end, dtype=torch.bool, device=device)[None, None]
-    seen = square.tril(queries.start) if causal else square
+    """How to hide scores of these queries with these keys, and which are seen: (1 or B, 1, queries, keys)."""
+    before = queries.start - keys.start
+    seen = torch.ones(queries.stop - queries.start, keys.stop - keys.start, dtype=torch.bool, device=device)[None, None]
+    if span is not None:
+        seen = seen.tril(before).triu(before - span + 1)
     if mask is None:
-        later = ~seen[..., queries.start :]  # all keys before the block are seen
+        whole = span is None or span >= queries.stop
+        later = ~seen[..., before:] if whole else ~seen  # all keys before the block are seen
 
         def hide(scores: Tensor, number: float) -> Tensor:
-            if causal:
-                scores[..., queries.start :].masked_fill_(later, number)
+            if span is not None:
+                scores[..., before if whole else 0 :].masked_fill_(later, number)
             return scores
 
         return hide, seen
-    visible = seen & mask[:, None, queries.start : queries.stop, None] & mask[:, None, None, :end]
+    visible = seen & mask[:, None, queries, None] & mask[:, None, None, keys]
     return lambda scores, number: scores.masked_fill_(~visible, number), visible
 
 
@@ -177,5 +188,8 @@ def _check(student: QueryKey, teacher: QueryKey, mask: Tensor | None) -> None:
             f"the student's queries are (batch {batch}, length {length}) and the teacher's "
             f"(batch {other[0]}, length {other[2]}); they must be equal"
         )
+    spans = [span for span in map(_span, (student, teacher)) if span is not None]
+    if len(set(spans)) > 1:
+        raise ValueError(f"the student's queries see {spans[0]} keys at most and the teacher's {spans[1]}; not equal")
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit (batch {batch}, length {length})")

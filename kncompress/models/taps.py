@@ -33,6 +33,8 @@ class AttentionTap(NamedTuple):
     scaling: float
     causal: bool = True
     """A query sees no later key."""
+    window: int | None = None
+    """Keys that it sees at most, its own position's among them; None: all that are not later."""
 
 
 @dataclass
@@ -184,7 +186,8 @@ def _tapped_sdpa(
         taps, number = _TAPPED[module]
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        taps.records.attention[number] = AttentionTap(query, key, scaling, getattr(module, "is_causal", True))
+        causal, window = getattr(module, "is_causal", True), kwargs.get("sliding_window")
+        taps.records.attention[number] = AttentionTap(query, key, scaling, causal, window)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -15,6 +15,7 @@ class Layer(NamedTuple):
     key: Tensor
     scaling: float
     causal: bool = True
+    window: int | None = None
 
 
 def layer(batch=2, heads=4, key_heads=None, length=7, size=3, seed=0, scaling=0.6, dtype=torch.float64):
@@ -36,7 +37,8 @@ def slow_visible(side, mask):
     visible = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for b in range(batch):
         for i in range(length):
-            for j in range(i + 1 if side.causal else length):
+            first = 0 if side.window is None else max(0, i - side.window + 1)
+            for j in range(first, i + 1 if side.causal else length):
                 visible[b, :, i, j] = bool(real[b, i] and real[b, j])
     return visible
 
@@ -90,6 +92,35 @@ def test_several_blocks_of_queries(loss, causal):
         gradients.append(key.grad)
     torch.testing.assert_close(loss(student, teacher), SLOW[loss](student, teacher), rtol=1e-9, atol=0)
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 64, 65, 80, 100])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_windows(loss, window, padded):
+    """90 queries in blocks of 64, and windows that end within a block, between two, and beyond the text."""
+    student, teacher = (layer(length=90, **own)._replace(window=window) for own in ({"key_heads": 2}, {"seed": 1}))
+    mask = None
+    if padded:
+        mask = torch.ones(2, 90)
+        mask[0, :9] = mask[1, 70:] = 0
+    found = []
+    for function in (loss, SLOW[loss]):
+        query, key = (tensor.clone().requires_grad_() for tensor in student[:2])
+        value = function(student._replace(query=query, key=key), teacher, mask)
+        value.backward()
+        found.append((value.detach(), query.grad, key.grad))
+    for ours, slow in zip(*found, strict=True):
+        torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-12)
+    plain = [side._replace(window=None) for side in (student, teacher)]
+    assert torch.equal(found[0][0], loss(*plain, mask)) == (window >= 90)
+
+
+def test_windows_that_differ_are_refused_where_that_shows():
+    student, teacher = layer()._replace(window=5), layer(seed=1)
+    with pytest.raises(ValueError, match="5 keys at most and the teacher's 7"):
+        attention_kl(student, teacher)
+    assert torch.equal(attention_kl(student._replace(window=7), teacher), attention_kl(layer(), teacher))
 
 
 def test_kl_by_hand():

@@ -1,9 +1,13 @@
 """Taps record what transformers itself would show, and leave no trace."""
 
+import copy
+
 import pytest
 import torch
+from models.conftest import config_of, random_model
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from kncompress.distill import attention_kl
 from kncompress.models.anatomy import anatomy_of
 from kncompress.models.compress import compress_
 from kncompress.models.plan import Plan, RightFactor
@@ -75,6 +79,35 @@ def test_taps_of_every_kind(model_of_kind, ids):
     else:
         made = layer.mlp((layer.ln_2 if family == "gpt2" else layer.post_attention_layernorm)(reads))
     torch.testing.assert_close(made, taps.feed_forward[1], atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_losses_see_the_window_that_the_model_sees(ids, padded):
+    """One layer of three is full; the losses are those of the maps that eager attention shows."""
+    config = config_of("qwen2")
+    config.use_sliding_window, config.sliding_window = True, 3
+    config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    student, teacher = random_model(copy.deepcopy(config)), random_model(config)
+    compress_(student, Plan({"layers.*": RightFactor((2, 1))}))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 5:] = 0
+    taps, maps = [], []
+    for model in (student, teacher):
+        plain = model(ids, attention_mask=mask).logits
+        with capture(model, {"attention"}) as tap:
+            assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+        taps.append(tap.attention)
+        model.set_attn_implementation("eager")
+        maps.append(model(ids, attention_mask=mask, output_attentions=True).attentions)
+    assert [tap.window for tap in taps[0]] == [None, 3, 3]
+    for layer, (q, p) in enumerate(zip(*maps, strict=True)):
+        assert (p[:, :, 5, 1] == 0).all() == (layer > 0)
+        terms = torch.where(p > 0, p * (p / q).log(), 0).sum(-1)  # (B, H, T)
+        expected = terms.transpose(1, 2)[mask.bool()].mean()
+        found = attention_kl(taps[0][layer], taps[1][layer], mask)
+        assert expected > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_scaling_by_layer_is_recorded(tiny_config, ids):
