@@ -17,7 +17,7 @@ from kncompress.commands.job import FAILED, Interrupted, Job
 from kncompress.commands.overrides import Line, quoted, to_hydra
 from kncompress.commands.pareto_search import Search, is_search
 from kncompress.commands.presets import References, defaults_of
-from kncompress.commands.sweep import choices_of, expand, validated
+from kncompress.commands.sweep import SweepErrors, choices_of, expand, validated
 from kncompress.commands.sweep_folder import (
     FILE,
     Sweep,
@@ -61,12 +61,16 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
     task = [override for override in overrides if not is_hydras(override)]
     search = Search.of(hydra, composed, task) if is_search(composed) else None
     jobs = [search.first()] if search else expand(hydra, composed, overrides)
-    if len({word for words in jobs or () for word in words if word.startswith("++run_dir=")}) > 1:
+    if len({word for words in jobs or () for word in words if word.startswith("++run_dir=")}) > 1 or (
+        search and "++run_dir" in search.space
+    ):
         raise UserError("run_dir: the jobs of a sweep share one folder; give run_dir one value")
     configs, nodes = validated(hydra, verb, verb.name, jobs if jobs is not None else [[]], own, checks=not line.show)
     if line.show:
         print("---\n".join(OmegaConf.to_yaml(OmegaConf.structured(config)) for config in configs), end="")
         return 0
+    if search:
+        _check_space(hydra, job, search, own)
     name = run_folder.default_name(verb.name, [choices_of(node) for node in nodes])
     job = replace(job, fail_fast=configs[0].fail_fast)
     if jobs is None:
@@ -96,6 +100,23 @@ def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides
         write_sweep_table(folder)
     print(f"{sweep_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
     return code or _exit_code(folder)
+
+
+def _check_space(hydra: Hydra, job: Job, search: Search, own: list[str]) -> None:
+    """Raises UserError, a line each, for values of the space with which no job is valid that has been tried."""
+    wrong: dict[str, None] = {}
+    for jobs in search.others():
+        errors = []
+        for words in jobs:
+            try:
+                validated(hydra, job.verb, job.verb.name, [words], own)
+                break
+            except UserError as error:
+                errors.append(str(error))
+        else:
+            wrong[errors[0]] = None
+    if wrong:
+        raise SweepErrors(list(wrong))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ study is ``study.db`` (sqlite) in the sweep's folder; its trials tell their job 
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 TARGET = f"{__name__}.Search"
 _ASKED = 20
 """Trials that are asked for in a row without a new job until the search ends: the space is small, or exhausted."""
+
+_CHECKED = 16
+"""Values of a range up to which every one is checked before the search starts."""
+_TRIED = 6
+"""Jobs with one value that are checked until one is valid: a value may be wrong only beside some others."""
 
 
 def is_search(composed: DictConfig) -> bool:
@@ -80,6 +85,19 @@ class Search:
         """A job with the first value of every key, to be checked before anything is written."""
         low = {key: d.choices[0] if hasattr(d, "choices") else d.low for key, d in self._distributions().items()}
         return self._overrides(low)
+
+    def others(self) -> Iterator[list[list[str]]]:
+        """For every further value of every key jobs that have it, the rest at their first values, then at others.
+
+        Of a long range and of an interval the last value alone: what divides a number cannot be told from its ends.
+        """
+        values = {key: _values_of(distribution) for key, distribution in self._distributions().items()}
+        first = {key: found[0] for key, found in values.items()}
+        for key, found in values.items():
+            for value in found[1:]:
+                rest = [{k: v[min(n, len(v) - 1)] for k, v in values.items()} for n in range(1, _TRIED)]
+                jobs = [self._overrides(params | {key: value}) for params in (first, *rest)]
+                yield [job for n, job in enumerate(jobs) if job not in jobs[:n]]
 
     def run(self, launcher: "Launcher") -> None:
         """Go on until the sweep has ``jobs`` jobs, or the space has no new one.
@@ -183,6 +201,15 @@ class Search:
 
     def _overrides(self, params: dict[str, Any]) -> list[str]:
         return [*self.fixed, *(f"{key}={params[key]}" for key in self.space)]
+
+
+def _values_of(distribution: Any) -> list[Any]:
+    if hasattr(distribution, "choices"):
+        return list(distribution.choices)
+    low, high = distribution.low, distribution.high
+    if isinstance(low, int) and (high - low) // distribution.step < _CHECKED:
+        return list(range(low, high + 1, distribution.step))
+    return list(dict.fromkeys((low, high)))
 
 
 def _distribution(override: Any) -> Any:

@@ -226,6 +226,7 @@ def test_jobs_side_by_side(
     assert [row["status"] for row in rows("s")] == ["failed", "finished", "failed", "finished"]
 
 
+ONE_SHAPE = ["factors.mlp.right=[1,2]", "factors.mlp.terms=1", "factors.layers=all"]
 SEARCH = ["sweep=optuna_shapes", "factors.layers=all", "factors.mlp.terms=range(1,4)"]
 
 
@@ -301,6 +302,10 @@ def test_a_search_retries_what_failed_and_tells_its_study(sweep: Any) -> None:
         (["factors.mlp.terms=1", "factors.mlp.right=[1,2]", "factors.layers=all"], "nothing to search"),
         (["trainer.stepss=1"], "trainer.stepss"),
         (["seed=13"], "seed=13: refused by check"),
+        ([*ONE_SHAPE, "seed=1,2,13"], "seed=13: refused by check"),
+        ([*ONE_SHAPE, "seed=range(12,15)"], "seed=13: refused by check"),
+        ([*ONE_SHAPE, "trainer.precision=fp32,fp31"], "trainer.precision=fp31: not one of"),
+        (["run_dir=r,t"], "run_dir: the jobs of a sweep share one folder"),
         (["hydra.sweeper.metrics=[]"], "hydra.sweeper.metrics=[]: must be a list of names"),
         (["hydra.sweeper.metrics=perplexity"], "hydra.sweeper.metrics=perplexity: must be a list of names"),
         (["hydra.sweeper.seed=x"], "hydra.sweeper.seed=x: must be a whole number from 0"),
@@ -310,6 +315,15 @@ def test_a_search_retries_what_failed_and_tells_its_study(sweep: Any) -> None:
 )
 def test_a_bad_search_leaves_nothing(words: list[str], message: str, sweep: Any) -> None:
     pytest.importorskip("optuna")
-    code, _, err = sweep("sweep=optuna_shapes", *words, "run_dir=s")
+    code, _, err = sweep("sweep=optuna_shapes", "run_dir=s", *words)
     assert code == 2 and message in err and len(err.splitlines()) == 1
-    assert not Path("s").exists()
+    assert list(Path().iterdir()) == []
+
+
+def test_a_value_that_is_wrong_beside_some_others_may_be_searched(sweep: Any) -> None:
+    pytest.importorskip("optuna")
+    # Block-wise repair needs a start that is fitted: 8 steps of it are wrong beside the first start, right beside the
+    # second.
+    words = [*ONE_SHAPE, "start=random,calibrated", "calibration.repair=0,8", "hydra.sweeper.jobs=1", "run_dir=s"]
+    _, _, err = sweep("sweep=optuna_shapes", *words)
+    assert Path("s/0").is_dir(), err
