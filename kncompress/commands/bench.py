@@ -65,20 +65,33 @@ def run(config: BenchConfig, run_dir: Path) -> dict[str, float]:
     keep_freed_memory()  # as in training
     with RunRecord.open(run_dir, "bench", asdict(config), config.seed) as record:
         measured: list[Measurement] = []
-        for part in config.chosen:
-            measured.extend(_parts(setting)[part]())
-        where = machine_line(_device(setting), setting.precision, torch.get_num_threads(), setting.ceiling)
+        try:
+            for part in config.chosen:
+                for row in _parts(setting)[part]():
+                    measured.append(row)
+        except BaseException:
+            if measured:  # hours, perhaps: kept where a later part fails
+                _keep(run_dir, setting, measured)
+            raise
+        where = _keep(run_dir, setting, measured)
         metrics = {name: value for row in measured for name, value in row.metrics.items()}
         metrics |= {"machine/flops": setting.ceiling.flops, "machine/bandwidth": setting.ceiling.bandwidth}
-        values = {"machine": where, "measurements": [row.as_dict() for row in measured]}
-        write_text(run_dir / "bench.json", json.dumps(values, indent=2) + "\n")
-        write_text(run_dir / "table.md", markdown(measured, where))
-        _draw(run_dir / "bench.png", measured, where)
+        with record.tolerating("bench.png"):
+            _draw(run_dir / "bench.png", measured, where)
         record.finish("finished", metrics)
         print(where)
         Console(width=None if sys.stdout.isatty() else _WIDTH).print(rich_table(measured))
         print(f"table: {run_dir / 'table.md'}")
     return metrics
+
+
+def _keep(run_dir: Path, setting: Setting, measured: list[Measurement]) -> str:
+    """Write ``bench.json`` and ``table.md``; returns the line that tells the machine."""
+    where = machine_line(_device(setting), setting.precision, torch.get_num_threads(), setting.ceiling)
+    values = {"machine": where, "measurements": [row.as_dict() for row in measured]}
+    write_text(run_dir / "bench.json", json.dumps(values, indent=2) + "\n")
+    write_text(run_dir / "table.md", markdown(measured, where))
+    return where
 
 
 def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:

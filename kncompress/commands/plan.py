@@ -35,12 +35,12 @@ def run(config: PlanConfig, run_dir: Path) -> dict[str, float]:
         with tempfile.TemporaryDirectory(prefix=".moments-", dir=run_dir) as folder:
             if config.calibration.moments is None:
                 config = replace(config, calibration=replace(config.calibration, moments=folder))
-            metrics = _plan(config, run_dir, table)
+            metrics = _plan(config, run_dir, table, record)
         record.finish("finished", metrics, plan="plan.yaml")
     return metrics
 
 
-def _plan(config: PlanConfig, run_dir: Path, table: HarmTable | None) -> dict[str, float]:
+def _plan(config: PlanConfig, run_dir: Path, table: HarmTable | None, record: RunRecord) -> dict[str, float]:
     model: Any = None
     if table is None or config.measures:
         model, tokenizer = load_teacher(config.model)
@@ -51,8 +51,9 @@ def _plan(config: PlanConfig, run_dir: Path, table: HarmTable | None) -> dict[st
     plan = spend(table, config.budget, config.speed)
     file = write_plan(run_dir, plan, command_line())
     print(plan_table(plan))
-    if not draw_plan(run_dir / "plan.png", plan):
-        print("no picture: matplotlib is not installed (extra `reports`)")
+    with record.tolerating("plan.png"):
+        if not draw_plan(run_dir / "plan.png", plan):
+            print("no picture: matplotlib is not installed (extra `reports`)")
     _print_totals(plan)
     metrics = _metrics(plan)
     if config.measures:

@@ -1,5 +1,6 @@
 """``bench`` at ``size=small``: the metrics that others read, the table, and what cannot be measured."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ def test_product_and_fit(command: Any) -> None:
     assert up["operators"]["mm 32x48 48x96"] > 0  # the large product: half of the 192 outputs from 48 inputs
     assert {"fit/seconds", "fit/speedup", "machine/flops", "machine/bandwidth"} <= metrics.keys()
     assert "product/kngpt2/attn.qkv/step" in Path("run/table.md").read_text()
+
+
+def test_what_was_measured_is_kept_where_a_later_part_fails(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setting: Any) -> Iterator[Any]:
+        raise RuntimeError("no process can be started")
+
+    monkeypatch.setattr("kncompress.commands.bench.measure_startup", fail)
+    words = ["size=small", "parts=[fit,startup]", "precision=fp32", "accelerator=cpu", "run_dir=run"]
+    code, _, err = command("bench", *words)
+    assert code == 1 and err.endswith("kncompress: RuntimeError: no process can be started\n")
+    names = [row["name"] for row in read(Path("run"), "bench.json")["measurements"]]
+    assert names[0] == "fit" and all(name.startswith("fit") for name in names)
+    assert "| fit" in Path("run/table.md").read_text() and read(Path("run"), "run.json")["status"] == "failed"
 
 
 @pytest.mark.slow
