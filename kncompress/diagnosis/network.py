@@ -1,5 +1,6 @@
 """The Hugging Face hub and Weights & Biases: settings, keys (never shown), and whether they answer."""
 
+import contextlib
 import netrc
 import os
 import threading
@@ -43,8 +44,10 @@ def check_hub(ask: bool, seconds: float) -> list[Finding]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     offline = next((n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _set(n)), None)
     findings = [_reach(HUB, endpoint, offline, ask, seconds, "models and data sets must lie here: folders, or HF_HOME")]
-    file = Path(os.environ.get("HF_TOKEN_PATH", hub_home() / "token")).expanduser()
-    token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else str(file) if _holds_text(file) else None
+    token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else None
+    with contextlib.suppress(RuntimeError):  # ~ and a user who is unknown: told among the folders
+        file = Path(os.environ.get("HF_TOKEN_PATH", hub_home() / "token")).expanduser()
+        token = token or (str(file) if _holds_text(file) else None)
     if token:
         findings.append(Finding(HUB, "token", "ok", f"in {token}"))
     else:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from kncompress.data.tokens import cache_root
@@ -14,14 +15,20 @@ _GB = 10**9
 
 def check_storage(run_dir: Path, least: float) -> list[Finding]:
     """Folders of runs, token caches, the hub's cache and temporary files; ``least`` free gigabytes."""
-    hub, variable = hub_cache()
-    folders = (
-        ("runs", run_dir.parent, "run_dir=<folder>"),
-        ("cache", cache_root(None), "KNCOMPRESS_CACHE=<folder>"),
-        ("hub cache", hub, f"{variable}=<folder>"),
-        ("temporary files", Path(tempfile.gettempdir()), "TMPDIR=<folder>"),
+    places: tuple[tuple[str, Callable[[], Path], str], ...] = (
+        ("runs", lambda: run_dir.parent, "run_dir=<folder>"),
+        ("cache", lambda: cache_root(None), "KNCOMPRESS_CACHE=<folder>"),
+        ("hub cache", hub_cache, f"{_hub_variable()}=<folder>"),
+        ("temporary files", lambda: Path(tempfile.gettempdir()), "TMPDIR=<folder>"),
     )
-    return [check_folder(name, folder, change, least) for name, folder, change in folders]
+    findings = []
+    for name, place, change in places:
+        try:
+            findings.append(check_folder(name, place(), change, least))
+        except RuntimeError:  # of expanduser
+            text = "the variable begins with ~ and a user who is unknown here"
+            findings.append(Finding(AREA, name, "broken", text, f"give another: {change}"))
+    return findings
 
 
 def hub_home() -> Path:
@@ -30,12 +37,15 @@ def hub_home() -> Path:
     return Path(os.path.expandvars(home)).expanduser()
 
 
-def hub_cache() -> tuple[Path, str]:
-    """Where models and data sets of the hub lie, and the variable that moves them."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(name):
-            return Path(os.path.expandvars(os.environ[name])).expanduser(), name
-    return hub_home() / "hub", "HF_HOME"
+def hub_cache() -> Path:
+    """Where models and data sets of the hub lie."""
+    name = _hub_variable()
+    return hub_home() / "hub" if name == "HF_HOME" else Path(os.path.expandvars(os.environ[name])).expanduser()
+
+
+def _hub_variable() -> str:
+    """The variable that moves ``hub_cache``."""
+    return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if os.environ.get(name)), "HF_HOME")
 
 
 def check_folder(name: str, folder: Path, change: str, least: float) -> Finding:

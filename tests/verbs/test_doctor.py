@@ -184,11 +184,18 @@ def test_the_hubs_folders_are_those_that_its_own_package_uses(
     assert spec is not None and spec.loader is not None
     constants = importlib.util.module_from_spec(spec)  # a fresh one, which reads the variables of now
     spec.loader.exec_module(constants)
-    folder, variable = hub_cache()
-    assert str(folder) == constants.HF_HUB_CACHE and str(hub_home()) == constants.HF_HOME
-    assert variable == next((name for name in variables if "HUB_CACHE" in name), "HF_HOME")
-    (found,) = [finding for finding in check_storage(tmp_path, 0) if finding.name == "hub cache"]
-    assert found.text.startswith(f"{folder}, ")
+    assert str(hub_cache()) == constants.HF_HUB_CACHE and str(hub_home()) == constants.HF_HOME
+    (found,) = [finding for finding in check_storage(tmp_path, 1e9) if finding.name == "hub cache"]
+    variable = next((name for name in variables if "HUB_CACHE" in name), "HF_HOME")
+    assert found.text.startswith(f"{hub_cache()}, ") and found.todo.endswith(f"give another: {variable}=<folder>")
+
+
+def test_a_home_folder_of_nobody_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", "~nosuchuser/hub")
+    monkeypatch.setenv("KNCOMPRESS_CACHE", "~nosuchuser/cache")
+    levels = {finding.name: finding.level for finding in check_storage(tmp_path, 0)}
+    assert levels["cache"] == levels["hub cache"] == "broken" and levels["runs"] == "ok"
+    assert check_hub(False, 1)[1].name == "token"
 
 
 def test_a_folder_that_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
