@@ -24,7 +24,8 @@ class ExportConfig(RunConfig):
     """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
     tolerance: float | None = None
     """Most that a logit may change, as a share of the largest, against the model in the same type; null: 1e-4 in
-    float32, 1e-2 in float16, 8e-2 in bfloat16. ``int8`` is measured by its perplexity instead."""
+    float32, 1e-2 in float16, 8e-2 in bfloat16, or three times what the 16 bits alone change, if that is more. ``int8``
+    is measured by its perplexity instead."""
     int8_tolerance: float = 0.02
     """Most that ``int8`` may raise the perplexity, as a share of that of the ONNX file which it is made from."""
     tokens: int = 16384
