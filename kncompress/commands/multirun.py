@@ -178,6 +178,10 @@ class Launcher:
         self.sweep.write(self.folder)
         return len(self.sweep.jobs) - 1
 
+    def check(self, overrides: Sequence[str]) -> None:
+        """Raises UserError where no job can have these overrides."""
+        validated(self.hydra, self.job.verb, self.job.verb.name, [list(overrides)], self.own)
+
     def find(self, overrides: Sequence[str]) -> int | None:
         """The number of the job that has these overrides; None where it is new."""
         words = not_own(overrides)

@@ -5,6 +5,7 @@ study is ``study.db`` (sqlite) in the sweep's folder; its trials tell their job 
 """
 
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,10 @@ class Search:
                 return
 
     def _batch(self, study: Any, launcher: "Launcher") -> list[int]:
-        """Up to ``parallel`` new jobs; none where there are enough or the space is exhausted."""
+        """Up to ``parallel`` new jobs; none where there are enough or the space is exhausted.
+
+        Values that do not go together, three terms of two numbers say, are no job: they are told, and the study knows.
+        """
         import optuna
 
         batch: list[int] = []
@@ -134,6 +138,13 @@ class Search:
                 values = self._values(launcher.folder, again)
                 state = None if values else optuna.trial.TrialState.FAIL
                 study.tell(trial, values, state=state)
+                continue
+            try:
+                launcher.check(overrides)
+            except UserError as error:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                words = " ".join(f"{key.lstrip('+')}={trial.params[key]}" for key in self.space)
+                print(f"no job: {words}: {error}", file=sys.stderr, flush=True)
                 continue
             batch.append(launcher.add(overrides))
             trial.set_user_attr("job", batch[-1])
