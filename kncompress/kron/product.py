@@ -14,7 +14,7 @@ on 2,048 tokens, and 1.3 in the place of 22 for the gradient of a factor that me
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,12 @@ from kncompress.kron.shape import ShapeError, cheaper_order, product_cost
 
 _BLOCK = 16
 """Largest block of the identity that is formed with a right factor."""
-_MIXING = 16
-"""Most numbers of right factors with several rows and columns for which that is done: it pays up to four by four."""
+_MIXING = 18
+"""Most numbers of right factors with several rows and columns for which that is done: it pays up to 3x3, two terms."""
+_WIDE = 8192
+"""Outputs of a bfloat16 product that a CPU computes at a time, where there are four times as many or more."""
+_MANY = 128
+"""Vectors for which that was measured to pay."""
 _FORMING = 8
 """Cost of forming one number of one term, its gradient included, in multiply-adds of a large product."""
 
@@ -124,13 +128,48 @@ def _few(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``; for one bfloat16 vector on a CPU the product of a matrix and a vector, which is twice as fast."""
-    single = x.dtype == weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu"
-    if not single or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """``F.linear``, by another way where torch's is slow on CPUs in bfloat16, with autocast or without.
+
+    One vector takes the product of a matrix and a vector, which is twice as fast; the tens of thousands of outputs of
+    a language-model head are computed some at a time, twice as fast as well (torch 2.13, oneDNN).
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
-    vector = x.reshape(-1)
-    y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
-    return y.view(*x.shape[:-1], -1)
+    wide = bias is None and len(weight) > 4 * _WIDE and x.numel() >= _MANY * x.shape[-1]
+    if torch.is_autocast_enabled("cpu"):
+        if wide and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            with without_autocast(x.device):
+                return _linear(x.bfloat16(), weight.bfloat16())
+        return F.linear(x, weight, bias)
+    if not x.dtype == weight.dtype == torch.bfloat16:
+        return F.linear(x, weight, bias)
+    if x.numel() == x.shape[-1]:
+        vector = x.reshape(-1)
+        y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+        return y.view(*x.shape[:-1], len(weight))
+    if wide:
+        y = _WideProduct.apply(x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], len(weight))
+    return F.linear(x, weight, bias)
+
+
+class _WideProduct(torch.autograd.Function):
+    """z (L, K), weight (M, K) -> z weight^T (L, M), ``_WIDE`` outputs at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(z, weight)
+        y = z.new_empty(len(z), len(weight))
+        for start in range(0, len(weight), _WIDE):
+            rows = slice(start, start + _WIDE)
+            torch.mm(z, weight[rows].T, out=y[:, rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        z, weight = ctx.saved_tensors
+        to_z, to_weight = ctx.needs_input_grad
+        return upstream @ weight if to_z else None, upstream.T @ z if to_weight else None
 
 
 def _block(side: int, other: int, factor: int, vectors: int) -> int:
@@ -156,7 +195,7 @@ def _merged(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, block: 
         left = left.view(terms, m1, n1 // block, block).permute(1, 2, 0, 3)
     left = left.reshape(m1, terms * n1)
     if m2 == 1:
-        return F.linear(z.view(*x.shape[:-1], terms * n1), left, bias)
+        return _linear(z.view(*x.shape[:-1], terms * n1), left, bias)
     # Runs of ``block`` numbers stay together: a copy of single ones would take several times as long.
     z = z.view(-1, n1 // block, terms, m2, block).permute(3, 0, 1, 2, 4).reshape(-1, terms * n1)
     y = F.linear(z, left).view(m2, -1, m1).permute(1, 2, 0).reshape(*x.shape[:-1], m1 * m2)

@@ -144,6 +144,36 @@ def test_a_single_bfloat16_vector(text, bias):
         assert kronecker_linear(*values).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("text", ["83x8(x)1x2", "83x1(x)1x16*3"])
+def test_outputs_of_a_head_some_at_a_time(text, autocast, monkeypatch):
+    """Values and gradients are those of the product in one piece."""
+    monkeypatch.setattr(product, "_MANY", 4)
+    shape = KroneckerShape.parse(text)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    inputs = [torch.randn(5, shape.in_features), *(factor.float() for factor in random_factors(shape))]
+    inputs = [value.to(dtype).requires_grad_() for value in inputs]
+    upstream = torch.randn(5, shape.out_features).bfloat16()
+    found = []
+    for wide in (8, 1000):
+        monkeypatch.setattr(product, "_WIDE", wide)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = kronecker_linear(*inputs)
+        assert y.dtype == torch.bfloat16 and ("_WideProduct" in graph_of(y)) == (wide == 8)
+        found.append((y, *torch.autograd.grad(y, inputs, upstream)))
+    torch.testing.assert_close(found[0], found[1], atol=0.02, rtol=0.02)
+
+
+def graph_of(y: torch.Tensor) -> str:
+    """Names of the functions that lead to ``y``."""
+    names, nodes = [], [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return " ".join(names)
+
+
 def test_an_exported_graph_serves_any_number_of_vectors_and_holds_the_factors():
     """Eager calls choose by the number of vectors between three ways; a recorded graph may not."""
     from kncompress.kron import KroneckerLinear, parse_shape
