@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_CALLS = 5
+from kncompress.evaluation.timing import once
+
+_CALLS, _LONG = 5, 0.5
+"""Calls that are profiled; one alone where it takes so many seconds: the profiler keeps note of every operator."""
 _MOST = 7
 """Operators named; the rest is one sum."""
 REST = "rest"
@@ -24,9 +27,9 @@ def time_by_operator(call: Callable[[], object], device: torch.device) -> dict[s
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    call()
+    calls = 1 if once(call, device) > _LONG else _CALLS
     with profile(activities=activities, record_shapes=device.type == "cpu") as profiler:
-        for _ in range(_CALLS):
+        for _ in range(calls):
             call()
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     spent: Counter[str] = Counter()

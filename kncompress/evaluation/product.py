@@ -13,7 +13,7 @@ from kncompress.errors import UserError
 from kncompress.evaluation.measurement import OURS, Measurement
 from kncompress.evaluation.rivals import RIVALS, Unavailable, check_backward
 from kncompress.evaluation.setting import Setting, random_model
-from kncompress.evaluation.timing import alternate
+from kncompress.evaluation.timing import alternate, once
 from kncompress.kron import HybridLinear, KroneckerLinear, Shape
 from kncompress.models.anatomy import Site, anatomy_of
 from kncompress.models.budget import advantage
@@ -25,6 +25,8 @@ from kncompress.models.swap import FusedMaps, module_at
 DENSE, LINEAR = "dense", "nn.Linear"
 OUTER, SPEEDY = "outer", "speed"
 """Not presets but shapes: outer products of half the parameters; all that a planner may choose under ``speed``."""
+_HOPELESS = 50
+"""A rival that takes so many times as long, and more than seconds in all, is named and not timed."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -140,6 +142,7 @@ def _measure(setting: Setting, case: Case, backward: bool) -> Measurement:
             if backward:
                 check_backward(name, setting.device, dtype)
             modules[name] = rival_of(case.ours, build)
+            check_pace(case.ours, modules[name], x, setting.device)
             _check_equal(case.ours, modules[name], x)
             if backward:
                 _call(modules[name], x, upstream)()
@@ -194,6 +197,18 @@ def rival_of(ours: nn.Module, build: Callable[[KroneckerLinear], nn.Module]) -> 
     if isinstance(ours, HybridLinear):
         raise Unavailable("no sums of several shapes")
     return build(ours) if isinstance(ours, KroneckerLinear) else ours
+
+
+def check_pace(ours: nn.Module, rival: nn.Module, x: Tensor, device: torch.device) -> None:
+    """Raises Unavailable where a rival would have a benchmark last for hours; an eighth of ``x`` tells.
+
+    One of pyfastkron's products with a factor of 1,536x768 takes seven seconds on two cores, for one.
+    """
+    part = x[: max(1, len(x) // 8)]
+    _call(ours, part, None)()
+    mine, its = (once(_call(module, part, None), device) for module in (ours, rival))
+    if its > max(_HOPELESS * mine, 0.2):
+        raise Unavailable(f"takes {its:.1f} s, ours {mine:.4f} s, for {len(part)} tokens")
 
 
 def _check_equal(ours: nn.Module, rival: nn.Module, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from kncompress.evaluation.child import peak_memory, run_child
 from kncompress.evaluation.fit import rearranged
 from kncompress.evaluation.machine import Ceiling
 from kncompress.evaluation.measurement import OURS, Measurement
-from kncompress.evaluation.product import rival_of
+from kncompress.evaluation.product import check_pace, rival_of
 from kncompress.evaluation.rivals import RIVALS, FormedEveryTime, Unavailable
 from kncompress.evaluation.table import draw, markdown
 from kncompress.evaluation.timing import Rounds, alternate
@@ -80,6 +80,18 @@ def test_rivals_compute_the_same(name: str, bias: bool, terms: int) -> None:
         (wanted,) = torch.autograd.grad(layer(x), x, upstream)
         (found,) = torch.autograd.grad(rival(x), x, upstream)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rival_that_would_take_hours_is_named() -> None:
+    class Slow(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.25)
+            return super().forward(x)
+
+    ours, x = torch.nn.Linear(4, 4), torch.randn(16, 4)
+    check_pace(ours, torch.nn.Linear(4, 4), x, CPU)
+    with pytest.raises(Unavailable, match=r"takes 0\.[23] s, ours 0\.0\d* s, for 2 tokens"):
+        check_pace(ours, Slow(4, 4), x, CPU)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
