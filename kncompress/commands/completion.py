@@ -120,7 +120,7 @@ def choices(config: type) -> dict[str, tuple[str, ...]]:
         if check is None or not inspect.isfunction(check):
             continue
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_choice":
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check_choice":
                 key, _, allowed = node.args
                 texts = tuple(_texts(allowed, owner))
                 if isinstance(key, ast.Constant) and texts:

@@ -5,21 +5,25 @@ from typing import Any
 from kncompress.errors import UserError
 
 
-def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises UserError where ``value`` is none of ``allowed``. Shell completion reads the calls of this by its name."""
     if value not in allowed:
         raise UserError(f"{key}={value}: not one of {', '.join(allowed)}")
 
 
-def _positive(key: str, value: float | None) -> None:
+def check_positive(key: str, value: float | None) -> None:
+    """Raises UserError where a number is given that is not above 0."""
     if value is not None and value <= 0:
         raise UserError(f"{key}={value}: must be greater than 0")
 
 
-def _not_negative(key: str, value: float | None) -> None:
+def check_not_negative(key: str, value: float | None) -> None:
+    """Raises UserError where a number is given that is below 0."""
     if value is not None and value < 0:
         raise UserError(f"{key}={value}: must be 0 or more")
 
 
-def _share(key: str, value: float) -> None:
+def check_share(key: str, value: float) -> None:
+    """Raises UserError outside 0 to 1."""
     if not 0 <= value <= 1:
         raise UserError(f"{key}={value}: must lie between 0 and 1")

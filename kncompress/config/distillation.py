@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kncompress.config.checks import _choice, _not_negative, _positive, _share
+from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share
 from kncompress.errors import UserError
 
 
@@ -31,11 +31,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in self.TERMS:
-            _not_negative(f"objective.{name}", getattr(self, name))
+            check_not_negative(f"objective.{name}", getattr(self, name))
         if not any(getattr(self, name) for name in self.TERMS):
             raise UserError(f"objective: every weight is 0; give at least one of {', '.join(self.TERMS)}")
-        _choice("objective.attention_form", self.attention_form, ("kl", "mse"))
-        _positive("objective.temperature", self.temperature)
+        check_choice("objective.attention_form", self.attention_form, ("kl", "mse"))
+        check_positive("objective.temperature", self.temperature)
 
     @property
     def needs_teacher(self) -> bool:
@@ -65,9 +65,9 @@ class OptimizerConfig:
     ``lr`` would move a dense one (``kron.gauge.step_scales``)."""
 
     def __post_init__(self) -> None:
-        _choice("optimizer.name", self.name, ("adamw", "muon"))
-        _choice("optimizer.factor_rates", self.factor_rates, ("one", "scaled"))
-        _positive("optimizer.lr", self.lr)
-        _not_negative("optimizer.weight_decay", self.weight_decay)
+        check_choice("optimizer.name", self.name, ("adamw", "muon"))
+        check_choice("optimizer.factor_rates", self.factor_rates, ("one", "scaled"))
+        check_positive("optimizer.lr", self.lr)
+        check_not_negative("optimizer.weight_decay", self.weight_decay)
         for name in ("beta1", "beta2", "warmup", "final"):
-            _share(f"optimizer.{name}", getattr(self, name))
+            check_share(f"optimizer.{name}", getattr(self, name))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive
 from kncompress.config.run import DataConfig, RunConfig
 from kncompress.errors import UserError
 
@@ -78,11 +78,11 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context", "sweeps", "repair_lr"):
-            _positive(f"calibration.{name}", getattr(self, name))
-        _not_negative("calibration.repair", self.repair)
-        _choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
+            check_positive(f"calibration.{name}", getattr(self, name))
+        check_not_negative("calibration.repair", self.repair)
+        check_choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
         for name in self.symmetries:
-            _choice("calibration.symmetries", name, ("hidden", "heads", "residual"))
+            check_choice("calibration.symmetries", name, ("hidden", "heads", "residual"))
 
 
 @dataclass
@@ -99,8 +99,8 @@ class FactoringConfig(RunConfig):
     """Type of the saved weights: float32, float16 or bfloat16."""
 
     def __post_init__(self) -> None:
-        _choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
-        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        check_choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
+        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         if self.calibration.repair and self.start == "random":
             raise UserError(f"calibration.repair={self.calibration.repair}: needs a start that is fitted, not random")
 

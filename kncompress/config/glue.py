@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
 from kncompress.config.factoring import FactorsConfig
 from kncompress.config.run import RunConfig
@@ -25,7 +25,7 @@ class GlueDataConfig:
     """Fine-tuned teachers; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
 
     def __post_init__(self) -> None:
-        _positive("data.train_examples", self.train_examples)
+        check_positive("data.train_examples", self.train_examples)
         if self.max_length < 8:
             raise UserError(f"data.max_length={self.max_length}: must be 8 or more")
 
@@ -51,10 +51,10 @@ class FineTuningConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
-            _positive(f"fine_tuning.{name}", getattr(self, name))
-        _not_negative("fine_tuning.gradient_clip", self.gradient_clip)
-        _choice("fine_tuning.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        _choice("fine_tuning.precision", self.precision, ("auto", "fp32", "bf16"))
+            check_positive(f"fine_tuning.{name}", getattr(self, name))
+        check_not_negative("fine_tuning.gradient_clip", self.gradient_clip)
+        check_choice("fine_tuning.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        check_choice("fine_tuning.precision", self.precision, ("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class GlueConfig(RunConfig):
     def __post_init__(self) -> None:
         for key in ("training", "baseline_training"):
             for name in getattr(self, key):
-                _choice(key, name, self.RECIPES)
+                check_choice(key, name, self.RECIPES)
         seeds = self.seeds if isinstance(self.seeds, list) else [self.seeds]
         if not seeds or any(type(seed) is not int for seed in seeds) or (self.seeds == seeds[0] and seeds[0] < 1):
             raise UserError(f"seeds={self.seeds}: must be a number from 1, or a list of seeds")

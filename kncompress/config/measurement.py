@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive
 from kncompress.config.factoring import FactorsConfig
 from kncompress.config.run import DataConfig, RunConfig
 from kncompress.errors import UserError
@@ -34,8 +34,8 @@ class EvaluateConfig(RunConfig):
 
     def __post_init__(self) -> None:
         for name in ("context", "stride", "tokens", "batch_tokens", "limit"):
-            _positive(name, getattr(self, name))
-        _not_negative("shots", self.shots)
+            check_positive(name, getattr(self, name))
+        check_not_negative("shots", self.shots)
         if self.tasks and self.lambada is not None:
             raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
         if self.shots is not None and not self.tasks:
@@ -81,12 +81,12 @@ class BenchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         for name in ("threads", "tokens", "repeats"):
-            _positive(name, getattr(self, name))
-        _choice("size", self.size, ("full", "small"))
-        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+            check_positive(name, getattr(self, name))
+        check_choice("size", self.size, ("full", "small"))
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         for name in self.chosen:
-            _choice("parts", name, ("all", *self.PARTS))
+            check_choice("parts", name, ("all", *self.PARTS))
         if self.factors.depth is not None:
             raise UserError(f"factors.depth={self.factors.depth}: bench compares models of one depth; give null")
 

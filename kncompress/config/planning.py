@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kncompress.config.checks import _choice, _positive
+from kncompress.config.checks import check_choice, check_positive
 from kncompress.config.factoring import CalibrationConfig, FactorsConfig
 from kncompress.config.run import DataConfig, RunConfig
 
@@ -36,11 +36,11 @@ class PlanConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        _positive("budget", self.budget)
+        check_positive("budget", self.budget)
         for name in ("harm_tokens", "validation_tokens"):
-            _positive(name, getattr(self, name))
-        _choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        _choice("start", self.start, ("calibrated", "sequential"))
+            check_positive(name, getattr(self, name))
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("start", self.start, ("calibrated", "sequential"))
 
     @property
     def measures(self) -> bool:

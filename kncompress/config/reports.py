@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive
 from kncompress.config.run import RunConfig
 from kncompress.errors import UserError
 
@@ -47,7 +47,7 @@ class DashboardConfig(RunConfig):
     files in the run folder."""
 
     def __post_init__(self) -> None:
-        _choice("save", self.save, ("auto", "always", "never"))
+        check_choice("save", self.save, ("auto", "always", "never"))
         if not self.project:
             raise UserError("project=: give the name of a W&B project")
 
@@ -70,5 +70,5 @@ class DoctorConfig(RunConfig):
     """Gigabytes below which a disk is noted as full."""
 
     def __post_init__(self) -> None:
-        _positive("timeout", self.timeout)
-        _not_negative("free", self.free)
+        check_positive("timeout", self.timeout)
+        check_not_negative("free", self.free)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _positive, _share
+from kncompress.config.checks import check_choice, check_positive, check_share
 from kncompress.errors import UserError
 
 
@@ -56,11 +56,11 @@ class DataConfig:
     """Token caches; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
 
     def __post_init__(self) -> None:
-        _positive("data.context", self.context)
-        _positive("data.fraction", self.fraction)
-        _share("data.fraction", self.fraction)
-        _choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
-        _choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
+        check_positive("data.context", self.context)
+        check_positive("data.fraction", self.fraction)
+        check_share("data.fraction", self.fraction)
+        check_choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
+        check_choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
 
 
 @dataclass

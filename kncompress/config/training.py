@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
 from kncompress.config.factoring import FactoringConfig
 from kncompress.errors import UserError
@@ -60,16 +60,16 @@ class TrainerConfig:
             "test_tokens",
             "checkpoint_every",
         ):
-            _positive(f"trainer.{name}", getattr(self, name))
+            check_positive(f"trainer.{name}", getattr(self, name))
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
-        _choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        _choice("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        check_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        check_choice("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         if self.strategy == "fsdp" and self.accelerator == "cpu":
             raise UserError("trainer.strategy=fsdp: shards over GPUs; trainer.strategy=ddp also runs on CPUs")
-        _choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
-        _choice("trainer.keep", self.keep, ("best", "last"))
-        _not_negative("trainer.gradient_clip", self.gradient_clip)
+        check_choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("trainer.keep", self.keep, ("best", "last"))
+        check_not_negative("trainer.gradient_clip", self.gradient_clip)
 
 
 @dataclass
@@ -90,8 +90,8 @@ class LoggerConfig:
     """W&B: the model folder as an artifact, with its plan; of an offline run, ``wandb sync`` uploads it."""
 
     def __post_init__(self) -> None:
-        _choice("logger.name", self.name, ("wandb", "csv", "none"))
-        _choice("logger.mode", self.mode, ("offline", "online", "disabled"))
+        check_choice("logger.name", self.name, ("wandb", "csv", "none"))
+        check_choice("logger.mode", self.mode, ("offline", "online", "disabled"))
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
                 raise UserError(f"logger.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64")
@@ -109,9 +109,9 @@ class SamplesConfig:
     """Most new tokens after it."""
 
     def __post_init__(self) -> None:
-        _not_negative("samples.count", self.count)
-        _positive("samples.prompt_tokens", self.prompt_tokens)
-        _positive("samples.tokens", self.tokens)
+        check_not_negative("samples.count", self.count)
+        check_positive("samples.prompt_tokens", self.prompt_tokens)
+        check_positive("samples.tokens", self.tokens)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import _choice, _not_negative, _positive, _share
+from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share
 from kncompress.config.run import DataConfig, RunConfig
 from kncompress.errors import UserError
 
@@ -36,12 +36,12 @@ class ExportConfig(RunConfig):
     FORMATS = ("dense", "merged", "onnx", "int8")
 
     def __post_init__(self) -> None:
-        _choice("format", self.format, self.FORMATS)
-        _choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        check_choice("format", self.format, self.FORMATS)
+        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
-        _choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
+        check_choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
         for name in ("tolerance", "int8_tolerance", "tokens"):
-            _positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
 
 
 @dataclass
@@ -79,7 +79,7 @@ class GenerateConfig(RunConfig):
         if isinstance(self.prompt, dict) or (isinstance(self.prompt, list) and not self.prompt):
             raise UserError(f"prompt={self.prompt}: must be a text or a list of texts")
         for name in ("tokens", "samples", "top_k", "top_p", "repetition_penalty"):
-            _positive(name, getattr(self, name))
-        _not_negative("temperature", self.temperature)
-        _share("top_p", self.top_p)
-        _choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+            check_positive(name, getattr(self, name))
+        check_not_negative("temperature", self.temperature)
+        check_share("top_p", self.top_p)
+        check_choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))

@@ -48,7 +48,7 @@ def cache_root(configured: str | None) -> Path:
     chosen = configured or os.environ.get("KNCOMPRESS_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kncompress"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kncompress"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
