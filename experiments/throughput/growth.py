@@ -18,6 +18,7 @@ from transformers import GPT2Config
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.evaluation.child import run_child
@@ -110,6 +111,8 @@ def draw(found: Sequence[Row], file: Path) -> None:
             axes.plot(sizes, [peak / 1e9 for peak in peaks], marker="s", label="peak, GB")
         axes.set(title=name, xscale="log", yscale="log")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)

@@ -25,8 +25,8 @@ from kncompress.models.swap import FusedMaps, module_at
 DENSE, LINEAR = "dense", "nn.Linear"
 OUTER, SPEEDY = "outer", "speed"
 """Not presets but shapes: outer products of half the parameters; all that a planner may choose under ``speed``."""
-_HOPELESS = 50
-"""A rival that takes so many times as long, and more than seconds in all, is named and not timed."""
+_HOPELESS, _SECONDS = 50, 0.5
+"""A rival that takes so many times as long and so many seconds, for an eighth of the tokens, is named and not timed."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -207,7 +207,7 @@ def check_pace(ours: nn.Module, rival: nn.Module, x: Tensor, device: torch.devic
     part = x[: max(1, len(x) // 8)]
     _call(ours, part, None)()
     mine, its = (once(_call(module, part, None), device) for module in (ours, rival))
-    if its > max(_HOPELESS * mine, 0.2):
+    if its > max(_HOPELESS * mine, _SECONDS):
         raise Unavailable(f"takes {its:.1f} s, ours {mine:.4f} s, for {len(part)} tokens")
 
 

@@ -85,12 +85,12 @@ def test_rivals_compute_the_same(name: str, bias: bool, terms: int) -> None:
 def test_a_rival_that_would_take_hours_is_named() -> None:
     class Slow(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.25)
+            time.sleep(0.6)
             return super().forward(x)
 
     ours, x = torch.nn.Linear(4, 4), torch.randn(16, 4)
     check_pace(ours, torch.nn.Linear(4, 4), x, CPU)
-    with pytest.raises(Unavailable, match=r"takes 0\.[23] s, ours 0\.0\d* s, for 2 tokens"):
+    with pytest.raises(Unavailable, match=r"takes 0\.[67] s, ours 0\.0\d* s, for 2 tokens"):
         check_pace(ours, Slow(4, 4), x, CPU)
 
 
