@@ -18,7 +18,10 @@ def pareto_front(points: Points) -> list[int]:
 
 
 def pareto_figure(
-    runs: Sequence[tuple[str, tuple[float, float]]], dense: Points, baselines: Mapping[str, tuple[float, float]]
+    runs: Sequence[tuple[str, tuple[float, float]]],
+    dense: Points,
+    baselines: Mapping[str, tuple[float, float]],
+    labels: Mapping[str, str],
 ) -> Any:
     """Perplexity (log scale) against unique parameters.
 
@@ -26,6 +29,7 @@ def pareto_figure(
         runs: (name, (parameters, perplexity)) of every compressed model; a dotted line joins the front of them.
         dense: the same pair of the models that they were made from.
         baselines: other models, by name.
+        labels: what a run's point says when it is pointed at, by the run's name.
     """
     from plotly import graph_objects as go
 
@@ -36,9 +40,8 @@ def pareto_figure(
     figure.add_scatter(**_xy(front), mode="lines", line=line, name="front", hoverinfo="skip")
     named = "markers+text" if len(runs) <= _NAMED else "markers"
     names = [name for name, _ in runs]
-    figure.add_scatter(
-        **_xy(points), mode=named, text=names, textposition="middle right", name="runs", marker={"size": 9}
-    )
+    shown = {"text": names, "textposition": "middle right", "hovertext": [labels[name] for name in names]}
+    figure.add_scatter(**_xy(points), mode=named, name="runs", marker={"size": 9}, **shown)
     if dense:
         marker: dict[str, Any] = {"size": 13, "symbol": "star"}
         figure.add_scatter(**_xy(dense), mode="markers", name="dense", marker=marker)

@@ -63,10 +63,11 @@ def _figures(runs: Sequence[Run], baselines: Mapping[str, Sequence[float]]) -> I
     others = {name: (float(pair[0]), float(pair[1])) for name, pair in baselines.items()}
     others |= {run.name: run.measured for run in runs if run.measured}
     dense = sorted({run.dense for run in runs if run.dense})
+    labels = {run.name: run.label for run in runs}
     if points or others:
-        yield "pareto", "Perplexity against parameters", pareto_figure(points, dense, others)
+        yield "pareto", "Perplexity against parameters", pareto_figure(points, dense, others, labels)
     for split in ("train", "validation"):
-        curves = {run.name: run.curves[f"{split}/loss"] for run in runs if run.curves.get(f"{split}/loss")}
+        curves = {run.label: run.curves[f"{split}/loss"] for run in runs if run.curves.get(f"{split}/loss")}
         if curves:
             yield f"loss-{split}", f"Loss, {split}", curves_figure(curves, "loss")
     maps = {run.name: run.maps for run in runs if run.maps}
@@ -88,8 +89,11 @@ def _texts(runs: Sequence[Run]) -> str:
 
 def _table(runs: Sequence[Run]) -> str:
     columns = [name for name in _COLUMNS if any(run.metrics.get(name) is not None for run in runs)]
-    lines = [[run.name, run.verb, run.status, *(_cell(run.metrics.get(name)) for name in columns)] for run in runs]
-    return _rows(["run", "verb", "status", *columns], lines, 'id="table"')
+    lines = [
+        [run.name, run.verb, run.status, *(_cell(run.metrics.get(name)) for name in columns), run.differs]
+        for run in runs
+    ]
+    return _rows(["run", "verb", "status", *columns, "what differs"], lines, 'id="table"')
 
 
 def _rows(head: Sequence[str], lines: Sequence[Sequence[str]], attributes: str) -> str:

@@ -16,6 +16,7 @@ from kncompress.tracking.config_file import read_config
 from kncompress.tracking.metrics_file import complete_rows
 from kncompress.tracking.whole_file import read_object
 
+_PLACES = ("hydra.", "hydra/", "run_dir=", "resume=")
 REPORT, SAMPLES = "report.json", "samples.json"
 
 
@@ -40,6 +41,13 @@ class Run:
     """Rows of ``samples.json``, one a prompt."""
     text: str = ""
     """What the perplexity was measured on."""
+    differs: str = ""
+    """Words of its command that not all runs share, keys by their last two parts: ``mlp.right=[1,2] mlp.terms=2``."""
+
+    @property
+    def label(self) -> str:
+        """Name, and what tells it from the others."""
+        return f"{self.name}: {self.differs}" if self.differs else self.name
 
     @property
     def point(self) -> tuple[float, float] | None:
@@ -78,7 +86,23 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     kept = [run for run in runs if run.verb != "report"]
     if not kept:
         raise UserError(f"runs={', '.join(paths)}: no run in it but earlier reports")
+    words = [_chosen(run) for run in kept]
+    told = [set(chosen) for chosen in words if chosen]  # a record may lack its command
+    shared_words = told[0].intersection(*told[1:]) if told else set()
+    for run, chosen in zip(kept, words, strict=True):
+        run.differs = " ".join(_short(word) for word in chosen if word not in shared_words)
     return kept
+
+
+def _chosen(run: Run) -> list[str]:
+    """The overrides of a run's command, without those that only say where it ran."""
+    words = [str(word) for word in run.record.get("command", [])[2:]]
+    return [word for word in words if "=" in word and not word.startswith(_PLACES)]
+
+
+def _short(word: str) -> str:
+    key, _, value = word.lstrip("+").partition("=")
+    return f"{'.'.join(key.split('.')[-2:])}={value}"
 
 
 def _read(folder: Path, name: str) -> Run:

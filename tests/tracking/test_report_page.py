@@ -86,6 +86,22 @@ def test_the_pictures_and_the_table_have_the_runs_numbers(folder: Path) -> None:
     assert rows[3:] == [[name, f"of run {name}"] for name in SCORES]
 
 
+def test_what_differs_is_told_and_what_does_not_is_not(folder: Path) -> None:
+    for number, name in enumerate(SCORES):
+        file = folder / name / "run.json"
+        words = ["+experiment=x", f"factors.mlp.right=[1,{number}]", f"run_dir=r/{name}", "hydra.mode=RUN"]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"command": ["kncompress", "train", *words]}))
+    runs = read_runs([str(folder)])
+    assert {run.name: run.differs for run in runs if run.differs} == {
+        name: f"mlp.right=[1,{number}]" for number, name in enumerate(SCORES)
+    }
+    page = report_page(runs, "shapes")
+    pareto, train, *_ = figures(page)
+    assert next(trace["hovertext"] for trace in pareto if trace["name"] == "runs")[0] == "0: mlp.right=[1,0]"
+    assert "10: mlp.right=[1,3]" in [trace["name"] for trace in train]
+    assert page.count("<td>mlp.right=[1,3]</td>") == 1
+
+
 def test_different_texts_are_told(folder: Path) -> None:
     (folder / "2" / "config.yaml").write_text("data: {source: another}\n")
     texts = {run.name: run.text for run in read_runs([str(folder)])}
