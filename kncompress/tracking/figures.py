@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
+_MARGIN = {"t": 20}
+"""Pixels above a picture, which has its heading in the page."""
 _NAMED = 12
 """Most runs whose names are written beside their points."""
 
@@ -54,7 +56,7 @@ def pareto_figure(
     # So few powers of ten that plain numbers read better.
     ticks = [digit * 10**power for power in range(-1, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
     axis = {"title": "perplexity", "type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
-    return figure.update_layout(xaxis_title="unique parameters", yaxis=axis)
+    return figure.update_layout(xaxis_title="unique parameters", yaxis=axis, margin=_MARGIN)
 
 
 def curves_figure(curves: Mapping[str, Points], y: str) -> Any:
@@ -64,7 +66,7 @@ def curves_figure(curves: Mapping[str, Points], y: str) -> Any:
     figure = go.Figure()
     for name, curve in curves.items():
         figure.add_scatter(**_xy(curve), mode="lines+markers" if len(curve) < 30 else "lines", name=name)
-    return figure.update_layout(xaxis_title="step", yaxis_title=y, showlegend=True)
+    return figure.update_layout(xaxis_title="step", yaxis_title=y, showlegend=True, margin=_MARGIN)
 
 
 def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
