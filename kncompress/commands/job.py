@@ -165,10 +165,7 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], b
     if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
         return  # a single run that never began leaves nothing
     file = folder / "result.json"
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        result = {"verb": job.verb.name, "metrics": outcome.get("metrics", {}), "model": None}
+    result = read_object(file) or {"verb": job.verb.name, "metrics": outcome.get("metrics", {}), "model": None}
     changes = {key: value for key, value in outcome.items() if key != "metrics"}
     if outcome["status"] != "finished" or not file.exists():
         result |= changes

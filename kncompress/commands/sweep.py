@@ -36,16 +36,13 @@ def expand(hydra: Hydra, composed: DictConfig, overrides: list[str]) -> list[lis
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     task = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
     parsed = parser.parse_overrides(task)
+    swept = ", ".join((override.input_line or "").lstrip("+") for override in parsed if override.is_sweep_override())
     try:
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:  # interval(...)
-        words = ", ".join(override.input_line or "" for override in parsed if override.is_sweep_override())
-        raise UserError(f"{words.lstrip('+')}: {error}; give values, or hydra/sweeper=pareto") from None
+        raise UserError(f"{swept}: {error}; give values, or hydra/sweeper=pareto") from None
     if not jobs:
-        words = ", ".join(
-            (override.input_line or "").lstrip("+") for override in parsed if override.is_sweep_override()
-        )
-        raise UserError(f"{words}: a key has no values; a range goes from its start up to its stop, range(1,5)")
+        raise UserError(f"{swept}: a key has no values; a range goes from its start up to its stop, range(1,5)")
     return jobs
 
 

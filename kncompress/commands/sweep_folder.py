@@ -93,11 +93,7 @@ def changed_job(verb: Verb, folder: Path, configs: Sequence[RunConfig]) -> str |
 
 def result_of(folder: Path) -> dict[str, Any]:
     """``result.json`` of a job; status ``running`` where it has begun, nothing where it has not."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"status": "running"} if folder.exists() else {}
-    return result if isinstance(result, dict) else {}
+    return read_object(folder / "result.json") or ({"status": "running"} if folder.exists() else {})
 
 
 def done_elsewhere(job: Path) -> bool:
