@@ -15,8 +15,8 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _PLUGINS = {
-    "transformers.quantizers": "kncompress.models.plugin",
-    "peft.tuners.lora.config": "kncompress.models.lora",
+    "transformers.quantizers": "kncompress.formats.plugin",
+    "peft.tuners.lora.config": "kncompress.formats.lora",
 }
 """Host -> the module of ours that registers itself there at its end.
 

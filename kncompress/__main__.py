@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from kncompress import __version__
-from kncompress.commands.overrides import split_flags, unknown_verb
-from kncompress.commands.usage import overview, verb_help
-from kncompress.commands.verbs import Verb
+from kncompress.cli.overrides import split_flags, unknown_verb
+from kncompress.cli.usage import overview, verb_help
+from kncompress.cli.verbs import Verb
 from kncompress.config import (
     BenchConfig,
     CompressConfig,
@@ -76,7 +76,7 @@ def _command(words: list[str]) -> int:
     position = next((index for index, word in enumerate(words) if not word.startswith("-")), 0)
     name = words.pop(position)
     if name == "completion":
-        from kncompress.commands.completion import completion
+        from kncompress.cli.completion import completion
 
         print(completion(words, VERBS))
         return 0
@@ -87,7 +87,7 @@ def _command(words: list[str]) -> int:
         print(verb_help(VERBS[name]))
         return 0
     try:
-        from kncompress.commands.dispatch import dispatch
+        from kncompress.cli.dispatch import dispatch
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name}: this package is missing; install kncompress again with pip") from error
 

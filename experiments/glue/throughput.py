@@ -25,13 +25,13 @@ from kncompress.config import (
     ObjectiveConfig,
     OptimizerConfig,
 )
-from kncompress.data.glue import find_source
-from kncompress.data.glue_tasks import TASKS
-from kncompress.data.sequences import training_loader
-from kncompress.tasks.finetuning import TaskData, fine_tune
-from kncompress.tasks.glue import load_classifier, task_data
-from kncompress.tasks.student import locate, tokenizer_of
-from kncompress.tasks.training import keep_freed_memory, quiet_lightning
+from kncompress.glue.classifiers import load_classifier, task_data
+from kncompress.glue.finetuning import TaskData, fine_tune
+from kncompress.glue.readers import find_source
+from kncompress.glue.sequences import training_loader
+from kncompress.glue.tasks import TASKS
+from kncompress.training.student import locate, tokenizer_of
+from kncompress.training.trainer import keep_freed_memory, quiet_lightning
 
 SIZE = 32
 

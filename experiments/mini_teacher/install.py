@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import kncompress
-from kncompress.models.pretrained import load_model, save_model
+from kncompress.formats.pretrained import load_model, save_model
 
 ASSET = Path(kncompress.__file__).parent / "assets" / "mini"
 PROMPTS = ("The history of the city", "In mathematics, a", "The army marched")

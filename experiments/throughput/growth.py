@@ -20,13 +20,13 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.bench.child import run_child
+from kncompress.bench.step_job import StepJob
+from kncompress.bench.timing import alternate
 from kncompress.config import FactorConfig, FactorsConfig
-from kncompress.evaluation.child import run_child
-from kncompress.evaluation.step_job import StepJob
-from kncompress.evaluation.timing import alternate
 from kncompress.kron import KroneckerLinear, KroneckerShape
-from kncompress.models.plan import plan_from_config
-from kncompress.tasks.training import keep_freed_memory
+from kncompress.training.trainer import keep_freed_memory
 
 Row = tuple[str, int, float, float, float]
 """What grows, its size, seconds, bytes (0: not measured), cost by the formulas in any unit."""
@@ -68,7 +68,7 @@ def steps(curve: str, sizes: Mapping[int, StepJob]) -> Iterator[Row]:
     peaks: dict[int, float] = {}
     for _ in range(_ROUNDS):
         for size, given in sizes.items():
-            found = run_child(["-m", "kncompress.evaluation.step_process"], asdict(given))
+            found = run_child(["-m", "kncompress.bench.step_process"], asdict(given))
             seconds[size] += found["seconds"]
             peaks[size] = float(found["peak"])
     for size, given in sizes.items():

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kncompress.evaluation.child import exchange, peak_memory
-from kncompress.evaluation.step_job import WARM_UP, StepJob
-from kncompress.evaluation.timing import synchronize
-from kncompress.models.anatomy import anatomy_of
-from kncompress.tasks.training import keep_freed_memory
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.bench.child import exchange, peak_memory
+from kncompress.bench.step_job import WARM_UP, StepJob
+from kncompress.bench.timing import synchronize
+from kncompress.training.trainer import keep_freed_memory
 
 
 class FeedForward:

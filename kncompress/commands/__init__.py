@@ -1,1 +1,1 @@
-"""The verbs, and the way from a command line to them; the only floor that knows Hydra."""
+"""The verbs, one file each."""

@@ -12,27 +12,27 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from kncompress.commands.presets import config_folder, options, read_preset
-from kncompress.commands.spelling import choices_hint
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.bench.fit import measure_fit
+from kncompress.bench.generate import measure_generation
+from kncompress.bench.measurement import Measurement
+from kncompress.bench.memory import measure_memory
+from kncompress.bench.product import OUTER, SPEEDY, measure_products
+from kncompress.bench.setting import Setting, setting_of
+from kncompress.bench.startup import measure_startup
+from kncompress.bench.step import measure_step
+from kncompress.bench.table import draw, machine_line, markdown, rich_table
+from kncompress.bench.tokens import measure_tokens
+from kncompress.cli.presets import config_folder, options, read_preset
+from kncompress.cli.spelling import choices_hint
 from kncompress.config import BenchConfig, FactorsConfig
 from kncompress.data.sources import find_sources
 from kncompress.errors import UserError
-from kncompress.evaluation.fit import measure_fit
-from kncompress.evaluation.generate import measure_generation
-from kncompress.evaluation.measurement import Measurement
-from kncompress.evaluation.memory import measure_memory
-from kncompress.evaluation.product import OUTER, SPEEDY, measure_products
-from kncompress.evaluation.setting import Setting, setting_of
-from kncompress.evaluation.startup import measure_startup
-from kncompress.evaluation.step import measure_step
-from kncompress.evaluation.table import draw, machine_line, markdown, rich_table
-from kncompress.evaluation.tokens import measure_tokens
-from kncompress.models.anatomy import anatomy_of
-from kncompress.models.plan import plan_from_config
-from kncompress.tasks.student import require_causal
-from kncompress.tasks.training import keep_freed_memory
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import replacing, write_text
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import replacing, write_text
+from kncompress.training.student import require_causal
+from kncompress.training.trainer import keep_freed_memory
 
 _WIDTH = 140
 """Of the table where the output is no terminal."""

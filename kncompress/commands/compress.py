@@ -7,16 +7,16 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import CompressConfig
 from kncompress.errors import UserError
-from kncompress.models.card import CardFacts
-from kncompress.models.plan import plan_from_config
-from kncompress.models.pretrained import save_model
-from kncompress.tasks.calibration import calibration_text, check_calibration, fit_progress
-from kncompress.tasks.depth import student_config
-from kncompress.tasks.student import FitOptions, factor_, load_dense, load_teacher, model_config, tokenizer_if_any
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.formats.card import CardFacts
+from kncompress.formats.pretrained import save_model
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
+from kncompress.training.depth import student_config
+from kncompress.training.student import FitOptions, factor_, load_dense, load_teacher, model_config, tokenizer_if_any
 
 
 def check(config: CompressConfig) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from kncompress.config import DashboardConfig
 from kncompress.diagnosis.network import wandb_key
 from kncompress.errors import UserError
-from kncompress.tracking.dashboard import as_json, report, workspace
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.reports.dashboard import as_json, report, workspace
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
 
 _OFFLINE = ("offline", "dryrun", "disabled")
 _NOWHERE = "entity"

@@ -12,8 +12,8 @@ from kncompress.diagnosis.installation import check_installation
 from kncompress.diagnosis.network import check_hub, check_wandb
 from kncompress.diagnosis.storage import check_storage
 from kncompress.errors import CheckFailed
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
 
 
 def run(config: DoctorConfig, run_dir: Path) -> dict[str, float]:

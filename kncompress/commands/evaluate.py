@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kncompress.compression.compress import unique_parameters
 from kncompress.config import EvaluateConfig
 from kncompress.data.files import text_lines
 from kncompress.data.sources import find_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
+from kncompress.evaluation import bits_per_byte, last_words, perplexity
 from kncompress.evaluation.harness import check_tasks, load_tasks, score_tasks
-from kncompress.metrics import bits_per_byte, last_words, perplexity
-from kncompress.models.compress import unique_parameters
-from kncompress.tasks.student import load_teacher, model_config, require_causal
-from kncompress.tracking.record import RunRecord
+from kncompress.runs.record import RunRecord
+from kncompress.training.student import load_teacher, model_config, require_causal
 
 
 def check(config: EvaluateConfig) -> None:

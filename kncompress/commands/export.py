@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
+from kncompress.compression.compress import unique_parameters
 from kncompress.config import ExportConfig
 from kncompress.data.sources import find_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import CheckFailed, UserError
-from kncompress.metrics import perplexity
-from kncompress.models.compress import unique_parameters
-from kncompress.models.merged import read_merged_, write_merged
-from kncompress.models.onnx_graph import check_packages, write_int8, write_onnx
-from kncompress.models.onnx_session import OnnxModel, largest_difference
-from kncompress.models.pretrained import load_model, save_model, to_dense
-from kncompress.tasks.student import locate, model_config, require_causal, tokenizer_if_any, tokenizer_of
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import filling
+from kncompress.evaluation import perplexity
+from kncompress.formats.merged import read_merged_, write_merged
+from kncompress.formats.onnx_graph import check_packages, write_int8, write_onnx
+from kncompress.formats.onnx_session import OnnxModel, largest_difference
+from kncompress.formats.pretrained import load_model, save_model, to_dense
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import filling
+from kncompress.training.student import locate, model_config, require_causal, tokenizer_if_any, tokenizer_of
 
 _CLASSIFIER = "ForSequenceClassification"
 _WINDOW = 1024

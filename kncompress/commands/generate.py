@@ -13,12 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kncompress.compression.compress import unique_parameters
 from kncompress.config import GenerateConfig, ModelConfig
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
-from kncompress.models.compress import unique_parameters
-from kncompress.tasks.student import load_teacher, locate, model_config, require_causal, tokenizer_of
-from kncompress.tracking.record import RunRecord
+from kncompress.runs.record import RunRecord
+from kncompress.training.student import load_teacher, locate, model_config, require_causal, tokenizer_of
 
 
 def check(config: GenerateConfig) -> None:

@@ -12,17 +12,15 @@ from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from kncompress.commands.presets import existing_path, options, preset_file, read_preset
+from kncompress.cli.presets import existing_path, options, preset_file, read_preset
+from kncompress.compression.compress import unique_parameters
 from kncompress.config import FactorsConfig, GlueConfig, ObjectiveConfig
-from kncompress.data.glue import GlueSource
-from kncompress.data.glue_tasks import GlueTask
-from kncompress.data.sequences import Sequences
 from kncompress.data.tokens import cache_root
 from kncompress.errors import UserError
-from kncompress.models.compress import unique_parameters
-from kncompress.models.pretrained import load_model, save_model
-from kncompress.tasks.finetuning import TaskData, answers, fine_tune, predict
-from kncompress.tasks.glue import (
+from kncompress.formats.pretrained import load_model, save_model
+from kncompress.glue.cell_progress import CellProgress
+from kncompress.glue.cells import Cell, read_cell, read_cells, suite_metrics, write_cell, write_suite
+from kncompress.glue.classifiers import (
     Base,
     Student,
     check_glue,
@@ -34,13 +32,15 @@ from kncompress.tasks.glue import (
     teacher_fingerprint,
     test_sets,
 )
-from kncompress.tasks.student import tokenizer_of
-from kncompress.tasks.training import keep_freed_memory, quiet_lightning
-from kncompress.tracking.cell_progress import CellProgress
-from kncompress.tracking.divergence import NonFiniteLoss
-from kncompress.tracking.glue_cells import Cell, read_cell, read_cells, suite_metrics, write_cell, write_suite
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.glue.finetuning import TaskData, answers, fine_tune, predict
+from kncompress.glue.readers import GlueSource
+from kncompress.glue.sequences import Sequences
+from kncompress.glue.tasks import GlueTask
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
+from kncompress.training.divergence import NonFiniteLoss
+from kncompress.training.student import tokenizer_of
+from kncompress.training.trainer import keep_freed_memory, quiet_lightning
 
 _PLAIN = ObjectiveConfig()
 _SCORES = "scores.json"

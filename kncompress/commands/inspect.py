@@ -7,17 +7,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kncompress.commands.presets import config_folder, options, read_preset
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.cli.presets import config_folder, options, read_preset
+from kncompress.compression.compress import CompressionReport
+from kncompress.compression.inspection import inspect_config, predict, totals
+from kncompress.compression.inspection_table import inspection_text, preset_text
 from kncompress.config import FactorsConfig, InspectConfig
 from kncompress.errors import UserError
-from kncompress.models.compress import CompressionReport
-from kncompress.models.inspection import inspect_config, predict, totals
-from kncompress.models.inspection_table import inspection_text, preset_text
-from kncompress.models.plan import plan_from_config
-from kncompress.tasks.depth import student_config, student_layers
-from kncompress.tasks.student import model_config
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
+from kncompress.training.depth import student_config, student_layers
+from kncompress.training.student import model_config
 
 
 def check(config: InspectConfig) -> None:

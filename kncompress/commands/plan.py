@@ -10,14 +10,14 @@ from typing import Any
 import lightning as L
 
 from kncompress.config import PlanConfig
-from kncompress.metrics import Comparison
-from kncompress.models.budget import BudgetPlan, HarmTable, spend
-from kncompress.tasks.planning import HARMS, check_plan, fit_and_score, measure, texts
-from kncompress.tasks.student import load_teacher
-from kncompress.tasks.training import keep_freed_memory
-from kncompress.tracking.plan_files import command_line, draw_plan, plan_table, write_plan
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.whole_file import write_text
+from kncompress.evaluation import Comparison
+from kncompress.planner.budget import BudgetPlan, HarmTable, spend
+from kncompress.planner.plan_files import command_line, draw_plan, plan_table, write_plan
+from kncompress.planner.planning import HARMS, check_plan, fit_and_score, measure, texts
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
+from kncompress.training.student import load_teacher
+from kncompress.training.trainer import keep_freed_memory
 
 
 def check(config: PlanConfig) -> None:

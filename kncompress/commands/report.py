@@ -6,10 +6,10 @@ from pathlib import Path
 
 from kncompress.config import ReportConfig
 from kncompress.errors import UserError
-from kncompress.tracking.record import RunRecord
-from kncompress.tracking.report_page import report_page
-from kncompress.tracking.run_folders import read_runs
-from kncompress.tracking.whole_file import write_text
+from kncompress.reports.report_page import report_page
+from kncompress.runs.reading import read_runs
+from kncompress.runs.record import RunRecord
+from kncompress.runs.whole_file import write_text
 
 
 def check(config: ReportConfig) -> None:

@@ -13,23 +13,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
 from kncompress.data.sources import find_sources
 from kncompress.errors import UserError
-from kncompress.metrics import Comparison, Perplexity, bits_per_byte
-from kncompress.models.card import CardFacts
-from kncompress.models.plan import plan_from_config
-from kncompress.models.pretrained import save_model
-from kncompress.tasks.batches import blocks_of_a_step
-from kncompress.tasks.calibration import check_calibration
-from kncompress.tasks.depth import student_config
-from kncompress.tasks.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
-from kncompress.tasks.pretraining import ILKDPretraining
-from kncompress.tasks.processes import end_children, processes
-from kncompress.tasks.samples import write_samples
-from kncompress.tasks.student import model_config, require_causal
-from kncompress.tasks.training import build_trainer, keep_freed_memory, quiet_lightning
-from kncompress.tracking.checkpoints import (
+from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
+from kncompress.formats.card import CardFacts
+from kncompress.formats.pretrained import save_model
+from kncompress.reports.summary import ModelScores, gap_closed, write_summary
+from kncompress.reports.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
+from kncompress.runs.reading import REPORT, SAMPLES
+from kncompress.runs.record import RunRecord, outcome
+from kncompress.runs.whole_file import write_text
+from kncompress.training.batches import blocks_of_a_step
+from kncompress.training.checkpoints import (
     BEST,
     LAST,
     BestCheckpoint,
@@ -37,16 +35,18 @@ from kncompress.tracking.checkpoints import (
     check_checkpoint,
     checkpoint_callbacks,
 )
-from kncompress.tracking.divergence import DivergedError, NonFiniteLoss
-from kncompress.tracking.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
-from kncompress.tracking.progress import TrainingProgress
-from kncompress.tracking.record import RunRecord, outcome
-from kncompress.tracking.run_folders import REPORT, SAMPLES
-from kncompress.tracking.run_state import RunState
-from kncompress.tracking.stopping import StopAtSignal
-from kncompress.tracking.summary import ModelScores, gap_closed, write_summary
-from kncompress.tracking.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
-from kncompress.tracking.whole_file import write_text
+from kncompress.training.depth import student_config
+from kncompress.training.divergence import DivergedError, NonFiniteLoss
+from kncompress.training.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
+from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
+from kncompress.training.pretraining import ILKDPretraining
+from kncompress.training.processes import end_children, processes
+from kncompress.training.progress import TrainingProgress
+from kncompress.training.run_state import RunState
+from kncompress.training.samples import write_samples
+from kncompress.training.stopping import StopAtSignal
+from kncompress.training.student import model_config, require_causal
+from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning
 
 
 def check(config: TrainConfig) -> None:

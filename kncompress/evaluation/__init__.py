@@ -1,1 +1,19 @@
-"""What is done with models: benchmarks against rivals and the machine, a file for each part; text; task scores."""
+"""Measures of a language model: perplexity, bits per byte, divergence from a teacher, last words."""
+
+from kncompress.evaluation.last_word import LastWords, last_words
+from kncompress.evaluation.perplexity import Comparison, Perplexity, bits_per_byte, compare, perplexity
+from kncompress.evaluation.token_mean import TokenMean
+from kncompress.evaluation.windows import Window, sliding_windows
+
+__all__ = [
+    "Comparison",
+    "LastWords",
+    "Perplexity",
+    "TokenMean",
+    "Window",
+    "bits_per_byte",
+    "compare",
+    "last_words",
+    "perplexity",
+    "sliding_windows",
+]

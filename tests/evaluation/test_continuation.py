@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from models.conftest import KINDS, RARE, config_of, random_model
+from tiny_models import KINDS, RARE, config_of, random_model
 
 from kncompress.config import GenerateConfig
 from kncompress.evaluation.continuation import Continuation, Writer, _drawn, _tokens, continuation

@@ -9,8 +9,8 @@ import torch
 from transformers import BertConfig, OPTConfig
 from verbs.conftest import read
 
+from kncompress.bench.setting import random_model, setting_of
 from kncompress.config import BenchConfig, ModelConfig
-from kncompress.evaluation.setting import random_model, setting_of
 
 
 def test_product_and_fit(command: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, GPT2LMHeadModel
 from verbs.conftest import read
 
-from kncompress.models.pretrained import to_dense
+from kncompress.formats.pretrained import to_dense
 
 
 def test_compress_needs_no_text_and_no_tokenizer(command: Any, tiny: Path, tmp_path: Path) -> None:

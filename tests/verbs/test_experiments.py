@@ -7,7 +7,7 @@ import pytest
 import yaml
 from verbs.conftest import read
 
-from kncompress.commands.presets import config_folder
+from kncompress.cli.presets import config_folder
 
 EXPERIMENTS = sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))
 GLUE = [name for name in EXPERIMENTS if name.startswith("glue")]

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from models.conftest import config_of, random_model
 from safetensors.torch import load_file, safe_open, save_file
+from tiny_models import config_of, random_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,11 +27,11 @@ from transformers import (
 from verbs.conftest import read
 
 from kncompress.__main__ import main
+from kncompress.anatomy.plan import Plan, RightFactor
+from kncompress.compression.compress import compress_
+from kncompress.formats.onnx_session import largest_difference
+from kncompress.formats.pretrained import save_model
 from kncompress.kron import parse_shape
-from kncompress.models.compress import compress_
-from kncompress.models.onnx_session import largest_difference
-from kncompress.models.plan import Plan, RightFactor
-from kncompress.models.pretrained import save_model
 
 IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(3))
 FACTORS = """
@@ -382,7 +382,7 @@ def test_a_damaged_file_writes_nothing(command: Any, tiny: Path, tmp_path: Path)
 
 
 def test_a_missing_package_is_named(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kncompress.models.onnx_graph.PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr("kncompress.formats.onnx_graph.PACKAGES", ("onnx", "no_such_package"))
     code, _, err = command("export", "format=onnx")
     assert code == 2 and "format=onnx: needs the package no_such_package: pip install 'kncompress[onnx]'" in err
     assert list(Path().iterdir()) == []

@@ -16,10 +16,10 @@ PROMPT = "The river, in spring,"
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled teacher with all feed-forward maps halved."""
-    from kncompress.models.compress import compress_
-    from kncompress.models.plan import Plan, RightFactor
-    from kncompress.models.pretrained import load_model, save_model
-    from kncompress.tasks.student import locate
+    from kncompress.anatomy.plan import Plan, RightFactor
+    from kncompress.compression.compress import compress_
+    from kncompress.formats.pretrained import load_model, save_model
+    from kncompress.training.student import locate
 
     teacher = locate("asset:mini")
     model = load_model(teacher, dtype=torch.float32)

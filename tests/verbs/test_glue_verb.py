@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glue_files import make_glue, write
+from glue_layout import make_glue, write
 from transformers import AutoModelForSequenceClassification
 from verbs.conftest import read
 

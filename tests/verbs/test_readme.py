@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glue_files import make_glue
+from glue_layout import make_glue
 from verbs.conftest import read
 
 import kncompress
 from kncompress.__main__ import VERBS, main
-from kncompress.commands.presets import defaults_of
-from kncompress.commands.schema import sections
+from kncompress.cli.presets import defaults_of
+from kncompress.cli.schema import sections
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(kncompress.__file__).parent

@@ -247,7 +247,7 @@ def test_a_resumed_run_is_not_repaired_again(
     def refuse(*_: Any) -> None:
         raise AssertionError("repaired again")
 
-    monkeypatch.setattr("kncompress.models.compress.BlockRepair", refuse)
+    monkeypatch.setattr("kncompress.compression.compress.BlockRepair", refuse)
     code, _, err = command("train", "resume=run")
     assert code == 0, err
     again = read(Path("run"), "result.json")["metrics"]

@@ -89,7 +89,7 @@ def test_every_field_of_the_jobs_of_a_sweep(command: Any, wandb_words: list[str]
 def _dashboards_find_what_they_show(log: list[Any], without_weight: set[str]) -> None:
     """Every name in the panels of ``dashboard`` is one that the run has logged."""
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboard)")
-    from kncompress.tracking.dashboard import as_json, workspace
+    from kncompress.reports.dashboard import as_json, workspace
 
     panels = as_json(workspace("team", "p", "Compression"))
     config, summary, logged = merged(log, "config"), merged(log, "summary"), set().union(*history(log))

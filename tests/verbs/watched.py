@@ -14,7 +14,7 @@ from kncompress.__main__ import main
 
 
 def _watch() -> None:
-    from kncompress.tasks.pretraining import ILKDPretraining
+    from kncompress.training.pretraining import ILKDPretraining
 
     trained = ILKDPretraining.training_step
 

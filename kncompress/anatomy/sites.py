@@ -1,0 +1,146 @@
+"""The linear maps of one model, from its family's table; no weights are needed, a transformers config is enough."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from kncompress.anatomy.families import FAMILIES, Family
+from kncompress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One map of one model: its canonical name, where it lives, and its size."""
+
+    name: str
+    group: str
+    """``embedding``, ``head``, ``qkv``, ``o`` or ``mlp``."""
+    layer: int | None
+    module: str
+    """Path in the base model; in the whole model for the head."""
+    part: str | None
+    """Name of this map inside a fused module; None where the module is the map."""
+    start: int
+    """First row of this map in the fused weight (out, in), or in each of its blocks."""
+    blocks: int
+    """Equal blocks of the fused weight that hold some rows of each map: 1, or as many as there are heads."""
+    out_features: int
+    in_features: int
+    conv1d: bool
+    mirrored: bool
+    std: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All maps of one model in forward order, by canonical name."""
+
+    family: Family
+    sites: Mapping[str, Site]
+    layers: int
+    tied: bool
+    """The head's weight is the embedding's."""
+    has_head: bool
+
+    def modules(self) -> Iterator[tuple[str, list[Site]]]:
+        """Each module that holds maps, with its maps in the order of their outputs."""
+        for module, sites in groupby(self.sites.values(), key=lambda site: site.module):
+            yield module, list(sites)
+
+
+def anatomy_of(source: Any, config: Any = None) -> Anatomy:
+    """Anatomy of a transformers model or config (of a config: with a language-model head).
+
+    The head is a map of its own (``head``) only where it is not tied to the embedding.
+
+    Args:
+        source: the model or its config; no weights are read.
+        config: what to go by instead of the model's own config, e.g. one of fewer layers.
+
+    Raises:
+        UserError: the family has no table.
+    """
+    if config is None:
+        config = getattr(source, "config", source)
+    family = family_of(source, config)
+    sizes = family.sizes(config)
+    has_head = not hasattr(source, "named_modules") or _has(source, family.head)
+    tied = bool(getattr(config, "tie_word_embeddings", True))
+    sites = [_end("embedding", family.embedding, sizes, family.std(config, False))]
+    for layer in range(sizes["layers"]):
+        sites.extend(_layer_sites(family, config, sizes, layer))
+    if has_head and not tied:
+        sites.append(_end("head", family.head, sizes, family.std(config, False)))
+    return Anatomy(family, {site.name: site for site in sites}, sizes["layers"], tied, has_head)
+
+
+def family_of(source: Any, config: Any = None) -> Family:
+    """The table of a transformers model or config.
+
+    Raises:
+        UserError: there is none; tells the module types that hold the model's matrices.
+    """
+    config = getattr(source, "config", source) if config is None else config
+    model_type = getattr(config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    kinds = _matrix_modules(source)
+    found = "; it has " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) if kinds else ""
+    raise UserError(
+        f"model_type={model_type}: no table of its maps{found}; known: {', '.join(sorted(FAMILIES))}; a new family is "
+        "one entry of the table in kncompress/anatomy/families.py: the paths of its maps, which are fused, their sizes"
+    )
+
+
+def _has(model: Any, path: str) -> bool:
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model is not None
+
+
+def _matrix_modules(source: Any) -> Counter[str]:
+    """How many modules of each type hold a matrix; nothing for a config that transformers builds no model of."""
+    if not hasattr(source, "named_modules"):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                source = AutoModelForCausalLM.from_config(source)
+        except Exception:  # any family's own code; the message goes without the types
+            return Counter()
+    return Counter(
+        type(module).__name__
+        for _, module in source.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    )
+
+
+def _end(name: str, module: str, sizes: dict[str, int], std: float) -> Site:
+    """Embedding or head: both (vocabulary, width of the embedding), never fused."""
+    width = sizes.get("embedding", sizes["width"])
+    return Site(name, name, None, module, None, 0, 1, sizes["vocabulary"], width, False, False, std)
+
+
+def _layer_sites(family: Family, config: Any, sizes: dict[str, int], layer: int) -> Iterator[Site]:
+    fused = Counter(row.module for row in family.rows)
+    start: Counter[str] = Counter()
+    for row in family.rows:
+        blocks = sizes[row.outputs] // sizes["head"] if family.by_head and fused[row.module] > 1 else 1
+        yield Site(
+            name=f"layers.{layer}.{row.name}",
+            group=row.group,
+            layer=layer,
+            module=f"{family.layers}.{layer}.{row.module}",
+            part=row.name.rpartition(".")[2] if fused[row.module] > 1 else None,
+            start=start[row.module],
+            blocks=blocks,
+            out_features=sizes[row.outputs],
+            in_features=sizes[row.inputs],
+            conv1d=family.conv1d,
+            mirrored=row.mirrored,
+            std=family.std(config, row.residual),
+        )
+        start[row.module] += sizes[row.outputs] // blocks

@@ -1,0 +1,162 @@
+"""Composition through Hydra, and the typed config that a verb gets.
+
+``compose`` gives Hydra's config; ``typed`` merges its plain container into the dataclass schema, which finds
+every key and type that Hydra lets pass. All that a user can get wrong becomes one UserError of one line.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError, safe_load
+
+from kncompress.cli.presets import config_folder, preset_file
+from kncompress.cli.schema import nearest_key, unknown_keys
+from kncompress.cli.spelling import choices_hint
+from kncompress.config import RunConfig
+from kncompress.errors import UserError
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def open_hydra(name: str) -> Hydra:
+    """A fresh Hydra that reads ``conf/``; ``name`` names the job and its log file."""
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2(name, create_config_search_path(str(config_folder())))
+
+
+def compose(hydra: Hydra, config_name: str, overrides: list[str], sweep: bool = False) -> DictConfig:
+    """Hydra's config, its ``hydra`` node included. Raises UserError."""
+    with _one_line():
+        return hydra.compose_config(
+            config_name,
+            overrides,
+            run_mode=RunMode.MULTIRUN if sweep else RunMode.RUN,
+            with_log_configuration=False,
+            from_shell=False,
+        )
+
+
+def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None = None) -> C:
+    """The dataclass instance that ``composed`` describes; ``choices`` (group: preset) tells a key's file.
+
+    Raises UserError for unknown keys, wrong types, unresolved ``${...}`` and what the dataclasses refuse.
+    """
+    plain = {key: value for key, value in _container(composed).items() if key != "hydra"}
+    for key in unknown_keys(config, plain):
+        raise UserError(f"{key}: unknown key{_origin(key, choices or {})}; {nearest_key(config, key)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(config), plain)
+        _resolve(cast(DictConfig, merged))
+        return cast(C, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise UserError(f"{_pair(key, plain)}: {_reason(error)}{_origin(key, choices or {})}") from None
+
+
+def check_homes(config: RunConfig, prose: tuple[str, ...]) -> None:
+    """Raises UserError for a value, except of the keys ``prose``, that begins with ``~`` and a user who is unknown."""
+    for key, text in _strings(_container(OmegaConf.structured(config))):
+        if key.split("[")[0] not in prose:
+            home(text, key)
+
+
+def home(text: str, key: str) -> Path:
+    """The path ``text`` with the folder of its user. Raises UserError, which names ``key``, for an unknown user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}={text}: {Path(text).parts[0]} is no user of this machine; ./~... is a file") from None
+
+
+def _container(node: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+
+
+def _resolve(config: DictConfig) -> None:
+    """Resolve ``${...}`` in place, one leaf at a time, so that the message can name the key."""
+    for path, text in _strings(_container(config)):
+        if "${" in text:
+            try:
+                OmegaConf.select(config, path, throw_on_missing=True)
+            except InterpolationResolutionError as error:
+                raise UserError(f"{path}={text}: {_reason(error)}") from None
+    OmegaConf.resolve(config)
+
+
+def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _strings(inner, f"{path}[{index}]")
+    elif isinstance(value, str):
+        yield path, value
+
+
+def _reason(error: Exception) -> str:
+    """The first line of OmegaConf's or Hydra's message, without the exception's name."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    _, found, inner = lines[0].partition("raised while resolving interpolation: ")
+    return inner.strip("\"'") if found else lines[0]
+
+
+def _pair(key: str, plain: dict[str, Any]) -> str:
+    value: Any = plain
+    for part in key.replace("[", ".[").split("."):
+        try:
+            value = value[int(part[1:-1])] if part.startswith("[") else value[part]
+        except (KeyError, IndexError, TypeError):
+            return key
+    return f"{key}={value}"
+
+
+def _origin(key: str, choices: dict[str, Any]) -> str:
+    """`` (in conf/experiment/x.yaml)`` where a preset's YAML holds ``key``, else nothing (command line)."""
+    for group, chosen in choices.items():
+        for option in chosen if isinstance(chosen, list) else [chosen]:
+            file = preset_file(group, str(option))
+            if file is None or group.startswith("hydra/"):
+                continue
+            text = file.read_text(encoding="utf-8")
+            whole = key if text.startswith("# @package _global_") else key.removeprefix(f"{group}.")
+            if whole == key and not text.startswith("# @package _global_"):
+                continue
+            values: Any = safe_load(text)
+            for part in whole.split("[")[0].split("."):
+                values = values.get(part) if isinstance(values, dict) and part in values else None
+            if values is not None:
+                return f" (in {Path('conf') / group / f'{option}.yaml'})"
+    return ""
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what Hydra raises about the user's words into UserError."""
+    try:
+        yield
+    except OverrideParseException as error:
+        raise UserError(f"{error.override}: not a valid override; {_reason(error)}") from None
+    except MissingConfigException as error:
+        name = error.missing_cfg_file or "config"
+        group, _, option = name.rpartition("/")
+        hint = choices_hint(option, error.options or [])
+        raise UserError(f"{group or 'config'}={option}: no such preset; {hint}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__
+        words = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+        detail = _reason(cause) if isinstance(cause, OmegaConfBaseException) else ""
+        raise UserError(": ".join(part for part in (words, detail) if part)) from None
+    except YAMLError as error:
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None

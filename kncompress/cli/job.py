@@ -1,0 +1,241 @@
+"""One job as Hydra's launchers call it: its environment, its outcome, and what is written when it fails.
+
+``run_job`` never raises an ordinary exception, so that one failing job does not stop a sweep. Its outcome is
+in ``result.json``: ``status``, ``metrics`` and, where it failed, ``error`` and ``exit_code``.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from kncompress.cli.compose import typed
+from kncompress.cli.sweep_folder import FILE, done_elsewhere, not_own
+from kncompress.cli.sweep_table import write_sweep_table
+from kncompress.cli.verbs import Verb
+from kncompress.errors import CheckFailed, UserError
+from kncompress.runs.process import outcome as outcome_of
+from kncompress.runs.process import process_rank
+from kncompress.runs.run_folder import RUN_DIR, discard, in_use, inherited
+from kncompress.runs.whole_file import read_object, write_text
+from kncompress.training import signals
+
+_DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
+FAILED = ".failed"
+"""File in a sweep's folder once a job has failed, where that is to stop it."""
+_CHILD_WAITS = 30.0
+"""Seconds that a failed process of a distributed run gives the main process to fail by itself."""
+_OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every job of one command has in common; plain data, so that launchers can send it elsewhere."""
+
+    verb: Verb
+    spoken: dict[str, str] = field(default_factory=dict)
+    """``{Hydra's override: the user's word}`` for presets that stand for paths."""
+    sweep_dir: Path | None = None
+    fail_fast: bool = False
+    """Whether a failed job of the sweep keeps the later ones from starting."""
+    words_of_all: tuple[str, ...] | None = None
+    """The user's words where Hydra's overrides do not tell them (``resume=``)."""
+
+    def words(self, overrides: list[str]) -> list[str]:
+        """``overrides`` of Hydra as the user would type them for this job alone."""
+        if self.words_of_all is not None:
+            return list(self.words_of_all)
+        return [self.spoken.get(word.lstrip("+"), word.removeprefix("++")) for word in overrides]
+
+    def __call__(self, composed: DictConfig) -> dict[str, Any]:
+        """Hydra's task function: returns the outcome."""
+        return run_job(self, composed)
+
+
+class Interrupted(BaseException):
+    """A signal ended a job, and with it the command; carries the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
+    """Run one job in the folder that Hydra has made; return ``{"status", "exit_code", ...}``.
+
+    Raises Interrupted after a signal, when the outcome is written.
+    """
+    hydra = HydraConfig.get()
+    folder = inherited() or Path(hydra.runtime.output_dir)
+    words = job.words(list(hydra.overrides.task))
+    _one_handler()
+    if job.sweep_dir is not None and job.fail_fast and (job.sweep_dir / FAILED).exists():
+        if "resume" not in composed or composed.resume is None:
+            discard(folder, made=True)
+        return {"status": "pending", "exit_code": 0}
+    if job.sweep_dir is not None and process_rank() == 0 and done_elsewhere(folder):
+        # A queue such as SLURM's may still hold the jobs of an earlier command that was killed.
+        print(f"job {folder.name}: finished or at work elsewhere", flush=True)
+        return {"status": "elsewhere", "exit_code": 0}
+    if job.sweep_dir is not None:
+        print(f"job {folder.name}: {' '.join(words)}", flush=True)
+    before = _stamp(folder)
+    try:
+        config = typed(job.verb.config, composed)
+        config.run_dir = str(folder)
+        with _environment(job, words, folder):
+            module = importlib.import_module(job.verb.module)
+            returned = module.run(config, folder)
+        outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
+        if isinstance(returned, dict):
+            outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
+    except BaseException as error:
+        outcome = _failure(error)
+        if signals.received() is None and not isinstance(error, UserError | CheckFailed):
+            _log_traceback(error, on_stderr=job.sweep_dir is None)
+    number = signals.received()
+    if number is not None:
+        outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
+    if process_rank() == 0:
+        try:
+            _record(job, folder, outcome, words, began=_stamp(folder) != before)
+        except OSError as error:  # a full disk, say
+            if not outcome["exit_code"]:
+                outcome = {"status": "failed", "exit_code": 1, "error": f"the outcome cannot be written: {error}"}
+    elif inherited() is not None:
+        return _end_of_child(outcome)
+    if outcome["status"] == "interrupted":
+        raise Interrupted(outcome["exit_code"])
+    if outcome["exit_code"]:
+        name = f"job {folder.name}: " if job.sweep_dir is not None else ""
+        print(f"kncompress: {name}{outcome['error']}", file=sys.stderr, flush=True)
+    return outcome
+
+
+def _end_of_child(outcome: dict[str, Any]) -> dict[str, Any]:
+    """The outcome with which a process that Lightning has started beside the main one leaves.
+
+    Lightning kills the main process, and a whole sweep with it, when a child ends with an exit code. So a stop that
+    all processes agreed on is no error here; and after a failure the main process, whose connection is closed by now,
+    gets the time to fail in order and to end this one (``end_children``). If it hangs instead, it is killed.
+    """
+    if outcome["exit_code"] and outcome["status"] != "interrupted":
+        parent, until = os.getppid(), time.monotonic() + _CHILD_WAITS
+        while os.getppid() == parent and time.monotonic() < until:
+            time.sleep(0.2)
+        return outcome
+    return outcome | {"exit_code": 0}
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    status, code = outcome_of(error)
+    text = " ".join(str(error).split())
+    if status == "failed" and not isinstance(error, UserError | CheckFailed):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return {"status": status, "exit_code": code} | ({"error": text} if code else {})
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Tells one ``run.json`` from another, each of which is written anew."""
+    with contextlib.suppress(OSError):
+        found = (folder / "run.json").stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], began: bool) -> None:
+    """Complete ``result.json`` and ``run.json``, which a verb writes itself when it ends, and the sweep's table.
+
+    ``began``: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
+    """
+    if in_use(folder):
+        return  # this job was refused, for another process is at work in the folder
+    if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
+        return  # a single run that never began leaves nothing
+    file = folder / "result.json"
+    result = read_object(file) or {"verb": job.verb.name, "metrics": outcome.get("metrics", {}), "model": None}
+    changes = {key: value for key, value in outcome.items() if key != "metrics"}
+    if outcome["status"] != "finished" or not file.exists():
+        result |= changes
+        write_text(file, json.dumps(result, indent=2) + "\n")
+    if began:
+        _complete(folder / "run.json", outcome)
+    hydra_words = folder / ".hydra" / "overrides.yaml"
+    if hydra_words.exists():
+        kept = not_own(words) if job.sweep_dir is not None else words
+        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(kept)))
+    if job.sweep_dir is not None and outcome["exit_code"] and job.fail_fast:
+        (job.sweep_dir / FAILED).touch()
+    if job.sweep_dir is not None and (job.sweep_dir / FILE).exists():
+        write_sweep_table(job.sweep_dir)
+
+
+def _complete(file: Path, outcome: dict[str, Any]) -> None:
+    """The status that the job ended with, where its record has another: a signal came, or an error, as it ended."""
+    run = read_object(file)
+    if run and run.get("status") != outcome["status"]:
+        changed = {"status": outcome["status"], "error": outcome.get("error")}
+        write_text(file, json.dumps(run | changed, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _environment(job: Job, words: list[str], folder: Path) -> Iterator[None]:
+    """Make this process look as if it ran this job alone, since DDP starts its children by ``sys.argv``.
+
+    Afterwards the process group and the variables of the distributed run are gone: the next job of a sweep
+    would wait for processes that no longer exist.
+    """
+    argv, before = sys.argv, {name: os.environ.get(name) for name in _DISTRIBUTED}
+    single = ["hydra.mode=RUN"] if job.sweep_dir is not None else []
+    sys.argv = [argv[0], job.verb.name, *words, *single]
+    os.environ[RUN_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _one_handler() -> None:
+    """Leave Hydra's handlers alone to write log lines: Lightning's own would write each a second time.
+
+    Hydra's line about the next job of a sweep would stand in the log of the job before.
+    """
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    for name in _OWN_HANDLERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _log_traceback(error: BaseException, on_stderr: bool) -> None:
+    """The traceback to the log file of the job, and to standard error in a single run."""
+    info: tuple[type[BaseException], BaseException, TracebackType | None]
+    info = (type(error), error, error.__traceback__)
+    record = logging.getLogger("kncompress").makeRecord(
+        "kncompress", logging.ERROR, __file__, 0, "the job failed", (), info
+    )
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    for handler in files:
+        handler.handle(record)
+    if on_stderr or not files:
+        traceback.print_exception(*info)

@@ -1,0 +1,170 @@
+"""``resume=``: which run is continued, and that its saved configuration is the one asked for."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kncompress.cli.compose import compose, typed
+from kncompress.cli.presets import existing_path, groups
+from kncompress.cli.spelling import nearest
+from kncompress.cli.verbs import Verb
+from kncompress.config import RunConfig
+from kncompress.errors import UserError
+from kncompress.runs.config_file import read_config
+from kncompress.runs.process import process_rank
+from kncompress.runs.run_folder import discard, in_use
+
+OWN = ("run_dir", "resume", "fail_fast")
+"""Keys that tell where and how a run or a sweep runs, not what it computes."""
+
+
+def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[str]) -> tuple[Path, str]:
+    """Make the saved config of a run a primary config of Hydra; return the folder and the config's name.
+
+    Raises UserError where the folder holds no run of this verb or an override differs from the saved value.
+    """
+    folder = unfinished_run(verb, folder_text)
+    saved = _saved(verb, folder)
+    _refuse_differences(hydra, verb, folder_text, overrides, saved)
+    name = f"resumed_{verb.name}"
+    node = _literal(saved) | {"run_dir": _literal(str(folder)), "resume": _literal(str(folder))}
+    ConfigStore.instance().store(name=name, node=node, provider="resume")
+    return folder, name
+
+
+def unfinished_run(verb: Verb, text: str) -> Path:
+    """The folder that ``resume=`` names. Raises UserError where it holds no unfinished run of ``verb``."""
+    folder = existing_path(text)
+    if folder is None or not folder.is_dir():
+        parent = Path(text).expanduser().parent
+        siblings = [str(parent / entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+        near = nearest(text, siblings)
+        raise UserError(f"resume={text}: no such run folder{f'; nearest: {near}' if near else ''}")
+    for name in ("run.json", "config.yaml"):
+        if not (folder / name).is_file():
+            raise UserError(f"resume={text}: not a run folder (no {name} in it)")
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        begun, status = run["verb"], run["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"resume={text}: its run.json is damaged; start a new run") from None
+    if begun != verb.name:
+        raise UserError(f"resume={text}: a run of {begun}, not of {verb.name}")
+    if status == "finished":
+        raise UserError(f"resume={text}: this run is finished; name the folder of an unfinished run")
+    if process_rank() == 0 and in_use(folder):  # the others of a distributed run find the first at work
+        raise UserError(f"resume={text}: another process is at work in it; wait or name another folder")
+    return folder
+
+
+def plain(verb: Verb, composed: DictConfig) -> dict[str, Any]:
+    """``composed`` checked against the verb's schema, with every default, as a nested dict."""
+    config = OmegaConf.structured(typed(verb.config, composed))
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
+def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
+    """``resume=auto``: the folder of the run that ``config`` describes, or None for a new run.
+
+    With ``run_dir`` the run in that folder; without it the newest unfinished one among ``runs/<name>-*``.
+
+    Raises:
+        UserError: the run in ``run_dir`` is finished, or has another configuration: names the keys that differ.
+    """
+    given = _plain_of(config)
+    if config.run_dir is not None:
+        folder = Path(config.run_dir).expanduser().absolute()
+        if not (folder / "run.json").is_file():
+            discard(folder, made=False)  # what a process left that was killed before its run began
+            return None
+        unfinished_run(verb, str(folder))
+        _refuse(str(folder), _differences(_saved(verb, folder), given))
+        return folder
+    for folder in sorted(Path("runs").absolute().glob(f"{name}-*"), reverse=True):
+        with contextlib.suppress(UserError):
+            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given):
+                return folder
+    return None
+
+
+def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """``{key: (saved, given)}`` of all keys in which the run in ``folder`` differs from ``config``."""
+    return _differences(_saved(verb, folder), _plain_of(config))
+
+
+def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
+    try:
+        values = read_config(folder / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        raise UserError(f"resume={folder}: its config.yaml is damaged; start a new run") from None
+    return plain(verb, cast(DictConfig, OmegaConf.create(_literal(values))))
+
+
+def _plain_of(config: RunConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=False))
+
+
+def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[str], saved: dict[str, Any]) -> None:
+    names = [override.lstrip("+").partition("=")[0] for override in overrides]
+    names = [name for name in names if name not in OWN and not name.startswith("hydra")]
+    if not names:
+        return
+    composed = compose(hydra, verb.name, [*overrides])
+    given = plain(verb, composed)
+    touched = []
+    for name in names:
+        if name == "experiment":
+            touched += [path for path in _leaves(composed) if not path.startswith("hydra.")]
+        elif name in groups():
+            touched += [path for path in _leaves(composed) if path.startswith(f"{name}.")]
+        else:
+            touched.append(name)
+    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in OWN}
+    _refuse(folder, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{key: (saved, given)}`` of all keys whose values differ."""
+    paths = dict.fromkeys([*_leaves_of(saved), *_leaves_of(given)])
+    pairs = {path: (_at(saved, path), _at(given, path)) for path in paths if path not in OWN}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _refuse(folder: str, differences: dict[str, tuple[Any, Any]]) -> None:
+    if differences:
+        given = ", ".join(f"{path}={new}" for path, (_, new) in differences.items())
+        saved = ", ".join(f"{path}={old}" for path, (old, _) in differences.items())
+        raise UserError(f"{given}: the run in {folder} has {saved}; leave it out, or start a new run")
+
+
+def _leaves(node: DictConfig) -> list[str]:
+    return _leaves_of(OmegaConf.to_container(node, resolve=False))
+
+
+def _leaves_of(value: Any, path: str = "") -> list[str]:
+    """Paths of all values inside nested dicts."""
+    if isinstance(value, dict) and value:
+        return [leaf for key, inner in value.items() for leaf in _leaves_of(inner, f"{path}.{key}" if path else key)]
+    return [path]
+
+
+def _at(values: Any, path: str) -> Any:
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _literal(value: Any) -> Any:
+    """``value`` with ``${`` escaped in all its strings: saved values are resolved, and looked up no more."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

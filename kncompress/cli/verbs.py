@@ -1,0 +1,42 @@
+"""What a verb is: one row of the table in ``__main__``."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kncompress.config import RunConfig
+
+_LITERAL = re.compile(r"'.*'|\".*\"|\[.*\]", re.DOTALL)
+"""A string in quotes, or a list, of Hydra's grammar."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    ``module`` is imported when the configuration is valid. It has ``run(config, run_dir) -> dict | None``
+    and may have ``check(config)``, a cheap validation that raises UserError before anything is written.
+    """
+
+    name: str
+    config: type[RunConfig]
+    module: str
+    summary: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second names of groups: {"teacher": "model"}."""
+    texts: tuple[str, ...] = ()
+    """Keys whose values are prose, with commas, quotes and brackets of its own."""
+
+    def canonical(self, word: str) -> str:
+        """A word of the command line with the group's own name: ``teacher.path=x`` is ``model.path=x``.
+
+        Prose is put in quotes, unless it comes in quotes or is a list.
+        """
+        key, equals, value = word.partition("=")
+        signs = key[: len(key) - len(key.lstrip("+~"))]
+        if key[len(signs) :] in self.texts and value != "null" and not _LITERAL.fullmatch(value):
+            from kncompress.cli.overrides import quoted
+
+            value = quoted(value)
+        first, dot, rest = key[len(signs) :].partition(".")
+        return f"{signs}{self.aliases.get(first, first)}{dot}{rest}{equals}{value}"

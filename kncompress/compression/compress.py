@@ -1,0 +1,151 @@
+"""Replace a model's dense maps by Kronecker sums, in place, and report what that saves and costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kncompress.anatomy.layerdrop import config_of_layers, keep_layers_
+from kncompress.anatomy.plan import Plan
+from kncompress.anatomy.sites import Anatomy, anatomy_of
+from kncompress.anatomy.swap import tie_head_
+from kncompress.compression.arrangement import arrange_
+from kncompress.compression.factoring import CALIBRATED, STARTS, Factoring, Start
+from kncompress.compression.fitting import Fitted, Progress, Work
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.repair import BlockRepair
+from kncompress.compression.report import CompressionReport, MapReport
+from kncompress.config import CalibrationConfig
+from kncompress.errors import UserError
+from kncompress.formats.plugin import KroneckerConfig
+from kncompress.kron import KroneckerShape, Shape
+
+__all__ = ["CompressionReport", "MapReport", "Start", "compress_", "factored_maps", "unique_parameters"]
+
+
+def unique_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def compress_(
+    model: Any,
+    plan: Plan,
+    start: Start = "nearest",
+    progress: Progress | None = None,
+    layers: Sequence[int] | None = None,
+    text: CalibrationText | None = None,
+    settings: CalibrationConfig | None = None,
+) -> CompressionReport:
+    """Replace the maps that ``plan`` names by Kronecker sums, in place.
+
+    A tied head stays tied: it shares the embedding's factors. Biases are kept, and corrected where the fit knows the
+    inputs' means. The plan is written into ``model.config``, so that plain ``save_pretrained`` makes a folder that
+    loads again.
+
+    Args:
+        model: dense transformers model, with a language-model head, another head or none.
+        plan: which map becomes which shape.
+        start: ``nearest``: factors nearest to the weights in the Frobenius norm; ``random``: random factors
+            whose formed weight has the standard deviation of the family's fresh weights; ``calibrated``: those with
+            the least error on what the maps see when the dense model reads ``text``; ``sequential``: the same, but
+            each layer on what the factored layers before it give it, against the dense model's outputs.
+        progress: called with what is being fitted and the share of the work that is done.
+        layers: layers to keep, counted from 0, rising; the others are dropped first, and ``plan`` counts those
+            that are kept. None: all.
+        text: for ``calibrated`` and ``sequential``.
+        settings: gauge, and how to calibrate; None: by default.
+
+    Raises:
+        UserError: the plan does not fit the model, the model has no such layers, is factored already, or there is no
+            text where one is needed; nothing is changed then. The model's activations are not finite: layers may be
+            factored or dropped already.
+    """
+    if start not in STARTS:
+        raise UserError(f"start={start}: not one of {', '.join(STARTS)}")
+    whole = anatomy_of(model)
+    anatomy = whole if layers is None else anatomy_of(model, config_of_layers(model.config, layers))
+    shapes = plan.resolve(anatomy)
+    if factored_maps(model):
+        raise UserError("model: its maps are factored already; make it dense first (to_dense)")
+    settings = settings or CalibrationConfig()
+    if start in CALIBRATED and text is None:
+        raise UserError(f"start={start}: needs a text to calibrate on")
+    if settings.repair and (text is None or start == "random"):
+        raise UserError(f"calibration.repair={settings.repair}: needs a text, and a start other than random")
+    if settings.repair and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise UserError(f"calibration.repair={settings.repair}: needs a model in float32; its steps would be lost")
+    before = unique_parameters(model)
+    if layers is not None:
+        keep_layers_(model, layers)
+    work, repair = Work(progress), None
+    arrangement = None
+    if settings.symmetries and shapes and start != "random" and not next(model.parameters()).is_meta:
+        arrangement = arrange_(model, shapes, settings, text if start in CALIBRATED else None, work)
+        settings = replace(settings, moments=None)  # what is kept there is of the model as it was
+    if settings.repair and shapes and text is not None and not next(model.parameters()).is_meta:
+        repair = BlockRepair(model, shapes, text, settings, work)
+    fits = Factoring(model, anatomy, shapes, settings, work).run(start, text)
+    if shapes:
+        tie_head_(model, anatomy)
+        model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})
+    repaired = None if repair is None else repair.run()
+    rows = _rows(anatomy, shapes, fits)
+    saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
+    return CompressionReport(
+        rows,
+        before,
+        unique_parameters(model),
+        _multiply_adds(whole),
+        _multiply_adds(anatomy) - saved,
+        None if layers is None else tuple(layers),
+        work.seconds_moments,
+        repaired,
+        arrangement=arrangement,
+    )
+
+
+def factored_maps(model: Any) -> dict[str, str]:
+    """{map name: shape text} of a compressed model; empty for a dense one."""
+    config = getattr(model.config, "quantization_config", None)
+    return dict(config.maps) if isinstance(config, KroneckerConfig) else {}
+
+
+def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitted]) -> tuple[MapReport, ...]:
+    rows = []
+    for name, shape in shapes.items():
+        fitted = fits.get(name)
+        if name == "embedding":
+            assert isinstance(shape, KroneckerShape)
+            rows.append(_map_row(name, shape, shape.parameters, fitted, (shape.terms * shape.in_features, 0)))
+        else:
+            rows.append(_map_row(name, shape, shape.parameters, fitted))
+    if "embedding" in shapes and anatomy.tied and anatomy.has_head:
+        rows.append(_map_row("head", shapes["embedding"], 0, fits.get("embedding")))
+    return tuple(rows)
+
+
+def _map_row(
+    name: str, shape: Shape, parameters: int, fitted: Fitted | None, adds: tuple[int, int] | None = None
+) -> MapReport:
+    """``adds``: multiply-adds, factored and dense, of what is no product of a vector: a look-up."""
+    return MapReport(
+        name,
+        str(shape),
+        parameters,
+        shape.dense_parameters if parameters else 0,
+        *(adds or (shape.multiply_adds, shape.dense_multiply_adds)),
+        None if fitted is None else fitted.error,
+        None if fitted is None else fitted.weighted,
+    )
+
+
+def _multiply_adds(anatomy: Anatomy) -> int:
+    """Of all dense maps, per token; a look-up costs none, a tied head as much as its own would."""
+    total = sum(site.out_features * site.in_features for site in anatomy.sites.values() if site.group != "embedding")
+    if anatomy.tied and anatomy.has_head:
+        embedding = anatomy.sites["embedding"]
+        total += embedding.out_features * embedding.in_features
+    return total

@@ -1,0 +1,193 @@
+"""Factors for one map: nearest to its weight, or with the least error on its inputs; and how long that takes."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kncompress.anatomy.sites import Site
+from kncompress.config import CalibrationConfig
+from kncompress.kron import (
+    Factors,
+    HybridShape,
+    KroneckerShape,
+    Moment,
+    PreparedMoment,
+    Shape,
+    calibrated_embedding,
+    calibrated_factors,
+    calibrated_hybrid,
+    corrected_bias,
+    nearest_factors,
+    nearest_hybrid,
+    regauge,
+    weighted_error,
+)
+from kncompress.kron.moments import formed_rows
+
+Progress = Callable[[str, float], None]
+"""Called with what is worked on, and the share of the whole work that is done."""
+
+_SPREAD = 1e-5
+"""Share of the inputs' mean square that must vary for a fit to be centred."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Numbers for one factored map."""
+
+    parts: tuple[Factors, ...]
+    """Factors; several of a hybrid."""
+    bias: Tensor | None
+    """(M,), corrected where that was asked for; None for a map without bias."""
+    error: float
+    """||W - W_hat|| / ||W||, Frobenius."""
+    weighted: float | None = None
+    """Relative error of the outputs on the calibration text; None where there was none."""
+
+
+@dataclass
+class Work:
+    """How much is done, in about multiply-adds, told to ``progress``."""
+
+    progress: Progress | None = None
+    total: float = field(default=0.0, init=False)
+    done: float = field(default=0.0, init=False)
+    seconds_moments: float = field(default=0.0, init=False)
+    """Time spent on moments."""
+
+    def begin(self, what: str) -> None:
+        """Tell what comes now."""
+        if self.progress is not None:
+            self.progress(what, min(1.0, self.done / self.total) if self.total else 0.0)
+
+    def expect(self, cost: float) -> None:
+        """There is more to be done."""
+        self.total += cost
+
+    @contextmanager
+    def moments(self) -> Iterator[None]:
+        """Count the time of this block as spent on moments."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_moments += time.perf_counter() - began
+
+    def finish(self, cost: float) -> None:
+        """Count what is done."""
+        self.done += cost
+
+
+class InputMoment:
+    """The moment of an input, prepared once for all maps that read it, centred for those whose bias is corrected."""
+
+    def __init__(self, moment: Moment) -> None:
+        self.moment = moment
+        self._prepared: dict[bool, PreparedMoment] = {}
+
+    def prepared(self, centred: bool) -> PreparedMoment:
+        """The moment, made safe to divide by; not centred where nothing but rounding would be left (one token)."""
+        if centred:
+            trace = float(self.moment.second.diagonal().double().sum())
+            centred = trace - float(self.moment.mean.double().square().sum()) > _SPREAD * trace
+        if centred not in self._prepared:
+            self._prepared[centred] = PreparedMoment(self.moment, centred)
+        return self._prepared[centred]
+
+
+@torch.no_grad()
+def fit_nearest(weight: Tensor, bias: Tensor | None, shape: Shape, settings: CalibrationConfig) -> Fitted:
+    """Factors nearest to ``weight`` (M, N) in the Frobenius norm."""
+    parts = gauged(nearest_parts(weight, shape), settings)
+    return Fitted(parts, bias, frobenius_error(weight, parts))
+
+
+@torch.no_grad()
+def fit_calibrated(
+    weight: Tensor, bias: Tensor | None, shape: Shape, moment: InputMoment, settings: CalibrationConfig
+) -> Fitted:
+    """Factors of ``weight`` (M, N) with the least error on the inputs; the bias (M,) takes the mean of what is left."""
+    correct = bias is not None and settings.bias
+    prepared = moment.prepared(correct)
+    parts = gauged(calibrated_parts(weight, shape, prepared, settings.sweeps), settings)
+    if correct:
+        bias = corrected_bias(bias, weight, parts, moment.moment.mean)
+    return Fitted(parts, bias, frobenius_error(weight, parts), weighted_error(weight, parts, prepared))
+
+
+@torch.no_grad()
+def fit_embedding(
+    weight: Tensor, shape: KroneckerShape, frequencies: Tensor, head: InputMoment | None, settings: CalibrationConfig
+) -> Fitted:
+    """Factors of an embedding (V, D) for tokens of these frequencies (V,) and the inputs of a head tied to it.
+
+    Its weighted error is the root of what is left of both aims together, each counted alike at the start.
+    """
+    history: list[float] = []
+    moment = None if head is None else head.prepared(False)
+    factors = calibrated_embedding(weight, shape, frequencies.to(weight.device), moment, history=history)
+    parts = gauged((factors,), settings)
+    return Fitted(parts, None, frobenius_error(weight, parts), min(history, default=0.0))
+
+
+def nearest_parts(weight: Tensor, shape: Shape) -> tuple[Factors, ...]:
+    """Nearest factors of each part of a shape."""
+    if isinstance(shape, HybridShape):
+        return tuple(nearest_hybrid(weight, shape))
+    return (nearest_factors(weight, shape),)
+
+
+def calibrated_parts(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> tuple[Factors, ...]:
+    """Calibrated factors of each part of a shape."""
+    if isinstance(shape, HybridShape):
+        return tuple(calibrated_hybrid(weight, shape, moment))
+    return (calibrated_factors(weight, shape, moment, sweeps=sweeps),)
+
+
+def gauged(parts: tuple[Factors, ...], settings: CalibrationConfig) -> tuple[Factors, ...]:
+    """The same sums in the gauge asked for."""
+    if settings.gauge == "equal":  # as the fits leave them
+        return parts
+    return tuple(regauge(part, settings.gauge) for part in parts)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def frobenius_error(weight: Tensor, parts: tuple[Factors, ...]) -> float:
+    """||W - W_hat|| / ||W||; 0 where both are null. Formed a few rows at a time, in float32 or better."""
+    error = total = 0.0
+    for rows, formed in formed_rows(weight, parts):
+        block = weight[rows].to(formed.dtype)
+        total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        error += float(torch.linalg.vector_norm(block - formed, dtype=torch.float64)) ** 2
+    if error == 0.0:
+        return 0.0
+    return (error / total) ** 0.5 if total > 0 else math.inf
+
+
+def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int) -> float:
+    """About the multiply-adds of a fit, for the estimate of time."""
+    cost = 0.0
+    outputs, inputs = site.out_features, site.in_features
+    for part in shape.parts if isinstance(shape, HybridShape) else (shape,):
+        small = min(math.prod(part.left), math.prod(part.right))
+        cost += outputs * inputs * (small + 20.0)
+        if calibrated:
+            closed = 1 in (part.left[1], part.right[1])
+            cost += outputs * inputs**2 + (0 if closed else sweeps * 4 * part.terms * outputs * inputs)
+    return cost
+
+
+def moment_cost(sites: list[Site], tokens: int) -> float:
+    """About the multiply-adds of taking the moment of an input and preparing it."""
+    return sites[0].in_features ** 2 * (tokens + 4.0 * sites[0].in_features)
+
+
+def layer_cost(layer: Any, tokens: int) -> float:
+    """About the multiply-adds of one pass of a layer."""
+    return float(tokens * sum(parameter.numel() for parameter in layer.parameters()))

@@ -1,0 +1,108 @@
+"""An inspection as text: one line for equal maps, the totals, what the sides allow, what the presets would give."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from kncompress.compression.compress import CompressionReport
+from kncompress.compression.inspection import BYTES, InspectedMap, Inspection
+
+
+def inspection_text(inspection: Inspection, every_map: bool = False) -> str:
+    """Maps, totals and divisors; with ``every_map`` a line for each map, else equal maps of layers share one."""
+    report = inspection.report
+    kept = "" if report.layers is None else f", the student keeps {number_list(report.layers)}"
+    return "\n".join(
+        [
+            f"{inspection.model_type}, {inspection.teacher_layers} layers{kept}",
+            "",
+            _maps(inspection, every_map),
+            "",
+            _total("unique parameters", report.parameters_after, report.parameters_before),
+            _total("multiply-adds per token", report.multiply_adds_after, report.multiply_adds_before),
+            *(
+                f"{f'bytes in {name}':<24} {size * report.parameters_after:>16,} of {size * report.parameters_before:,}"
+                for name, size in BYTES.items()
+            ),
+            "",
+            "Of a right factor [rows, columns] the rows divide the map's outputs, the columns its inputs:",
+            *(f"{size:>9,}: {', '.join(map(str, found))}" for size, found in inspection.sides.items()),
+        ]
+    )
+
+
+def preset_text(presets: Mapping[str, CompressionReport | str]) -> str:
+    """What each preset would give: {name: the report, or why it does not fit}."""
+    head = ("preset", "parameters", "share", "multiply-adds", "share")
+    cells: list[tuple[str, ...]] = [head]
+    for name, report in presets.items():
+        if isinstance(report, CompressionReport):
+            sides = (
+                (report.parameters_after, report.parameters_before),
+                (report.multiply_adds_after, report.multiply_adds_before),
+            )
+            cells.append((name, *(cell for part, whole in sides for cell in (f"{part:,}", f"{part / whole:.1%}"))))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    widths[0] = max(map(len, ("preset", *presets)))
+    made = {line[0]: _aligned(line, widths, "<>>>>") for line in cells}
+    lines = [made[head[0]]]
+    for name, report in presets.items():
+        lines.append(made.get(name) or f"{name:<{widths[0]}}  does not fit: {report}")
+    return "\n".join(lines)
+
+
+def grouped(maps: Sequence[InspectedMap]) -> list[tuple[str, int, InspectedMap]]:
+    """Maps that differ in their layer alone, together: (name as ``layers.{1,3,5}.mlp.up``, how many, one of them)."""
+    groups: dict[tuple[Any, ...], list[InspectedMap]] = defaultdict(list)
+    for row in maps:
+        groups[_inner(row), row.out_features, row.in_features, row.shape].append(row)
+    return [(_group_name(rows), len(rows), rows[0]) for rows in groups.values()]
+
+
+def number_list(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: ``0-11``, ``1,3,...,29`` where the steps are equal, else ``0-2,5,9``."""
+    steps = {after - before for before, after in pairwise(numbers)}
+    if len(numbers) > 4 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]},{numbers[1]},...,{numbers[-1]}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _inner(row: InspectedMap) -> str:
+    """Name of a map within its layer; the whole name of embedding and head."""
+    return row.name.split(".", 2)[2] if row.name.startswith("layers.") else row.name
+
+
+def _group_name(rows: Sequence[InspectedMap]) -> str:
+    if len(rows) == 1:
+        return rows[0].name
+    numbers = [int(row.name.split(".")[1]) for row in rows]
+    return f"layers.{{{number_list(numbers)}}}.{_inner(rows[0])}"
+
+
+def _maps(inspection: Inspection, every_map: bool) -> str:
+    rows = [(row.name, 1, row) for row in inspection.maps] if every_map else grouped(inspection.maps)
+    head = ("map", "maps", "out x in", "shape", "parameters of one", "dense", "multiply-adds of one", "dense")
+    cells = [head]
+    for name, count, row in rows:
+        numbers = (row.parameters, row.dense_parameters, row.multiply_adds, row.dense_multiply_adds)
+        size = f"{row.out_features}x{row.in_features}"
+        cells.append((name, str(count), size, row.shape, *(f"{n:,}" for n in numbers)))  # type: ignore[arg-type]
+    cells.append(("biases, norms, positions", "", "", "", f"{inspection.other_parameters:,}", "", "", ""))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    return "\n".join(_aligned(line, widths, "<>><>>>>") for line in cells)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
+    aligned = zip(sides, widths, cells, strict=True)
+    return "  ".join(f"{cell:{side}{width}}" for side, width, cell in aligned).rstrip()
+
+
+def _total(name: str, part: int, whole: int) -> str:
+    return f"{name:<24} {part:>16,} of {whole:,} ({part / whole:.1%})"

@@ -1,0 +1,187 @@
+"""A text's hidden states, moved through a model one layer at a time: one pass of one layer a step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.errors import UserError
+from kncompress.kron.product import without_autocast
+
+Inputs = dict[str, Tensor]
+"""{path of a module within its layer: what it was called with, (..., N)}"""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text that moments are taken over: cut into blocks of ``context`` tokens, the rest being a shorter one."""
+
+    tokens: np.ndarray
+    """(n,) integers"""
+    context: int
+    batch_tokens: int = 4096
+    """Most tokens in one forward pass; a block at least."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """(B, T) int64, in order.
+
+        Raises:
+            UserError: no tokens.
+        """
+        tokens = torch.from_numpy(np.asarray(self.tokens, dtype=np.int64))
+        if not len(tokens):
+            raise UserError("calibration.tokens: the calibration text has no tokens")
+        whole = len(tokens) // self.context * self.context
+        if whole:
+            yield from tokens[:whole].view(-1, self.context).split(max(1, self.batch_tokens // self.context))
+        if whole < len(tokens):
+            yield tokens[None, whole:]
+
+
+class _Caught(Exception):
+    """Ends a forward pass that has shown what was asked for."""
+
+
+class HiddenStates:
+    """What enters a layer, for every batch of a text: on the CPU, whatever device the model is on.
+
+    Args:
+        model: transformers model of a family with an anatomy, in evaluation mode; run up to its first layer.
+        text: what it reads.
+
+    Raises:
+        UserError: the layers attend to different spans of the text.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, text: CalibrationText) -> None:
+        family = anatomy_of(model).family
+        _check_attention(model.config, text.context)
+        self.device = next(model.parameters()).device
+        self.chunks: list[Tensor] = []
+        """(B, T, D) each"""
+        self._shapes: list[torch.Size] = []
+        # All layers get the same mask and positions, which depend on the shape of the batch alone.
+        self._options: dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def catch(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            hidden = args[0] if args else options.pop("hidden_states")
+            self.chunks.append(hidden.cpu())
+            self._shapes.append(hidden.shape)
+            self._options[hidden.shape] = args[1:], options
+            raise _Caught
+
+        first = model.base_model.get_submodule(family.layers)[0]
+        handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with without_autocast(self.device):
+                for ids in text.batches():
+                    with suppress(_Caught):
+                        model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+
+    def copy(self) -> "HiddenStates":
+        """The same states, to be moved on independently."""
+        twin = object.__new__(HiddenStates)
+        twin.__dict__ |= self.__dict__ | {"chunks": list(self.chunks)}
+        return twin
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(shape[0] * shape[1] for shape in self._shapes)
+
+    @torch.no_grad()
+    def call(self, layer: nn.Module, number: int) -> Tensor:
+        """The output of ``layer`` for batch ``number``, on its device, without a graph."""
+        return self.output(layer, number)
+
+    def output(self, layer: nn.Module, number: int) -> Tensor:
+        """The output of ``layer`` for batch ``number``, (B, T, D), on its device."""
+        args, options = self._options[self._shapes[number]]
+        with without_autocast(self.device):
+            output = layer(self.chunks[number].to(self.device), *args, **options)
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, layer: nn.Module, watch: Callable[[int], None] | None = None) -> None:
+        """Replace the states by the layer's outputs. ``watch`` is called with each batch's number after it."""
+        for number in range(len(self.chunks)):
+            self.chunks[number] = self.call(layer, number).cpu()
+            if watch is not None:
+                watch(number)
+
+    def apply(self, module: nn.Module, number: int) -> Tensor:
+        """A module that takes hidden states alone, such as the final norm, on batch ``number``."""
+        with torch.no_grad(), without_autocast(self.device):
+            return module(self.chunks[number].to(self.device))
+
+    def inputs(self, layer: nn.Module, paths: Sequence[str], number: int) -> Inputs:
+        """What enters the modules at ``paths`` for batch ``number``; the layer is run no further than to the last."""
+        with recorded(layer, paths, stop=True) as found, suppress(_Caught):
+            self.call(layer, number)
+        return dict(found)
+
+
+def before_head(model: Any) -> nn.Module:
+    """What turns the last layer's output, (..., D), into what the head reads; the model has a head."""
+    modules: list[nn.Module] = []
+    for path in anatomy_of(model).family.before_head:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name)
+        if module is not None:
+            modules.append(module)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+def _check_attention(config: Any, context: int) -> None:
+    """All layers are given the mask of the first one: right unless some see less of a block than others."""
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if len(kinds) > 1 and (window is None or context > window):
+        most = "" if window is None else f"; calibration.context must be at most {window}, their window"
+        raise UserError(f"model: its layers attend differently ({', '.join(sorted(kinds))}){most}")
+
+
+@contextmanager
+def recorded(layer: nn.Module, paths: Sequence[str], stop: bool = False) -> Iterator[Inputs]:
+    """Within the block, each call of ``layer`` leaves the inputs of the modules at ``paths`` in the result.
+
+    ``stop``: end the call, by an exception, once all of them were seen.
+    """
+    found: Inputs = {}
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found[path] = args[0].detach()
+            if stop and len(found) == len(paths):
+                raise _Caught
+
+        return hook
+
+    handles = [layer.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) within the block; after it every module is back in its own mode.
+
+    Modules that were put into the model meanwhile get the model's.
+    """
+    training, modes = model.training, [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,252 @@
+"""What the maps of a model see: second moments and means of their inputs over sample text.
+
+The hidden states of the text are moved through the model one layer at a time, so that there is one pass over it in
+all and no more than the moments of one layer are held at once. Products are float32, sums float64 (float32 on
+devices without it), results float32. Maps that share an input share its moment.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
+from kncompress.compression.fitting import Work, layer_cost, moment_cost
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating, recorded
+from kncompress.errors import UserError
+from kncompress.kron import Moment
+from kncompress.kron.product import without_autocast
+
+_FORMAT = "kncompress moment 1"
+_VARYING = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Fields of a config that do not change what a model computes."""
+
+
+def input_of(site: Site) -> str:
+    """Name of what a map reads: ``layers.3.qkv``, ``layers.3.o``, ``layers.3.mlp``, ``layers.3.mlp.hidden`` or
+    ``head``. Of the embedding, which reads token ids: ``head``, what its rows are multiplied by where it is tied."""
+    if site.layer is None:
+        return "head"
+    return f"layers.{site.layer}.{site.group}" + (".hidden" if site.mirrored else "")
+
+
+def inputs_of(anatomy: Anatomy, layer: int | None = None) -> dict[str, list[Site]]:
+    """{input: the maps that read it}, in forward order; of one layer or of the whole model, without the embedding."""
+    sites = [site for site in anatomy.sites.values() if site.group != "embedding" and layer in (None, site.layer)]
+    return {name: list(group) for name, group in groupby(sites, key=input_of)}
+
+
+class MomentSum:
+    """Running moments of vectors of ``size`` numbers."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.second = torch.zeros(size, size, dtype=dtype, device=device)
+        self.mean = torch.zeros(size, dtype=dtype, device=device)
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in vectors (..., size)."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        with without_autocast(x.device):
+            self.second += x.T @ x
+            self.mean += x.sum(0, dtype=self.mean.dtype)
+        self.count += len(x)
+
+    def moment(self) -> Moment:
+        """Averages so far, float32."""
+        return Moment((self.second / self.count).float(), (self.mean / self.count).float(), self.count)
+
+
+@torch.no_grad()
+def stream_moments(
+    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
+) -> Iterator[tuple[str, Moment]]:
+    """(input, its moment) for each of the ``wanted`` inputs of ``input_of``, in forward order.
+
+    The model is run up to the last of them and must stay dense and in evaluation mode meanwhile.
+
+    Args:
+        model: dense transformers model, on any device.
+        text: what it reads.
+        wanted: names of inputs.
+        work: is told of each layer.
+
+    Raises:
+        UserError: the text has no tokens, or the model gives values that are not finite.
+    """
+    anatomy, work = anatomy_of(model), work or Work()
+    layers = model.base_model.get_submodule(anatomy.family.layers)
+    by_layer = [{name: s for name, s in inputs_of(anatomy, i).items() if name in wanted} for i in range(len(layers))]
+    needed = [i for i, inputs in enumerate(by_layer) if inputs]
+    last = len(layers) if "head" in wanted else max(needed, default=-1) + 1
+    if last == 0:
+        return
+    count = len(text.tokens)
+    costs = [
+        layer_cost(layers[i], count) + sum(moment_cost(s, count) for s in by_layer[i].values()) for i in range(last)
+    ]
+    work.expect(sum(costs))
+    with work.moments():
+        hidden = HiddenStates(model, text)
+    for number in range(last):
+        work.begin(f"layers.{number}")
+        with work.moments():
+            found = list(_layer_moments(layers[number], hidden, by_layer[number]))
+        work.finish(costs[number])
+        yield from found
+    if "head" in wanted:
+        norm = before_head(model)
+        total = MomentSum(anatomy.sites["embedding"].in_features, hidden.device)
+        with work.moments():
+            for number in range(len(hidden.chunks)):
+                total.add(hidden.apply(norm, number))
+        yield "head", finite(total.moment(), "head")
+
+
+def _layer_moments(
+    layer: nn.Module, hidden: HiddenStates, inputs: dict[str, list[Site]]
+) -> Iterator[tuple[str, Moment]]:
+    """Moves ``hidden`` through ``layer``; the moments of the inputs within it."""
+    totals = {name: MomentSum(sites[0].in_features, hidden.device) for name, sites in inputs.items()}
+    paths = {name: path_in_layer(sites[0]) for name, sites in inputs.items()}
+    with recorded(layer, list(paths.values())) as found:
+
+        def add(_: int) -> None:
+            for name, total in totals.items():
+                total.add(found[paths[name]])
+
+        hidden.advance(layer, add)
+    for name, total in totals.items():
+        yield name, finite(total.moment(), name)
+
+
+def path_in_layer(site: Site) -> str:
+    """Path of a map's module within its layer: what follows ``layers.3.`` or ``h.3.``."""
+    return site.module.partition(f".{site.layer}.")[2]
+
+
+def finite(moment: Moment, name: str) -> Moment:
+    """The moment itself; UserError where it holds values that are not finite."""
+    if torch.isfinite(moment.second).all() and torch.isfinite(moment.mean).all():
+        return moment
+    raise UserError(f"model: what enters {name} is not finite on the calibration text; its factors cannot be fitted")
+
+
+def token_frequencies(text: CalibrationText, vocabulary: int) -> Tensor:
+    """(V,): share of each token in the text, float32."""
+    counts = torch.bincount(torch.cat([ids.flatten() for ids in text.batches()]), minlength=vocabulary)
+    return (counts / counts.sum()).float()
+
+
+def fingerprint(model: Any, text: CalibrationText) -> str:
+    """Hash of all that decides the moments: tokens, blocks, weights, and the fields of the model's config."""
+    digest = hashlib.sha256()
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in _VARYING}
+    digest.update(f"{text.context}|{sorted(fields.items())}".encode())
+    digest.update(np.ascontiguousarray(text.tokens, dtype=np.int64).tobytes())
+    for name, weight in sorted(model.base_model.state_dict().items()):
+        digest.update(f"|{name}:{weight.dtype}:{list(weight.shape)}|".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class MomentFolder:
+    """Moments on disk, one safetensors file an input, each written whole and marked with its ``fingerprint``.
+
+    Raises:
+        UserError: ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = Path(folder).expanduser(), fingerprint
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self._key}: must be a folder")
+
+    @property
+    def _key(self) -> str:
+        return f"calibration.moments={self.folder}"
+
+    def load(self, name: str, size: int) -> Moment | None:
+        """The moment of an input of ``size`` numbers; None where it is not there yet.
+
+        Raises:
+            UserError: the file is damaged, or of another text or model.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("format") != _FORMAT:
+                    raise ValueError("not written by kncompress")
+                moment = Moment(file.get_tensor("second"), file.get_tensor("mean"), int(facts["count"]))
+            if moment.second.shape != (size, size) or moment.mean.shape != (size,):
+                raise ValueError(f"not of {size} inputs")
+            if not (torch.isfinite(moment.second).all() and torch.isfinite(moment.mean).all()):
+                raise ValueError("values that are not finite")
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self._key}: {path.name} is damaged ({reason}); delete it") from None
+        if facts.get("fingerprint") != self.fingerprint:
+            raise UserError(f"{self._key}: {path.name} is of another text or model; name another folder or delete it")
+        return moment
+
+    def save(self, name: str, moment: Moment) -> None:
+        """Keep the moment of an input.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        facts = {"format": _FORMAT, "fingerprint": self.fingerprint, "input": name, "count": str(moment.count)}
+        path = self.folder / f"{name}.safetensors"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                tensors = {"second": moment.second.cpu().contiguous(), "mean": moment.mean.cpu().contiguous()}
+                save_file(tensors, temporary, facts)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._key}: cannot be written ({error})") from error
+
+
+def moments(
+    model: Any,
+    text: CalibrationText,
+    wanted: Collection[str],
+    folder: str | Path | None = None,
+    work: Work | None = None,
+) -> Iterator[tuple[str, Moment]]:
+    """``stream_moments``, but those that ``folder`` holds are read from it, and the others are put there.
+
+    Those from disk come first. Arguments and errors as of ``stream_moments`` and ``MomentFolder``.
+    """
+    with evaluating(model):
+        if folder is None:
+            yield from stream_moments(model, text, wanted, work)
+            return
+        kept, missing = MomentFolder(folder, fingerprint(model, text)), []
+        device = next(model.parameters()).device
+        sizes = {name: sites[0].in_features for name, sites in inputs_of(anatomy_of(model)).items()}
+        sizes["head"] = anatomy_of(model).sites["embedding"].in_features
+        for name in wanted:
+            moment = kept.load(name, sizes[name])
+            if moment is None:
+                missing.append(name)
+            else:
+                yield name, Moment(moment.second.to(device), moment.mean.to(device), moment.count)
+        for name, moment in stream_moments(model, text, missing, work):
+            kept.save(name, moment)
+            yield name, moment

@@ -1,0 +1,104 @@
+"""The text that factors are fitted on, and what a person sees while that goes on."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kncompress.compression import fitting
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.config import FactoringConfig
+from kncompress.data.build import batches, encode
+from kncompress.data.sources import find_sources, read_split
+from kncompress.errors import UserError
+
+LONGEST = 1024
+"""Tokens in a block where neither ``calibration.context`` nor ``data.context`` says."""
+QUIET_SECONDS = 1.5
+"""A fit that is done within this time shows nothing."""
+LINE_SECONDS = 10.0
+"""Between two lines where there is no terminal."""
+
+
+def check_calibration(config: FactoringConfig, fields: Any) -> None:
+    """Cheap checks of a start that reads text: the source is there, the blocks fit the model (its config: ``fields``).
+
+    Raises UserError.
+    """
+    if config.needs_text:
+        find_sources(config.data.source, "data.source", config.data.text_format)
+        _context(config, fields)
+
+
+def _context(config: FactoringConfig, fields: Any) -> int:
+    positions = fields.max_position_embeddings
+    given = config.calibration.context
+    if given is not None and given > positions:
+        raise UserError(f"calibration.context={given}: the model has {positions} positions")
+    return given or config.data.context or min(positions, LONGEST)
+
+
+def calibration_text(config: FactoringConfig, fields: Any, tokenizer: Any) -> CalibrationText | None:
+    """The first tokens of the training split, as blocks; None where the start reads no text.
+
+    No more documents are read and tokenised than that takes: all tokens of a shorter text.
+
+    Args:
+        config: names text, tokens and context.
+        fields: transformers config of the model.
+        tokenizer: the model's.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if not config.needs_text:
+        return None
+    found, count = [], 0
+    for batch in batches(read_split(config.data, "train")):
+        rows = encode(batch, tokenizer, config.data.text_format != "lines")
+        found.extend(rows)
+        count += sum(map(len, rows))
+        if count >= config.calibration.tokens:
+            break
+    tokens = np.concatenate(found)[: config.calibration.tokens]
+    return CalibrationText(tokens.astype(np.int64), _context(config, fields))
+
+
+@contextmanager
+def fit_progress(stream: TextIO | None = None) -> Iterator[fitting.Progress]:
+    """A bar with the time left on a terminal, else a line now and then; on ``stream``, standard error.
+
+    Processes other than the first of a run show nothing.
+    """
+    stream = stream or sys.stderr
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield lambda what, share: None
+        return
+    columns = TextColumn("fitting"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
+    bar = Progress(*columns, TextColumn("{task.description}"), console=Console(file=stream), transient=True)
+    task = bar.add_task("", total=1.0)
+    began = shown = time.monotonic()
+
+    def show(what: str, share: float) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        bar.update(task, completed=share, description=what)
+        if stream.isatty():
+            if not bar.live.is_started and now - began >= QUIET_SECONDS:
+                bar.start()
+        elif now - shown >= LINE_SECONDS:
+            shown = now
+            left = f", about {(now - began) * (1 - share) / share:.0f} s left" if share > 0 else ""
+            print(f"fitting  {share:.0%}{left}  {what}", file=stream, flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:  # else it would print an empty line
+            bar.stop()

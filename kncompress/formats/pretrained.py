@@ -1,0 +1,220 @@
+"""Model folders: save, load, and give back a plain dense model."""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kncompress.anatomy.families import LANGUAGE_MODELS
+from kncompress.anatomy.sites import family_of
+from kncompress.anatomy.swap import unswap_
+from kncompress.compression.compress import factored_maps
+from kncompress.errors import UserError
+from kncompress.formats import gguf
+from kncompress.formats.card import CardFacts, card_text
+from kncompress.formats.plugin import check_keys, register
+from kncompress.hub import local_folder, missing_weights, only_pickled
+
+__all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
+
+TASKS = LANGUAGE_MODELS | {"sequence-classification": "AutoModelForSequenceClassification"}
+"""Task -> auto class of transformers."""
+
+_BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
+"""What transformers raises for a folder whose files do not fit each other."""
+
+
+def save_model(
+    model: Any,
+    folder: str | Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str | None = None,
+    facts: CardFacts | None = None,
+) -> Path:
+    """Write a model folder (config, safetensors, tokenizer, card) for ``from_pretrained``; whole or not at all.
+
+    Args:
+        model: transformers model, compressed or dense. Weights that are shared are written once.
+        folder: replaced if it is a model folder already.
+        tokenizer: saved along with the model.
+        dtype: type of the written weights, ``torch.float16`` or ``"float16"``; None: float32.
+        facts: what README.md, the model card, tells beside what the model itself shows.
+
+    Raises:
+        UserError: ``folder`` exists and is neither empty nor a model folder.
+    """
+    folder = Path(folder)
+    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if taken and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: exists and is no model folder; name another or remove it")
+    target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    if any(p.dtype != target for p in model.parameters() if p.is_floating_point()):
+        model = copy.deepcopy(model).to(target)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
+        fresh, stale = Path(parent) / "new", Path(parent) / "old"
+        with _no_bars():
+            model.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
+        if folder.exists():
+            folder.replace(stale)
+        try:
+            fresh.replace(folder)
+        except OSError:
+            if stale.exists():
+                stale.replace(folder)
+            raise
+        shutil.rmtree(stale, ignore_errors=True)
+    return folder
+
+
+def load_model(path: str | Path, task: str | None = None, gguf_file: str | None = None, **options: Any) -> Any:
+    """A model from a folder or hub id, dense or compressed, in evaluation mode; missing weights are an error.
+
+    Args:
+        path: folder or hub id; once the folder is there, the network is not asked for anything.
+        task: ``causal-lm``, ``masked-lm`` or ``sequence-classification`` (whose head may be new); None: the language
+            model of the family, ``causal-lm`` for all but BERT.
+        gguf_file: GGUF file in that folder to read instead of safetensors; its weights become ``options["dtype"]``.
+        options: for ``from_pretrained``, e.g. ``dtype`` or ``num_labels``.
+
+    Raises:
+        UserError: no such model, a damaged file, weights that do not fit or would have to be unpickled.
+    """
+    if task not in (None, *TASKS):
+        raise UserError(f"task={task}: not one of {', '.join(TASKS)}")
+    import transformers
+
+    register()
+    folder = local_folder(path, gguf_file or "weights")
+    if gguf_file is not None:
+        options |= {"gguf_file": gguf_file, "config": gguf.read_config(folder, gguf_file)}
+    else:
+        _check_config(folder, path)
+        _check_weights(folder, path)
+        options["use_safetensors"] = True
+    auto = getattr(transformers, TASKS[task or family_of(load_config(folder, gguf_file)).task])
+    try:
+        with _no_bars(), _no_report():
+            model, loading = auto.from_pretrained(
+                str(folder),
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # an error below, that names them
+                **options,
+            )
+    except _BAD_FILES as error:
+        if gguf_file is not None:
+            raise gguf.damaged(folder, gguf_file, error) from error
+        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+    if gguf_file is not None:
+        gguf.as_ordinary_(model)
+    for name, found, wanted in sorted(loading["mismatched_keys"])[:1]:
+        raise UserError(f"model.path={path}: {name} is {list(found)} in the weights and {list(wanted)} in config.json")
+    check_keys(model, loading["missing_keys"], loading["unexpected_keys"], str(path))
+    return model
+
+
+def load_config(path: str | Path, gguf_file: str | None = None) -> Any:
+    """The transformers config of a folder or hub id, or that inside a GGUF file; nothing else is read or downloaded.
+
+    Raises UserError where there is none, or one that transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    register()
+    folder = local_folder(path, gguf_file or "config")
+    if gguf_file is not None:
+        return gguf.read_config(folder, gguf_file)
+    _check_config(folder, path)
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class has checks of its own
+        raise UserError(f"model.path={path}: no model there ({_first_line(error)})") from error
+
+
+def _check_config(folder: Path, path: str | Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        others = ", ".join(sorted(f.name for f in folder.glob("*.gguf")))
+        hint = f"; it has {others}: name it by model.gguf_file" if others else ""
+        raise UserError(f"model.path={path}: no model there (no config.json){hint}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={path}: config.json is not JSON ({_first_line(error)})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"model.path={path}: config.json holds no fields but a {type(fields).__name__}")
+
+
+def _check_weights(folder: Path, path: str | Path) -> None:
+    """Reads the header of each safetensors file, which also tells its length. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = missing_weights(folder)
+    if missing and only_pickled([file.name for file in folder.iterdir()]):
+        raise UserError(
+            f"model.path={path}: no safetensors, only weights that must be unpickled, which is never done; "
+            "convert them to model.safetensors"
+        )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model.path={path}: the folder lacks its weights: {missing[0]}{more}")
+    single = folder / "model.safetensors"
+    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"model.path={path}: {file.name} is damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Hides transformers' progress bars, which a local folder is too quick for; downloads have theirs elsewhere."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Hides transformers' table of keys that do not fit: they become an error of one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def to_dense(model: Any) -> Any:
+    """A copy of a compressed model in transformers' plain form; equal outputs, loads without this package."""
+    dense = copy.deepcopy(model)
+    if factored_maps(dense):
+        unswap_(dense)
+        del dense.config.quantization_config
+    return dense

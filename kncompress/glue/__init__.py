@@ -1,0 +1,1 @@
+"""All of GLUE: tasks, readers, scores, the fine-tuning module, the cells of a suite."""

@@ -1,0 +1,1 @@
+"""Chooses the factors of every map within a parameter budget."""

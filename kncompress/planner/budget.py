@@ -1,0 +1,274 @@
+"""A parameter budget spent where it does the least harm: a table of harms, a multiple-choice knapsack, a plan.
+
+The harm of a map's shape is the KL that a reference shape in the same place was measured to do to the logits, carried
+over by the weighted error: KL_ref (error / error_ref)^p, with p about 2 for small errors. Harms of several maps add up;
+how far the sum is from the KL of all of them together is measured too, and corrected by a power.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kncompress.errors import UserError
+from kncompress.kron import HybridShape, Shape, parse_shape
+from kncompress.planner.candidates import Option
+
+FORMAT = "kncompress harms 1"
+FASTER, FASTER_SINGLE, FASTER_MIXING = 1.3, 1.9, 24
+"""Dense multiply-adds over a shape's, at least, under the constraint ``speed``: of outer products; of right factors of
+one row or column, whose outputs take a pass more; of those with several of both, which have to turn the vectors
+around between the products. In bfloat16 a dense map is so fast that such passes cost as much as half of it or more
+(experiments/throughput, ``speed``: 4x4 at a quarter of the multiply-adds took longer on GPT-2 small)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one replaced map was measured to do."""
+
+    error: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class MapHarms:
+    """Candidates of one map, and what was measured about it."""
+
+    name: str
+    parameters: int
+    """Of the dense map, without bias."""
+    multiply_adds: int
+    """Of the dense map; of a tied embedding those of the head."""
+    options: tuple[Option, ...]
+    references: tuple[Reference, ...]
+
+    def harm(self, error: float, exponent: float) -> float:
+        """KL in nats per token that a shape of that error does by itself: a power law through the references."""
+        if error <= 0:
+            return 0.0
+        points = sorted((math.log(r.error), math.log(r.kl)) for r in self.references if r.error > 0 and r.kl > 0)
+        if not points:
+            return 0.0
+        x = math.log(error)
+        after = next((i for i, (known, _) in enumerate(points) if known >= x), len(points))
+        if 0 < after < len(points):
+            (x0, y0), (x1, y1) = points[after - 1 : after + 1]
+            return math.exp(y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-12))
+        known, kl = points[min(after, len(points) - 1)]
+        return math.exp(kl + exponent * (x - known))
+
+
+@dataclass(frozen=True)
+class HarmTable:
+    """All that a plan for any budget needs to know about a model."""
+
+    model: str
+    text: str
+    """What the model read, in words."""
+    parameters: int
+    """Unique ones of the whole dense model."""
+    multiply_adds: int
+    """Of all dense maps, per token."""
+    maps: tuple[MapHarms, ...]
+    together: tuple[tuple[float, float], ...] = ()
+    """(sum of the harms of many maps, KL of all of them together), of a few uniform plans."""
+    exponent: float = 2.0
+    """p of harms beyond the references of a map."""
+
+    def predicted(self, total: float) -> float:
+        """KL of a plan whose harms add up to ``total``: a power law through ``together``."""
+        points = sorted((math.log(a), math.log(b)) for a, b in self.together if a > 0 and b > 0)
+        if total <= 0 or not points:
+            return total
+        slope = 1.0
+        if len(points) > 1:
+            (x0, y0), (x1, y1) = points[0], points[-1]
+            slope = min(2.0, max(0.5, (y1 - y0) / max(x1 - x0, 1e-12)))
+        x, y = points[0]
+        return math.exp(y + slope * (math.log(total) - x))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HarmTable":
+        """The inverse of ``as_dict``; raises KeyError, TypeError or ValueError where it is no such table."""
+        if values.get("format") != FORMAT:
+            raise ValueError("not a table of harms")
+        maps = tuple(
+            MapHarms(
+                str(row["name"]),
+                int(row["parameters"]),
+                int(row["multiply_adds"]),
+                tuple(Option(**option) for option in row["options"]),
+                tuple(Reference(**reference) for reference in row["references"]),
+            )
+            for row in values["maps"]
+        )
+        facts = {key: values[key] for key in ("model", "text", "parameters", "multiply_adds", "exponent")}
+        return cls(maps=maps, together=tuple((a, b) for a, b in values["together"]), **facts)
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """One option for every map of a table."""
+
+    table: HarmTable
+    budget: int
+    """Unique parameters allowed."""
+    chosen: dict[str, Option]
+    harms: dict[str, float]
+    """KL predicted of each map by itself."""
+    parameters: int = field(init=False)
+    multiply_adds: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        saved = [(row.parameters - self.chosen[row.name].parameters) for row in self.table.maps]
+        spared = [(row.multiply_adds - self.chosen[row.name].multiply_adds) for row in self.table.maps]
+        object.__setattr__(self, "parameters", self.table.parameters - sum(saved))
+        object.__setattr__(self, "multiply_adds", self.table.multiply_adds - sum(spared))
+
+    @property
+    def kl(self) -> float:
+        """KL of the whole plan, as predicted."""
+        return self.table.predicted(sum(self.harms.values()))
+
+    @property
+    def maps(self) -> dict[str, str]:
+        """Explicit ``factors.maps``: {map: shape or keep}."""
+        return {name: option.shape for name, option in self.chosen.items()}
+
+
+def spend(table: HarmTable, budget: float, speed: bool = False) -> BudgetPlan:
+    """The plan of least predicted harm within a budget.
+
+    Args:
+        table: of the model.
+        budget: up to 1: share of its unique parameters; above: their number.
+        speed: only shapes that are faster than the dense map (``advantage``), or that map.
+
+    Raises:
+        UserError: the budget cannot be reached, or is none.
+    """
+    allowed = [
+        replace(row, options=tuple(o for o in row.options if o.shape == "keep" or not speed or _fast(row, o)))
+        for row in table.maps
+    ]
+    least = table.parameters - sum(row.parameters - min(o.parameters for o in row.options) for row in allowed)
+    count = budget_count(budget, table.parameters)
+    if count < least:
+        limit = f" with speed={str(speed).lower()}" if speed else ""
+        raise UserError(
+            f"budget={budget:g}: {count:,} parameters; the candidates{limit} reach {least:,} "
+            f"({math.ceil(1000 * least / table.parameters) / 1000:g}) to {table.parameters:,} (1)"
+        )
+    rest = count - (table.parameters - sum(row.parameters for row in allowed))
+    harms = [[row.harm(option.error, table.exponent) for option in row.options] for row in allowed]
+    choice = knapsack([[option.parameters for option in row.options] for row in allowed], harms, rest)
+    chosen = {row.name: row.options[i] for row, i in zip(allowed, choice, strict=True)}
+    done = {row.name: harms[j][i] for j, (row, i) in enumerate(zip(allowed, choice, strict=True))}
+    return BudgetPlan(table, count, chosen, done)
+
+
+def _fast(row: MapHarms, option: Option) -> bool:
+    return advantage(parse_shape(option.shape)) * option.multiply_adds <= row.multiply_adds
+
+
+def advantage(shape: Shape) -> float:
+    """Dense multiply-adds over those of ``shape`` from which on its product is surely no slower than the dense one."""
+    parts = shape.parts if isinstance(shape, HybridShape) else (shape,)
+    if any(min(part.right) > 1 for part in parts):
+        return FASTER_MIXING
+    return FASTER if all(part.left[1] == part.right[0] == 1 for part in parts) else FASTER_SINGLE
+
+
+def budget_count(budget: float, parameters: int) -> int:
+    """Parameters that a budget allows, of a model that has ``parameters``.
+
+    Raises:
+        UserError: not above 0, or more than the model has.
+    """
+    if not (math.isfinite(budget) and budget > 0):
+        raise UserError(f"budget={budget:g}: must be a share above 0 and up to 1, or a number of parameters")
+    if budget <= 1:
+        return int(budget * parameters)
+    if budget > parameters:
+        raise UserError(f"budget={budget:,.0f}: the model has {parameters:,}; give fewer, or a share up to 1")
+    return int(budget)
+
+
+def knapsack(sizes: Sequence[Sequence[int]], harms: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """One option of every map, of least total harm among those whose sizes add up to ``budget`` at most.
+
+    A multiple-choice knapsack as a mixed-integer program, solved by HiGHS (scipy's ``milp``): exact, where a
+    Lagrangian alone leaves the gap of the last map unspent, and quick, since the relaxation has at most two fractional
+    options and dominated ones are left out. Dynamic programming over sizes of 10^8 is out of reach.
+
+    Args:
+        sizes: of each map's options.
+        harms: 0 or more, of the same options.
+        budget: 0 or more.
+
+    Returns:
+        The number of the option of each map.
+
+    Raises:
+        ValueError: the smallest options together are above the budget.
+    """
+    if sum(map(min, sizes)) > budget:
+        raise ValueError(f"budget={budget}: below the smallest options")
+    kept = [undominated(s, h) for s, h in zip(sizes, harms, strict=True)]
+    if not kept:
+        return []
+    flat_sizes = np.array([sizes[m][i] for m, options in enumerate(kept) for i in options], dtype=float)
+    flat_harms = np.array([harms[m][i] for m, options in enumerate(kept) for i in options], dtype=float)
+    owner = np.repeat(np.arange(len(kept)), [len(options) for options in kept])
+    limit = float(budget)
+    while True:
+        picked = _solve(flat_sizes, flat_harms, owner, limit)
+        over = int(flat_sizes[picked].sum()) - budget
+        if over <= 0:
+            break
+        limit -= over  # the solver's tolerance let it through
+    starts = np.concatenate([[0], np.cumsum([len(options) for options in kept])[:-1]])
+    return [options[int(i - start)] for options, i, start in zip(kept, picked, starts, strict=True)]
+
+
+def undominated(sizes: Sequence[int], harms: Sequence[float]) -> list[int]:
+    """Options than which no other is both no larger and no more harmful, smallest first."""
+    kept: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], harms[i])):
+        if not kept or harms[i] < harms[kept[-1]]:
+            kept.append(i)
+    return kept
+
+
+def _solve(sizes: np.ndarray, harms: np.ndarray, owner: np.ndarray, budget: float) -> np.ndarray:
+    """Number of the option picked for each owner, among all options in one row."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    count, maps = len(sizes), int(owner[-1]) + 1
+    one_each = csr_array((np.ones(count), (owner, np.arange(count))), shape=(maps, count))
+    unit = max(1.0, float(sizes.max()))
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(csr_array(sizes[None] / unit), -np.inf, budget / unit),
+    ]
+    # HiGHS stops at an absolute gap of 1e-6 too, so harms are scaled to what the relaxation comes to.
+    relaxed = milp(harms, constraints=constraints, bounds=Bounds(0, 1))
+    scale = 1e3 / relaxed.fun if relaxed.fun is not None and relaxed.fun > 0 else 1 / max(harms.max(), 1e-300)
+    found = milp(
+        harms * scale,
+        constraints=constraints,
+        bounds=Bounds(0, 1),
+        integrality=np.ones(count),
+        options={"mip_rel_gap": 1e-9, "time_limit": 120.0},
+    )
+    if found.x is None:
+        raise RuntimeError(f"knapsack: {found.message}")
+    order = np.lexsort((-found.x, owner))  # the largest of each owner first
+    return order[np.concatenate([[0], np.cumsum(np.bincount(owner))[:-1]])]

@@ -1,0 +1,146 @@
+"""The harm that replaced maps do to a model's next-token distributions: KL(teacher || model), measured cheaply.
+
+The dense model's hidden states at the input of every layer are kept, so that a replaced map costs the layers from its
+own on. Only the change of the logits is computed: with p the dense distribution, d the change and E the mean under p,
+
+    KL = log E[exp d] - E[d],
+
+exactly. Since d is as small as the harm, products in bfloat16 serve for it where they would drown a KL taken from two
+sets of logits: the error is relative to d itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
+from kncompress.anatomy.swap import dense_weight, module_at, set_weight_
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating
+
+_NUMBERS = 1 << 25
+"""Numbers in one temporary of (tokens x vocabulary)."""
+
+
+class _Layers(HiddenStates):
+    """Hidden states that are moved on under autocast; the residual stream stays float32."""
+
+    def move(self, layer: nn.Module, number: int, states: Tensor, bf16: bool) -> Tensor:
+        """The output of ``layer`` for ``states`` (B, T, D) in the place of batch ``number``."""
+        args, options = self._options[self._shapes[number]]
+        # No cache of cast weights: they change in place.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            output = layer(states.to(self.device), *args, **options)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class HarmMeter:
+    """KL(teacher || model) in nats per token, of a dense model with some of its weights replaced.
+
+    Holds n (layers + 1) D + n V float32 numbers for n tokens.
+
+    Args:
+        model: dense transformers model with a language-model head, in evaluation mode; its weights are replaced while
+            a KL is taken and put back after it.
+        text: what it reads.
+        bf16: multiply in bfloat16: for hardware that does so natively.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, text: CalibrationText, bf16: bool = False) -> None:
+        self.model, self.text, self.bf16 = model, text, bf16
+        self.anatomy: Anatomy = anatomy_of(model)
+        family = self.anatomy.family
+        self.layers = model.base_model.get_submodule(family.layers)
+        self.norm = before_head(model)
+        self.head = model.get_submodule(family.head)
+        self.type = torch.bfloat16 if bf16 else torch.float32
+        with evaluating(model):
+            self.states = _Layers(model, text)
+            self.inputs = [list(self.states.chunks)]
+            """Per layer, and after the last one: the states of each batch, (B, T, D)."""
+            for layer in self.layers:
+                before = self.inputs[-1]
+                self.inputs.append([self.states.move(layer, i, x, bf16).cpu() for i, x in enumerate(before)])
+            self.dense_head = self.head.weight.detach().clone()
+            self.normed = [self.norm(x.to(self.states.device)).flatten(0, -2) for x in self.inputs[-1]]
+            """(tokens, D) of each batch: what the dense head reads."""
+            self.dense = [[self._softmax(rows) for rows in self._split(x)] for x in self.normed]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the KL is a mean over."""
+        return self.states.tokens
+
+    @torch.no_grad()
+    def kl(self, weights: Mapping[str, Tensor]) -> float:
+        """KL(teacher || model) with the maps of these names replaced; weights are (out, in)."""
+        sites = [self.anatomy.sites[name] for name in weights]
+        with evaluating(self.model), replaced(self.model, {site: weights[site.name] for site in sites}):
+            first = min((self.anatomy.layers if site.layer is None else site.layer for site in sites), default=0)
+            start = self.inputs[first]
+            if "embedding" in weights:
+                first, start = 0, _Layers(self.model, self.text).chunks
+            total = 0.0
+            for number, states in enumerate(start):
+                for layer in self.layers[first:]:
+                    states = self.states.move(layer, number, states, self.bf16)
+                total += self._batch(number, states)
+        return total / self.tokens
+
+    def cost(self, site: Site) -> float:
+        """About the multiply-adds of one KL."""
+        first = self.anatomy.layers if site.group == "head" else site.layer or 0
+        moved = sum(parameter.numel() for layer in self.layers[first:] for parameter in layer.parameters())
+        return float(self.tokens) * (moved + self.head.weight.numel())
+
+    def _batch(self, number: int, states: Tensor) -> float:
+        """Sum of the KL over the tokens of a batch, from what the last layer gives."""
+        dense = self.normed[number]
+        change = self.norm(states.to(self.states.device)).flatten(0, -2) - dense
+        head = self.head.weight.detach()
+        moved = None if torch.equal(head, self.dense_head) else (head - self.dense_head).to(self.type)
+        head = head.to(self.type)
+        total = 0.0
+        for p, x, d in zip(self.dense[number], self._split(dense), self._split(change), strict=True):
+            logits = F.linear(d.to(self.type), head).float()
+            if moved is not None:
+                logits += F.linear(x.to(self.type), moved)
+            total += divergence(p, logits)
+        return total
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(max(1, _NUMBERS // self.head.weight.shape[0]))
+
+    def _softmax(self, rows: Tensor) -> Tensor:
+        logits = F.linear(rows.to(self.type), self.dense_head.to(self.type)).float()
+        return (logits if self.head.bias is None else logits + self.head.bias).softmax(-1)
+
+
+def divergence(p: Tensor, change: Tensor) -> float:
+    """Sum over rows of KL(p || q), q being softmax(log p + change): log E[exp change] - E[change] under p.
+
+    Args:
+        p: (n, V), rows of positive numbers that add up to 1.
+        change: (n, V), of the logits; overwritten.
+    """
+    change -= torch.linalg.vecdot(p, change)[:, None]
+    return float(torch.log1p(torch.linalg.vecdot(p, change.clamp_(max=80.0).expm1_())).double().sum())
+
+
+@contextmanager
+def replaced(model: Any, weights: Mapping[Site, Tensor]) -> Iterator[None]:
+    """Within the block maps of a dense model have these weights (out, in); after it their own, bit by bit."""
+    kept: list[tuple[nn.Module, Site, Tensor]] = []
+    try:
+        for site, weight in weights.items():
+            module = module_at(model, site)
+            kept.append((module, site, dense_weight(module, site).clone()))
+            set_weight_(module, site, weight)
+        yield
+    finally:
+        for module, site, old in kept:
+            set_weight_(module, site, old)

@@ -1,0 +1,102 @@
+"""Measures a model's harms, spends a budget on them, and measures the plan that comes of it."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from kncompress.anatomy.plan import Plan, plan_from_config
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.compression.compress import CompressionReport, Start, compress_
+from kncompress.compression.inspection import predict
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.text import calibration_text, check_calibration, fit_progress
+from kncompress.config import CompressConfig, FactorsConfig, PlanConfig, TrainerConfig
+from kncompress.data.tokenizer import ignored_token
+from kncompress.data.tokens import token_stream
+from kncompress.errors import UserError
+from kncompress.evaluation import Comparison, compare
+from kncompress.planner.budget import BudgetPlan, HarmTable, spend
+from kncompress.planner.ladder import size_table
+from kncompress.planner.sensitivity import measure_harms
+from kncompress.training.student import model_config, require_causal
+from kncompress.training.trainer import precision
+
+HARMS = "harm.json"
+
+
+def check_plan(config: PlanConfig) -> HarmTable | None:
+    """Cheap checks before anything is written; the earlier table where ``harm`` names one.
+
+    Raises UserError.
+    """
+    if config.model.path is None:
+        raise UserError("model.path=null: plan needs a model that exists")
+    fields = model_config(config.model)
+    require_causal(fields, "plan")
+    dense = predict(fields, Plan())
+    sizes = size_table(anatomy_of(fields), dense.parameters_before)
+    table = None if config.harm is None else read_harms(Path(config.harm))
+    if table is not None:
+        known = {row.name: row.parameters for row in table.maps}
+        if known != {row.name: row.parameters for row in sizes.maps} or table.parameters != sizes.parameters:
+            raise UserError(f"harm={config.harm}: is of another model ({table.model}, {table.parameters:,} parameters)")
+    if table is None or config.measures:
+        check_calibration(as_compress(config), fields)
+    spend(table or sizes, config.budget, config.speed)
+    return table
+
+
+def as_compress(config: PlanConfig) -> CompressConfig:
+    """The same model and text for ``compress``."""
+    return CompressConfig(
+        model=config.model, data=config.data, calibration=config.calibration, start=config.start, seed=config.seed
+    )
+
+
+def read_harms(folder: Path) -> HarmTable:
+    """The table that an earlier run left in its folder. Raises UserError where there is none."""
+    file = folder / HARMS
+    try:
+        return HarmTable.from_dict(json.loads(file.read_text()))
+    except OSError as error:
+        raise UserError(f"harm={folder}: has no {HARMS}; name the folder of a finished plan") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"harm={folder}: {HARMS} is damaged or of another version; leave it out") from error
+
+
+def texts(config: PlanConfig, fields: Any, tokenizer: Any) -> tuple[CalibrationText, CalibrationText]:
+    """The text of the moments and, after it, that of the harms; of a short text the end serves twice."""
+    both = as_compress(config)
+    wanted = config.calibration.tokens
+    both.calibration = replace(config.calibration, tokens=wanted + config.harm_tokens)
+    found = calibration_text(both, fields, tokenizer)
+    assert found is not None
+    begin = max(0, min(wanted, len(found.tokens) - config.harm_tokens))
+    return replace(found, tokens=found.tokens[:wanted]), replace(found, tokens=found.tokens[begin:])
+
+
+def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: CalibrationText) -> HarmTable:
+    """The table of harms of a model."""
+    bf16 = precision(TrainerConfig(accelerator="cpu", precision=config.precision)) == "bf16-mixed"
+    words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
+    with fit_progress() as progress:
+        return measure_harms(
+            model, text, harm_text, config.calibration, bf16, (str(config.model.path), words), progress
+        )
+
+
+def fit_and_score(
+    config: PlanConfig, model: Any, tokenizer: Any, text: CalibrationText, plan: BudgetPlan
+) -> tuple[CompressionReport, Comparison]:
+    """What ``compress`` makes of the plan, and its scores on the validation split."""
+    student = copy.deepcopy(model)
+    factors = plan_from_config(FactorsConfig(maps=plan.maps), model.config)
+    with fit_progress() as progress:
+        report = compress_(student, factors, cast(Start, config.start), progress, None, text, config.calibration)
+    stream = token_stream(config.data, "validation", tokenizer)
+    score = compare(
+        model, student, stream.tokens, text.context, limit=config.validation_tokens, ignore=ignored_token(tokenizer)
+    )
+    return report, score

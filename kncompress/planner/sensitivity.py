@@ -1,0 +1,265 @@
+"""Measures a ``HarmTable``: the error of every candidate of every map, and the KL that reference shapes do.
+
+One pass over the calibration text; of the moments no more than those of a layer are held. Reference shapes are outer
+products, whose weights come out of the same eigendecomposition as all their errors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
+from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
+from kncompress.compression.fitting import InputMoment, Progress, Work
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.moments import input_of, moments, token_frequencies
+from kncompress.config import CalibrationConfig
+from kncompress.errors import UserError
+from kncompress.kron import (
+    KroneckerShape,
+    Shape,
+    calibrated_embedding,
+    kronecker_weight,
+)
+from kncompress.planner.budget import HarmTable, MapHarms, Reference
+from kncompress.planner.candidates import Option, Spectrum, error_of, kind_of, outer, ranks, screened
+from kncompress.planner.harm import HarmMeter
+from kncompress.planner.ladder import dense_adds, keep, sizes
+
+REFERENCE_SHARE = 0.5
+"""Share of the parameters of the outer products whose KL is measured for every map."""
+FAR_SHARE = 0.2
+"""That of a second reference, for the maps of every third layer: it measures the exponent."""
+FAR_EVERY = 3
+TOGETHER = (0.75, 0.5)
+"""Shares at which the KL of all maps of the layers together is compared with the sum."""
+EMBEDDING_SWEEPS = 2
+SWEEPS = 4
+_LEAST_KL = 1e-9
+
+
+@dataclass
+class _Found:
+    """What is known so far."""
+
+    maps: dict[str, MapHarms] = field(default_factory=dict)
+    together: dict[float, dict[str, Tensor]] = field(default_factory=lambda: {share: {} for share in TOGETHER})
+    """Weights of all maps at each of the shares."""
+    errors: dict[tuple[float, str], float] = field(default_factory=dict)
+    """Their errors, by share and map."""
+
+
+@torch.no_grad()
+def measure_harms(
+    model: Any,
+    text: CalibrationText,
+    harm_text: CalibrationText,
+    settings: CalibrationConfig,
+    bf16: bool = False,
+    facts: tuple[str, str] = ("", ""),
+    progress: Progress | None = None,
+) -> HarmTable:
+    """The harms of a dense model, which is as it was afterwards.
+
+    Args:
+        model: with a language-model head, in evaluation mode.
+        text: what moments are taken over.
+        harm_text: what the KL is measured on.
+        settings: of the fits; ``moments`` is used, and worth having: the screening reads the same moments.
+        bf16: of ``HarmMeter``.
+        facts: what model and text are called in the table.
+        progress: called with what is worked on, and the share that is done.
+
+    Raises:
+        UserError: the model has no language-model head, or gives values that are not finite.
+    """
+    anatomy = anatomy_of(model)
+    if not anatomy.has_head:
+        raise UserError("model: has no language-model head; plan measures the KL of its next-token distributions")
+    work = Work(progress)
+    work.begin("teacher")
+    meter = HarmMeter(model, harm_text, bf16)
+    costs = {site.name: _cost(anatomy, site, meter) for site in anatomy.sites.values()}
+    screening = sum(_screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy))
+    work.expect(sum(costs.values()) + screening)
+    kinds = _screen(model, anatomy, text, settings, work)
+    found = _Found()
+    readers = _readers(anatomy)
+    if not anatomy.tied:
+        _embedding(model, anatomy, text, None, meter, found)
+    for name, moment in moments(model, text, list(readers), settings.moments, work):
+        shared = InputMoment(moment)
+        for site in readers[name]:
+            work.begin(site.name)
+            if site.group == "embedding":
+                _embedding(model, anatomy, text, shared, meter, found)
+            else:
+                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found)
+            work.finish(costs[site.name])
+    slopes = exponents(tuple(found.maps.values()))
+    exponent = median(slopes) if slopes else 2.0
+    return HarmTable(
+        *facts,
+        sum(parameter.numel() for parameter in model.parameters()),
+        dense_adds(anatomy),
+        tuple(found.maps[name] for name in anatomy.sites),
+        _together(meter, found, exponent, work),
+        exponent,
+    )
+
+
+def exponents(maps: Sequence[MapHarms]) -> list[float]:
+    """Slopes of log KL against log error between the two references of the maps that have two."""
+    found = []
+    for row in maps:
+        if len(row.references) == 2 and row.name != "embedding":
+            near, far = (torch.tensor([r.error, max(r.kl, _LEAST_KL)]).log() for r in row.references)
+            if float((far - near)[0]) > 0.05:
+                found.append(float((far - near)[1] / (far - near)[0]))
+    return found
+
+
+def _readers(anatomy: Anatomy) -> dict[str, list[Site]]:
+    """{input: the maps that it decides}, with the embedding by the head that is tied to it."""
+    readers: dict[str, list[Site]] = {}
+    for site in anatomy.sites.values():
+        if site.group != "embedding" or anatomy.tied:
+            readers.setdefault(input_of(site), []).append(site)
+    return readers
+
+
+def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
+    """About the multiply-adds of what is done for a map."""
+    once = meter.cost(site) / (2 if meter.bf16 else 1)
+    if site.group == "embedding":
+        shapes = [KroneckerShape.parse(option.shape) for option in sizes(anatomy, site).options[1:]]
+        return sum(once + 20.0 * site.out_features * site.in_features * shape.terms for shape in shapes)
+    smaller = min(site.out_features, site.in_features)
+    return 30.0 * site.in_features * smaller**2 + once * (1 + (site.layer is None or site.layer % FAR_EVERY == 0))
+
+
+def _screen(
+    model: Any, anatomy: Anatomy, text: CalibrationText, settings: CalibrationConfig, work: Work
+) -> dict[str, list[list[Shape]]]:
+    """{map: kinds of shapes that beat outer products in the screened layer nearest to it}."""
+    chosen = _screened_layers(anatomy)
+    readers = {
+        name: [site for site in sites if site.layer in chosen]
+        for name, sites in _readers(anatomy).items()
+        if any(site.layer in chosen for site in sites)
+    }
+    winners: dict[tuple[int, str], list[list[Shape]]] = {}
+    for name, moment in moments(model, text, list(readers), settings.moments):
+        shared = InputMoment(moment)
+        for site in readers[name]:
+            work.begin(f"kinds of shapes for {site.name}")
+            weight, bias = _weight(model, site)
+            prepared = shared.prepared(bias and settings.bias)
+            assert site.layer is not None
+            winners[site.layer, kind_of(site.name)] = screened(weight, prepared)
+            work.finish(_screen_cost(site))
+    return {
+        site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], kind_of(site.name)]
+        for site in anatomy.sites.values()
+        if site.layer is not None
+    }
+
+
+def _screened_layers(anatomy: Anatomy) -> list[int]:
+    return sorted({min(1, anatomy.layers - 1), anatomy.layers // 2})
+
+
+def _screen_cost(site: Site) -> float:
+    """About the multiply-adds of trying all kinds of shapes on a map."""
+    return 1.6e5 * site.out_features * site.in_features
+
+
+def _weight(model: Any, site: Site) -> tuple[Tensor, bool]:
+    """The weight of a map, and whether it has a bias."""
+    module = module_at(model, site)
+    return dense_weight(module, site).clone(), dense_bias(module, site) is not None
+
+
+def _map(
+    model: Any,
+    site: Site,
+    moment: InputMoment,
+    settings: CalibrationConfig,
+    meter: HarmMeter,
+    kinds: Sequence[Sequence[Shape]],
+    found: _Found,
+) -> None:
+    """Errors of all candidates of one map, and the KL of its references."""
+    weight, bias = _weight(model, site)
+    prepared = moment.prepared(bias and settings.bias)
+    spectrum = Spectrum(weight, prepared)
+    options = [keep(site)]
+    for rank in ranks(*weight.shape):
+        options.append(Option.of(outer(site.out_features, site.in_features, rank), spectrum.error(rank)))
+    for shapes in kinds:
+        options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS)) for shape in shapes]
+    shares = [REFERENCE_SHARE]
+    if site.layer is not None and site.layer % FAR_EVERY == 0:
+        shares.append(FAR_SHARE)
+    references = []
+    for share in shares:
+        rank = _rank(weight, share)
+        kl = meter.kl({site.name: spectrum.best(rank)})
+        references.append(Reference(spectrum.error(rank), max(kl, _LEAST_KL)))
+    if site.layer is not None:
+        for share, weights in found.together.items():
+            rank = _rank(weight, share)
+            weights[site.name] = spectrum.best(rank).to(meter.type)
+            found.errors[share, site.name] = spectrum.error(rank)
+    found.maps[site.name] = MapHarms(site.name, weight.numel(), weight.numel(), tuple(options), _rising(references))
+
+
+def _rank(weight: Tensor, share: float) -> int:
+    outputs, inputs = weight.shape
+    return max(1, round(share * outputs * inputs / (outputs + inputs)))
+
+
+def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
+    """By error; a KL below that of a smaller error is rounding, and raised to it."""
+    made: list[Reference] = []
+    for reference in sorted(references, key=lambda r: r.error):
+        made.append(Reference(reference.error, max(reference.kl, made[-1].kl if made else 0.0)))
+    return tuple(made)
+
+
+def _embedding(
+    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, meter: HarmMeter, found: _Found
+) -> None:
+    """The embedding, and the head tied to it: every candidate is fitted, and its KL measured."""
+    site = anatomy.sites["embedding"]
+    weight, _ = _weight(model, site)
+    frequencies = token_frequencies(text, len(weight))
+    prepared = None if head is None else head.prepared(False)
+    row = sizes(anatomy, site)
+    options, references = [row.options[0]], []
+    for option in row.options[1:]:
+        shape = KroneckerShape.parse(option.shape)
+        history: list[float] = []
+        made = kronecker_weight(
+            *calibrated_embedding(weight, shape, frequencies, prepared, sweeps=EMBEDDING_SWEEPS, history=history)
+        )
+        references.append(Reference(min(history), max(meter.kl({site.name: made}), _LEAST_KL)))
+        options.append(replace(option, error=min(history)))
+    found.maps[site.name] = MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))
+
+
+def _together(meter: HarmMeter, found: _Found, exponent: float, work: Work) -> tuple[tuple[float, float], ...]:
+    """(sum of single harms, KL of all together) with all maps of the layers at one share."""
+    points = []
+    for share, weights in found.together.items():
+        if weights:
+            work.begin(f"all maps at {share:g}")
+            total = 0.0
+            for name in weights:
+                total += found.maps[name].harm(found.errors[share, name], exponent)
+            points.append((total, max(meter.kl(weights), _LEAST_KL)))
+    return tuple(points)

@@ -1,0 +1,106 @@
+"""The table at the end of a run: the teacher, the student at the start, and the student after training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from kncompress.runs.whole_file import write_text
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One row: what was measured of one model; None where it was not."""
+
+    name: str
+    parameters: int | None = None
+    """Unique parameters of the whole model, tied ones once."""
+    perplexity: float | None = None
+    kl: float | None = None
+    """Mean KL(teacher || model) of the next-token distributions, nats per token."""
+    bits_per_byte: float | None = None
+    """Cross-entropy in bits per byte of text."""
+
+
+def gap_closed(teacher: ModelScores, start: ModelScores, student: ModelScores) -> float | None:
+    """Return the share of the gap in log-perplexity to the teacher that training has closed.
+
+    ``(ln p_start - ln p_student) / (ln p_start - ln p_teacher)``: 0 at the start, 1 at the teacher, negative
+    where training did harm. None where a perplexity is missing or not finite, or where the start was no worse
+    than the teacher, so that there is no gap to close.
+    """
+    values = [scores.perplexity for scores in (teacher, start, student)]
+    if any(value is None or not math.isfinite(value) or value <= 0 for value in values):
+        return None
+    of_teacher, of_start, of_student = (math.log(value) for value in values if value is not None)
+    if of_start <= of_teacher:
+        return None
+    return (of_start - of_student) / (of_start - of_teacher)
+
+
+def comparison_table(rows: Sequence[ModelScores]) -> Table:
+    """Return a table of ``rows``, figures to the right, a column left out where no row has a value.
+
+    Shares of the parameters are relative to the first row; KL is that to the teacher, in nats per token.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    columns = {
+        "parameters": [_figure(row.parameters, 0) for row in rows],
+        "share": [_share(row.parameters, rows[0].parameters) for row in rows],
+        "perplexity": [_figure(row.perplexity, 2) for row in rows],
+        "KL": [_figure(row.kl, 4) for row in rows],
+        "bits/byte": [_figure(row.bits_per_byte, 4) for row in rows],
+    }
+    kept = {title: cells for title, cells in columns.items() if any(cell != ABSENT for cell in cells)}
+    for title in kept:
+        table.add_column(title, justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(row.name, *(cells[number] for cells in kept.values()))
+    return table
+
+
+def write_summary(
+    folder: Path,
+    teacher: ModelScores | None,
+    start: ModelScores | None,
+    student: ModelScores,
+    console: Console | None = None,
+) -> str:
+    """Print the comparison to ``console`` (standard output) and write it as plain text to ``summary.txt``.
+
+    Returns:
+        The text written. Without a teacher or a start it has no line about the gap.
+    """
+    rows = [scores for scores in (teacher, start, student) if scores is not None]
+    parts: list[RenderableType] = [comparison_table(rows)]
+    if teacher is not None and start is not None:
+        parts.append(_gap_line(gap_closed(teacher, start, student)))
+    (console or Console(highlight=False)).print(Group(*parts))
+    text = StringIO()
+    Console(file=text, width=200, color_system=None, highlight=False).print(Group(*parts))
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    plain = "".join(f"{line}\n" for line in lines if line)
+    write_text(folder / "summary.txt", plain)
+    return plain
+
+
+def _gap_line(share: float | None) -> str:
+    if share is None:
+        return "share of the log-perplexity gap to the teacher closed: none to close, or not measurable"
+    return f"share of the log-perplexity gap to the teacher closed: {share:.1%}"
+
+
+def _figure(value: float | None, decimals: int) -> str:
+    return ABSENT if value is None else f"{value:,.{decimals}f}"
+
+
+def _share(value: int | None, whole: int | None) -> str:
+    return f"{value / whole:.1%}" if value is not None and whole else ABSENT

@@ -1,0 +1,1 @@
+"""Run folders: taking one, what is written into it, and reading it back."""

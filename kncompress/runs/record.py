@@ -1,0 +1,268 @@
+"""The record of a run: what was asked, with which code, on which machine, and what came of it."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from json import dumps, loads
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from filelock import FileLock, Timeout
+
+from kncompress.errors import CheckFailed, UserError
+from kncompress.runs.config_file import config_differences, read_config, write_config
+from kncompress.runs.origin import code_commit, machine, versions
+from kncompress.runs.process import Status, outcome, peak_memory, process_rank
+from kncompress.runs.whole_file import write_text
+
+# Any of these in a folder says that a run has been there.
+TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
+
+
+class RunRecord:
+    """A run folder's ``config.yaml``, ``run.json`` and ``result.json``; use :meth:`open`, then as a context.
+
+    Leaving the context writes both JSON files: status finished, or failed or interrupted after an exception,
+    which goes on its way. Only rank 0 writes; the other processes hold a record that does nothing.
+    """
+
+    def __init__(self, folder: Path, fields: dict[str, Any], lock: FileLock | None) -> None:
+        self.folder = folder
+        self.fields = fields
+        self._lock = lock
+        self._since = time.monotonic()
+        self._wall_before: float = fields["wall_seconds"]
+        self._metrics: dict[str, float | int | None] = {}
+        self._model: str | None = None
+        self._plan: str | None = None
+        self._texts: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        verb: str,
+        config: Mapping[str, Any],
+        seed: int,
+        resume: bool = False,
+        rank: int | None = None,
+    ) -> "RunRecord":
+        """Claim ``folder`` for a run, made if absent, and write its ``config.yaml`` and ``run.json``.
+
+        Args:
+            verb: the command's name, such as ``train``.
+            config: the resolved configuration as a plain dict.
+            resume: go on with the unfinished run in ``folder``. Its W&B id, start and seconds so far are
+                kept; configuration values that differ from the earlier ones are noted under ``resumes``.
+            rank: rank of this process; None: from the environment.
+
+        Raises:
+            UserError: ``folder`` holds another run, or with ``resume`` none that could go on; or another
+                process is at work in it.
+        """
+        folder = Path(folder).absolute()
+        fields: dict[str, Any] = _new_fields(verb, seed)
+        if (process_rank() if rank is None else rank) != 0:
+            return cls(folder, fields, None)
+        _check(folder, resume)  # before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, "resume" if resume else "run_dir")
+        try:
+            _check(folder, resume)  # another process may have come and gone between the check and the lock
+            if resume:
+                fields = _resumed(folder, fields, config)
+            record = cls(folder, fields, lock)
+            write_config(folder / "config.yaml", config)
+            (folder / "result.json").unlink(missing_ok=True)
+            record.save()
+        except BaseException:
+            lock.release()
+            raise
+        return record
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._lock is not None
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the run's W&B run; setting it writes ``run.json``, so that a resume finds it."""
+        return self.fields["wandb_id"]
+
+    @wandb_id.setter
+    def wandb_id(self, value: str) -> None:
+        self.fields["wandb_id"] = value
+        self.save()
+
+    def save(self) -> None:
+        """Write ``run.json`` with seconds and peak memory so far; what follows is lost to a SIGKILL."""
+        if self.writes:
+            self.fields["wall_seconds"] = round(self._wall_before + time.monotonic() - self._since, 3)
+            self.fields["peak_memory_bytes"] = peak_memory()
+            _write_json(self.folder / "run.json", self.fields)
+
+    @contextmanager
+    def tolerating(self, what: str) -> Iterator[None]:
+        """Work that a run can do without: an error in the block becomes a warning, told and kept in ``run.json``."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{what}: {_one_line(error)}"
+            print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)
+            self.fields["warnings"].append(text)
+            self.save()
+
+    def finish(
+        self,
+        status: Status,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        model: str | Path | None = None,
+        error: BaseException | None = None,
+        plan: str | Path | None = None,
+        texts: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write ``result.json`` and complete ``run.json``.
+
+        Args:
+            metrics: flat names to numbers (0-dim tensors too). What is not finite is written as null, for
+                JSON knows neither NaN nor infinity; the name stays, so that a reader sees that it was
+                measured. None keeps those of an earlier call.
+            model: model folder inside the run folder, absolute or relative to it. None keeps the earlier one.
+            error: what ended the run; its first line goes into ``run.json``.
+            plan: file of chosen factors inside the run folder, as ``model``; ``result.json`` names it only
+                where there is one.
+            texts: what models have written, as plain data; ``result.json`` has them only where there are any.
+
+        Raises:
+            TypeError: a metric is not a number.
+            ValueError: ``model`` or ``plan`` lies outside the run folder or does not exist.
+        """
+        if metrics is not None:
+            self._metrics = {name: _number(name, value) for name, value in metrics.items()}
+        if model is not None:
+            self._model = self._inside("model", Path(model))
+        if plan is not None:
+            self._plan = self._inside("plan", Path(plan))
+        if texts is not None:
+            self._texts = [dict(text) for text in texts]
+        self.fields |= {
+            "status": status,
+            "ended": _now(),
+            "error": None if error is None else _one_line(error),
+        }
+        self.fields["machine"] = machine()  # torch, and with it the accelerator, is known by now
+        if self.writes:
+            result: dict[str, Any] = {
+                "verb": self.fields["verb"],
+                "status": status,
+                "metrics": self._metrics,
+                "model": self._model,
+            }
+            if self._plan is not None:
+                result["plan"] = self._plan
+            if self._texts is not None:
+                result["texts"] = self._texts
+            _write_json(self.folder / "result.json", result)
+            self.save()
+
+    def _inside(self, name: str, given: Path) -> str:
+        path = (self.folder / given).resolve()
+        if not path.exists() or not path.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{name}={given}: not in the run folder {self.folder}")
+        return path.relative_to(self.folder.resolve()).as_posix()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            status, code = outcome(error)
+            if code or self.fields["status"] == "running":
+                self.finish(status, error=error)
+        finally:
+            self.close()
+
+
+def _new_fields(verb: str, seed: int) -> dict[str, Any]:
+    return {
+        "verb": verb,
+        "status": "running",
+        "command": list(sys.argv),
+        "seed": seed,
+        "git": code_commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "started": _now(),
+        "ended": None,
+        "wall_seconds": 0.0,
+        "peak_memory_bytes": None,
+        "wandb_id": None,
+        "wandb_group": None,
+        "wandb_tags": [],
+        "error": None,
+        "warnings": [],
+        "resumes": [],
+    }
+
+
+def _check(folder: Path, resume: bool) -> None:
+    trace = next((name for name in TRACES if (folder / name).exists()), None)
+    if trace and not resume:
+        raise UserError(f"run_dir={folder}: holds another run ({trace}); name a new folder, or resume={folder}")
+    if resume and not (folder / "run.json").is_file():
+        raise UserError(f"resume={folder}: no run.json in it; name the folder of an unfinished run")
+
+
+def _resumed(folder: Path, fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    before = loads((folder / "run.json").read_text())
+    if before["verb"] != fields["verb"]:
+        raise UserError(f"resume={folder}: is a run of {before['verb']}, not of {fields['verb']}")
+    if before["status"] == "finished":
+        raise UserError(f"resume={folder}: this run is finished; name the folder of an unfinished run")
+    changed = config_differences(read_config(folder / "config.yaml"), config)
+    resume = {"at": fields["started"], "command": fields["command"], "changed": changed}
+    kept = {name: before[name] for name in ("started", "wall_seconds", "wandb_id", "command")}
+    kept |= {name: before[name] for name in ("wandb_group", "wandb_tags") if name in before}  # older runs have none
+    return fields | kept | {"resumes": [*before["resumes"], resume]}
+
+
+def _locked(folder: Path, key: str) -> FileLock:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=1)  # who only asks whether the folder is in use holds it for a moment
+    except Timeout as error:
+        raise UserError(f"{key}={folder}: another process is at work in it; wait or name another folder") from error
+    return lock
+
+
+def _number(name: str, value: SupportsFloat) -> float | int | None:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"metric {name}={value!r}: not a number")
+    return value if math.isfinite(value) else None
+
+
+def _one_line(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, UserError | CheckFailed) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, dumps(content, indent=2, allow_nan=False) + "\n")

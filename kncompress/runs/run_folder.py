@@ -1,0 +1,113 @@
+"""The folder of a run: its name, and taking it so that no two runs share one."""
+
+import contextlib
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kncompress.errors import UserError
+from kncompress.runs.process import process_rank
+
+LOCK = ".lock"
+RUN_DIR = "KNCOMPRESS_RUN_DIR"
+"""Set by a process while its job runs: processes that it starts for DDP use the same folder."""
+
+
+def inherited() -> Path | None:
+    """The folder that the main process of a distributed run has taken; None in a main process."""
+    folder = os.environ.get(RUN_DIR)
+    return Path(folder) if folder and process_rank() != 0 else None
+
+
+def refuse_unknown(run_dir: str | None) -> None:
+    """Raises UserError where another launcher starts the processes and no ``run_dir`` tells the folder."""
+    started = os.environ.get("WORLD_SIZE", "1") != "1" or process_rank() != 0
+    if started and run_dir is None and inherited() is None:
+        raise UserError("run_dir=null: give run_dir=<folder> where torchrun or srun starts the processes")
+
+
+def default_name(verb: str, choices: list[dict[str, Any]]) -> str:
+    """``train-<experiment>`` or ``train-mini-kngpt2``, without the presets that differ between the jobs.
+
+    ``choices`` has ``{group: preset}`` for each job.
+    """
+    for groups in (
+        ("experiment",),
+        ("model", "factors", "data") if verb == "evaluate" else ("model", "factors"),
+    ):
+        parts = []
+        for group in groups:
+            values = {str(job[group]).strip("[]").replace(", ", "+") for job in choices if job.get(group)}
+            parts += sorted(values) if len(values) == 1 else []
+        if parts:
+            return "-".join([verb, *parts]).replace("/", "-")
+    return verb
+
+
+def take(run_dir: str | None, name: str) -> Path:
+    """Make the run folder and return its absolute path.
+
+    ``run_dir`` is the user's (UserError where it holds anything); without it ``runs/<name>-<time>`` is made,
+    with ``-2``, ``-3``, ... where another process took the name in the same second.
+    """
+    if run_dir is not None:
+        folder = Path(run_dir).expanduser().absolute()
+        refuse_used(folder)
+        _make(folder, f"run_dir={folder}")
+        return folder
+    parent = Path("runs").absolute()
+    _make(parent, f"run_dir=null: {parent}")
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while True:
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _make(folder: Path, what: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written: {error.strerror}; give run_dir=<another folder>") from None
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises UserError where ``folder`` is a file or holds another run or other files."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir={folder}: a file; give a new folder")
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+        what = "another run" if (folder / "run.json").exists() else "files"
+        raise UserError(f"run_dir={folder}: holds {what}; give a new or empty folder")
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process holds the lock of a run or a sweep."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def discard(folder: Path, made: bool) -> None:
+    """Remove what Hydra wrote for a run that never began, and the folder too if ``made`` for it."""
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / LOCK]:
+        file.unlink(missing_ok=True)
+    for empty in (folder / ".hydra", *((folder,) if made else ())):
+        with contextlib.suppress(OSError):  # it holds something of the user's or of the verb's
+            empty.rmdir()

@@ -1,0 +1,1 @@
+"""Training: teacher and student, the LightningModules, the optimiser, checkpoints, loggers, signals."""

@@ -1,0 +1,133 @@
+"""What a training run works with: teacher, student, text and batches, and how the models score."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from kncompress.compression.compress import CompressionReport, unique_parameters
+from kncompress.compression.text import calibration_text, fit_progress
+from kncompress.config import TrainConfig
+from kncompress.data.module import TextDataModule
+from kncompress.data.sources import read_split
+from kncompress.data.tokenizer import ignored_token
+from kncompress.data.tokens import TokenStream, token_stream
+from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
+from kncompress.training.batches import BatchPlan, plan_batches
+from kncompress.training.processes import processes
+from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
+
+Scores = Comparison | Perplexity
+
+
+@dataclass
+class TrainingJob:
+    """What a training run works with."""
+
+    teacher: Any | None
+    student: Any
+    tokenizer: Any
+    report: CompressionReport | None
+    layers: tuple[int, ...] | None
+    """Teacher layers that the student has kept; None: all."""
+    data: TextDataModule
+    batches: BatchPlan
+    test: TokenStream
+    test_tokens: int | None
+    """Most tokens of the test split that are scored; None: all."""
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What is known before the first step."""
+        facts: dict[str, float] = {"parameters/student": unique_parameters(self.student)}
+        if self.teacher is not None:
+            facts["parameters/teacher"] = unique_parameters(self.teacher)
+        if self.report is not None and self.report.mean_error is not None:
+            facts["error/mean"] = self.report.mean_error
+        if self.report is not None and self.report.weighted_error is not None:
+            facts["error/weighted"] = self.report.weighted_error
+        return facts
+
+    def scores(self, trainer: L.Trainer) -> Scores:
+        """Student, and where there is one the teacher, on the test split; every process scores its share."""
+        options: dict[str, Any] = {
+            "ignore": ignored_token(self.tokenizer),
+            "limit": self.test_tokens,
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+        }
+        device, context = trainer.strategy.root_device, self.batches.context
+        student = self.student.to(device)
+        if self.teacher is None:
+            return perplexity(student, self.test.tokens, context, **options)
+        return compare(self.teacher.to(device), student, self.test.tokens, context, **options)
+
+
+def prepare(config: TrainConfig, repair: bool = True) -> TrainingJob:
+    """Teacher, student and text as the configuration asks for them.
+
+    ``repair``: False for a run that goes on from a checkpoint, whose weights come after any repair.
+    """
+    if not repair:
+        config = replace(config, calibration=replace(config.calibration, repair=0))
+    teacher, report, layers = None, None, None
+    if config.model.path is None:
+        student, tokenizer = new_model(config.model, read_split(config.data, "train"))
+    else:
+        teacher, tokenizer = load_teacher(config.model)
+        text = calibration_text(config, teacher.config, tokenizer)
+        with fit_progress() as progress:
+            fit = FitOptions(text, config.calibration, progress)
+            student, report, layers = make_student(teacher, config.factors, config.start, fit)
+    context = config.data.context or student.config.max_position_embeddings
+    limit = config.trainer.validation_tokens
+    data = TextDataModule(
+        config.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None
+    )
+    batches = plan_batches(config.trainer, context, len(data.blocks("train")), processes(config.trainer))
+    data.micro_batch, data.step_blocks = batches.micro_batch, batches.step_blocks
+    data.blocks("validation")
+    test = token_stream(config.data, "test", tokenizer)
+    limit = config.trainer.test_tokens
+    return TrainingJob(teacher, student, tokenizer, report, layers, data, batches, test, limit)
+
+
+class StartScores(Callback):
+    """Scores the models before the first step, when all processes are there; ``scores`` tells the result.
+
+    It is kept in ``file``, by ``write(file, values)``, so that a resumed run need not measure it again.
+    """
+
+    def __init__(self, job: TrainingJob, file: Path, write: Any) -> None:
+        self.job, self.file, self.write = job, file, write
+        self.scores: Scores | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Score, or read what was scored before the run was interrupted."""
+        if stage != "fit" or self.job.teacher is None:
+            return
+        known = loads(self.file.read_text()) if trainer.is_global_zero and self.file.exists() else None
+        known = trainer.strategy.broadcast(known)
+        if known is not None:
+            models = {name: Perplexity(**known[name]) for name in ("teacher", "student")}
+            self.scores = Comparison(known["kl"], **models)
+            return
+        self.scores = self.job.scores(trainer)
+        if trainer.is_global_zero:
+            self.write(self.file, asdict(self.scores))
+
+
+def reload_student(config: TrainConfig, checkpoint: Path) -> Any:
+    """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
+    calibration = replace(config.calibration, repair=0)
+    # Its factors are replaced by the checkpoint's.
+    job = prepare(replace(config, start="random", calibration=calibration))
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
+    job.student.load_state_dict(weights)
+    return job.student

@@ -1,0 +1,125 @@
+"""Teacher-student pre-training on text."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kncompress.config import ObjectiveConfig, OptimizerConfig
+from kncompress.distill import Loss, Objective, cross_entropy
+from kncompress.evaluation import TokenMean
+from kncompress.training.distillation import Distillation, teacher_layers
+
+_TEACHER = "teacher."
+
+
+class ILKDPretraining(Distillation):
+    """Trains a student on text by intermediate-layer knowledge distillation from a frozen teacher.
+
+    (KnGPT2, arXiv 2110.08152.) Without a teacher only the cross-entropy term can be used: ordinary pre-training.
+    The teacher stays in evaluation mode, receives no gradients and is left out of checkpoints. Logged:
+    ``train/loss`` and every term as ``train/<term>``, means over all micro-batches and processes of an optimiser
+    step, ``train/tokens_per_second``, ``train/tokens``, ``validation/loss`` (cross-entropy of the student, nats
+    per token) and ``validation/perplexity``.
+
+    Args:
+        student: causal language model of transformers, in place.
+        teacher: the model it learns from, or None.
+        objective: weights of the loss.
+        optimizer: optimiser and schedule.
+        steps: optimiser steps of the whole run, for the schedule.
+        dropout: keep the student's dropout while training.
+        layers: the teacher layer that each student layer learns from, counted from 0; None: evenly spread
+            (``layer_mapping``).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        steps: int,
+        dropout: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        pairs = teacher_layers(student, teacher, layers)
+        super().__init__(student, teacher, Objective(objective, pairs, overwrites=True), optimizer, steps, dropout)
+        self._losses: list[Tensor] = []
+        self.validation_nll = TokenMean()
+        self._clock: tuple[float, int] | None = None
+        self._tokens = 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        ids = batch["input_ids"]
+        student, teacher = self.outputs(input_ids=ids)
+        loss = self.objective(student, teacher, batch["labels"])
+        self.forget()
+        self._note(loss)
+        self._tokens += ids.numel() * self.trainer.world_size
+        return loss.total
+
+    def _note(self, loss: Loss) -> None:
+        """Take note of one micro-batch, and log the means where it is the last of an optimiser step."""
+        self._losses.append(torch.stack([loss.total.detach(), *loss.terms.values()]))
+        if len(self._losses) < self.trainer.accumulate_grad_batches:
+            return
+        means = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
+        self._losses.clear()
+        names = ("loss", *loss.terms)
+        self.log_dict({f"train/{name}": value for name, value in zip(names, means, strict=True)}, on_step=True)
+
+    def on_train_start(self) -> None:
+        self._clock = (time.perf_counter(), self._tokens)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        start, tokens = self._clock or (time.perf_counter(), self._tokens)
+        elapsed = time.perf_counter() - start
+        if elapsed > 0:
+            self.log("train/tokens_per_second", (self._tokens - tokens) / elapsed)
+        self.log("train/tokens", float(self._tokens))
+
+    def on_validation_start(self) -> None:
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        # Validation does not count as training time.
+        if self._clock is not None:
+            start, tokens = self._clock
+            self._clock = (start + time.perf_counter() - self._validation_began, tokens)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        logits = self.student(input_ids=batch["input_ids"], use_cache=False).logits
+        scored = int((batch["labels"][:, 1:] != -100).sum())
+        # Blocks that only fill up the round of several processes have no labels, and so no mean.
+        total = cross_entropy(logits, batch["labels"]) * scored if scored else 0.0
+        self.validation_nll.update(total, scored)
+
+    def on_validation_epoch_end(self) -> None:
+        nll = self.validation_nll.compute()
+        self.validation_nll.reset()
+        scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
+        self.log_dict(scores, sync_dist=self.trainer.world_size > 1)  # equal on all ranks; Lightning wants it said
+
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens so far, over all devices and resumed parts."""
+        return self._tokens
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(_TEACHER)}
+        checkpoint["tokens_seen"] = self._tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._tokens = checkpoint["tokens_seen"]
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a checkpoint, which must lack the teacher's weights and nothing else."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if not key.startswith(_TEACHER)]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {result.unexpected_keys}")
+        return result

