@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kncompress.anatomy.layerdrop import config_of_layers, keep_layers_
+from kncompress.anatomy.mark import KroneckerConfig, factored_maps
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import Anatomy, anatomy_of
 from kncompress.anatomy.swap import tie_head_
@@ -19,10 +20,9 @@ from kncompress.compression.repair import BlockRepair
 from kncompress.compression.report import CompressionReport, MapReport
 from kncompress.config import CalibrationConfig
 from kncompress.errors import UserError
-from kncompress.formats.plugin import KroneckerConfig
 from kncompress.kron import KroneckerShape, Shape
 
-__all__ = ["CompressionReport", "MapReport", "Start", "compress_", "factored_maps", "unique_parameters"]
+__all__ = ["CompressionReport", "MapReport", "Start", "compress_", "unique_parameters"]
 
 
 def unique_parameters(model: nn.Module) -> int:
@@ -105,12 +105,6 @@ def compress_(
         repaired,
         arrangement=arrangement,
     )
-
-
-def factored_maps(model: Any) -> dict[str, str]:
-    """{map name: shape text} of a compressed model; empty for a dense one."""
-    config = getattr(model.config, "quantization_config", None)
-    return dict(config.maps) if isinstance(config, KroneckerConfig) else {}
 
 
 def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitted]) -> tuple[MapReport, ...]:

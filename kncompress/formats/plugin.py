@@ -14,19 +14,9 @@ from functools import partial
 from typing import Any
 
 from transformers.quantizers import HfQuantizer, auto
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kncompress.anatomy.mark import METHOD, KroneckerConfig
 from kncompress.errors import UserError
-
-METHOD = "kronecker"
-
-
-class KroneckerConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model's config.json: {map name: shape text}."""
-
-    def __init__(self, maps: Mapping[str, str] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
-        self.maps = dict(maps or {})
 
 
 class KroneckerLoader(HfQuantizer):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
+from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.sites import family_of
 from kncompress.anatomy.swap import unswap_
-from kncompress.compression.compress import factored_maps
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text

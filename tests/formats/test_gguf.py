@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.plan import Plan, RightFactor
-from kncompress.compression.compress import compress_, factored_maps
+from kncompress.compression.compress import compress_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.pretrained import load_config, load_model, save_model

@@ -22,9 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.compression.compress import compress_, factored_maps, unique_parameters
+from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.inspection import predict
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_config, load_model, save_model, to_dense
