@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 
 from kncompress.cli.compose import compose, home, open_hydra
 from kncompress.cli.job import Interrupted, Job
-from kncompress.cli.multirun import OUR_SETTINGS, is_hydras, multirun
 from kncompress.cli.overrides import Line, quoted, to_hydra
 from kncompress.cli.presets import References, defaults_of
 from kncompress.cli.resume import find_run, register_saved
-from kncompress.cli.sweep import SweepErrors, choices_of, validated
 from kncompress.cli.sweep_folder import not_own, read_sweep
+from kncompress.cli.sweep_jobs import SweepErrors, choices_of, validated
+from kncompress.cli.sweep_run import OUR_SETTINGS, is_hydras, run_sweep
 from kncompress.cli.verbs import Verb
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
@@ -65,7 +65,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
         overrides = [word for word in overrides if word.lstrip("+").partition("=")[0] != "resume"] + ["++resume=null"]
     job = Job(verb, references.words)
     if sweep:
-        return multirun(hydra, job, line, composed, overrides, fresh=resume == "never")
+        return run_sweep(hydra, job, line, composed, overrides, fresh=resume == "never")
     configs, nodes = validated(hydra, verb, verb.name, [[]], overrides, checks=not (line.show or child))
     if line.show:
         print(OmegaConf.to_yaml(OmegaConf.structured(configs[0])), end="")

@@ -19,7 +19,7 @@ from kncompress.cli.sweep_folder import result_of
 from kncompress.errors import UserError
 
 if TYPE_CHECKING:
-    from kncompress.cli.multirun import Launcher
+    from kncompress.cli.sweep_run import Launcher
 
 TARGET = f"{__name__}.Search"
 _ASKED = 20

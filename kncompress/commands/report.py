@@ -7,7 +7,7 @@ from pathlib import Path
 from kncompress.config import ReportConfig
 from kncompress.errors import UserError
 from kncompress.reports.report_page import report_page
-from kncompress.runs.reading import read_runs
+from kncompress.runs.past_runs import read_runs
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
 

@@ -23,7 +23,7 @@ from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
 from kncompress.reports.summary import ModelScores, gap_closed, write_summary
 from kncompress.reports.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
-from kncompress.runs.reading import REPORT, SAMPLES
+from kncompress.runs.past_runs import REPORT, SAMPLES
 from kncompress.runs.record import RunRecord, outcome
 from kncompress.runs.whole_file import write_text
 from kncompress.training.batches import blocks_of_a_step

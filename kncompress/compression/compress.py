@@ -13,11 +13,11 @@ from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import Anatomy, anatomy_of
 from kncompress.anatomy.swap import tie_head_
 from kncompress.compression.arrangement import arrange_
-from kncompress.compression.factoring import CALIBRATED, STARTS, Factoring, Start
-from kncompress.compression.fitting import Fitted, Progress, Work
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.map_fit import Fitted, Progress, Work
+from kncompress.compression.model_fit import CALIBRATED, STARTS, ModelFit, Start
 from kncompress.compression.repair import BlockRepair
-from kncompress.compression.report import CompressionReport, MapReport
+from kncompress.compression.table import CompressionReport, MapReport
 from kncompress.config import CalibrationConfig
 from kncompress.errors import UserError
 from kncompress.kron import KroneckerShape, Shape
@@ -87,7 +87,7 @@ def compress_(
         settings = replace(settings, moments=None)  # what is kept there is of the model as it was
     if settings.repair and shapes and text is not None and not next(model.parameters()).is_meta:
         repair = BlockRepair(model, shapes, text, settings, work)
-    fits = Factoring(model, anatomy, shapes, settings, work).run(start, text)
+    fits = ModelFit(model, anatomy, shapes, settings, work).run(start, text)
     if shapes:
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})

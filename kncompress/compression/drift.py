@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kncompress.compression.fitting import Fitted, InputMoment, calibrated_parts, frobenius_error, gauged
+from kncompress.compression.map_fit import Fitted, InputMoment, calibrated_parts, frobenius_error, gauged
 from kncompress.compression.moments import MomentSum
 from kncompress.config import CalibrationConfig
 from kncompress.kron import Factors, Moment, PreparedMoment, Shape, corrected_bias

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
-from kncompress.compression.fitting import Work, layer_cost, moment_cost
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating, recorded
+from kncompress.compression.map_fit import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.product import without_autocast

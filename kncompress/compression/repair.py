@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.compression.fitting import Work, layer_cost
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, evaluating
-from kncompress.compression.report import RepairReport
+from kncompress.compression.map_fit import Work, layer_cost
+from kncompress.compression.table import RepairReport
 from kncompress.config import CalibrationConfig
 from kncompress.kron import Shape
 from kncompress.kron.gauge import factor_rates

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.compression.drift import Drift, PairFit, PairSum
-from kncompress.compression.fitting import (
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, recorded
+from kncompress.compression.map_fit import (
     Fitted,
     Work,
     fit_cost,
     layer_cost,
     moment_cost,
 )
-from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, recorded
 from kncompress.compression.moments import MomentSum, finite, inputs_of, path_in_layer
 from kncompress.config import CalibrationConfig
 from kncompress.kron import Moment, Shape

@@ -18,8 +18,8 @@ from kncompress.anatomy.symmetries import (
     turn_values_,
     turned_moment,
 )
-from kncompress.compression.fitting import InputMoment, fit_calibrated, fit_nearest
 from kncompress.compression.grouping import balanced_basis, grouped_order
+from kncompress.compression.map_fit import InputMoment, fit_calibrated, fit_nearest
 from kncompress.compression.moments import input_of
 from kncompress.config import CalibrationConfig
 from kncompress.kron import KroneckerShape, Shape

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kncompress.compression import fitting
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.map_fit import Progress as FitProgress
 from kncompress.config import FactoringConfig
 from kncompress.data.build import batches, encode
 from kncompress.data.sources import find_sources, read_split
@@ -71,7 +71,7 @@ def calibration_text(config: FactoringConfig, fields: Any, tokenizer: Any) -> Ca
 
 
 @contextmanager
-def fit_progress(stream: TextIO | None = None) -> Iterator[fitting.Progress]:
+def fit_progress(stream: TextIO | None = None) -> Iterator[FitProgress]:
     """A bar with the time left on a terminal, else a line now and then; on ``stream``, standard error.
 
     Processes other than the first of a run show nothing.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kncompress.reports.figures import curves_figure, maps_figure, pareto_figure
-from kncompress.runs.reading import Run
+from kncompress.runs.past_runs import Run
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; }

@@ -14,8 +14,8 @@ from kncompress.anatomy.plan import plan_from_config
 from kncompress.anatomy.sites import family_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionReport, Start, compress_
-from kncompress.compression.fitting import Progress
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.map_fit import Progress
 from kncompress.config import CalibrationConfig, FactorsConfig, ModelConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError

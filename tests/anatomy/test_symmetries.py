@@ -25,7 +25,7 @@ from kncompress.compression.compress import compress_
 from kncompress.compression.grouping import balanced_basis, grouped_order
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.moments import stream_moments
-from kncompress.compression.report import Arrangement
+from kncompress.compression.table import Arrangement
 from kncompress.config import CalibrationConfig
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model

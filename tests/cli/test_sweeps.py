@@ -17,7 +17,7 @@ from filelock import FileLock
 from kncompress.__main__ import VERBS
 from kncompress.cli.compose import open_hydra
 from kncompress.cli.job import Job
-from kncompress.cli.multirun import _by_other_sweeper
+from kncompress.cli.sweep_run import _by_other_sweeper
 from kncompress.runs import run_folder
 
 PROBE = Path(probe_verb.__file__)

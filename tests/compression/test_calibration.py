@@ -12,8 +12,8 @@ from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
 from kncompress.compression.compress import compress_
-from kncompress.compression.fitting import Work
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head
+from kncompress.compression.map_fit import Work
 from kncompress.compression.moments import (
     MomentFolder,
     fingerprint,

@@ -13,7 +13,7 @@ import pytest
 from kncompress.errors import UserError
 from kncompress.reports.figures import pareto_front
 from kncompress.reports.report_page import report_page
-from kncompress.runs.reading import read_runs
+from kncompress.runs.past_runs import read_runs
 
 SCORES = {"0": (400, 40.0), "1": (500, 30.0), "2": (600, 35.0), "10": (700, 25.0)}
 SAMPLE = {"prompt": "Once <upon>", "text": "a time", "teacher": "a cat & a dog"}

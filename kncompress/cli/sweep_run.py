@@ -16,7 +16,6 @@ from kncompress.cli.job import FAILED, Interrupted, Job
 from kncompress.cli.overrides import Line, quoted, to_hydra
 from kncompress.cli.pareto_search import Search, is_search
 from kncompress.cli.presets import References, defaults_of
-from kncompress.cli.sweep import SweepErrors, choices_of, expand, validated
 from kncompress.cli.sweep_folder import (
     FILE,
     Sweep,
@@ -29,6 +28,7 @@ from kncompress.cli.sweep_folder import (
     read_sweep,
     result_of,
 )
+from kncompress.cli.sweep_jobs import SweepErrors, choices_of, expand, validated
 from kncompress.cli.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
@@ -42,7 +42,7 @@ def is_hydras(override: str) -> bool:
     return override.lstrip("+").startswith(("hydra.", "hydra/"))
 
 
-def multirun(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides: list[str], fresh: bool) -> int:
+def run_sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides: list[str], fresh: bool) -> int:
     """Run the sweep that ``composed`` and ``overrides`` describe, or what is missing of it; returns the exit code.
 
     Args:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import FACTORED, dense_bias, dense_weight, empty_module, module_at, put_module
-from kncompress.compression.fitting import (
+from kncompress.compression.layerwise import CalibrationText, evaluating
+from kncompress.compression.map_fit import (
     Fitted,
     InputMoment,
     Work,
@@ -18,7 +19,6 @@ from kncompress.compression.fitting import (
     fit_embedding,
     fit_nearest,
 )
-from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.moments import input_of, moments, token_frequencies
 from kncompress.compression.sequential import SequentialFit, sequential_cost
 from kncompress.config import CalibrationConfig
@@ -30,7 +30,7 @@ CALIBRATED = ("calibrated", "sequential")
 """Starts that need a text."""
 
 
-class Factoring:
+class ModelFit:
     """Fits the maps of ``shapes`` and puts them into ``model``."""
 
     def __init__(
