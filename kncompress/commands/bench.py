@@ -27,7 +27,7 @@ from kncompress.bench.tokens import measure_tokens
 from kncompress.cli.presets import config_folder, options, read_preset
 from kncompress.cli.spelling import choices_hint
 from kncompress.config import BenchConfig, FactorsConfig
-from kncompress.data.sources import find_sources
+from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import replacing, write_text
@@ -54,7 +54,7 @@ def check(config: BenchConfig) -> None:
             f"tokens={given}: a sequence takes {setting.sizes.sequence}, and the model has {most} positions"
         )
     if "tokens" in config.chosen:
-        find_sources(config.data.source, "data.source", config.data.text_format)
+        sources_of(config.data)
 
 
 def run(config: BenchConfig, run_dir: Path) -> dict[str, float]:

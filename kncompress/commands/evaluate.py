@@ -13,8 +13,8 @@ from rich.table import Table
 
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import EvaluateConfig
-from kncompress.data.files import text_lines
-from kncompress.data.sources import find_sources
+from kncompress.data.files import text_file, text_lines
+from kncompress.data.sources import find_sources, sources_of
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
@@ -31,12 +31,11 @@ def check(config: EvaluateConfig) -> None:
     if config.tasks:
         check_tasks(config.tasks)
     elif config.lambada is not None:
-        if not _is_text_file(config.lambada):
-            find_sources(config.lambada, "lambada")
+        if not _has_lines(config.lambada):
+            find_sources(config.lambada, "lambada", column=config.data.column)
     else:
         key = config.data.split if config.data.split in ("validation", "test") else "source"
-        source = getattr(config.data, key)
-        find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
+        sources_of(config.data, key)
     fields = model_config(config.model)
     require_causal(fields, "evaluate")
     positions = fields.max_position_embeddings
@@ -51,7 +50,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     """Score the text or the tasks; returns the metrics that ``result.json`` holds."""
     check(config)
     tasks = load_tasks(config.tasks, config.shots, config.seed) if config.tasks else None
-    passages = _passages(config.lambada, config.limit) if config.lambada is not None else None
+    passages = _passages(config.lambada, config.data.column, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
         window = config.context or model.config.max_position_embeddings
@@ -101,17 +100,19 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
     return metrics
 
 
-def _is_text_file(source: str) -> bool:
-    return source.endswith(".txt") and Path(source).expanduser().is_file()
+def _has_lines(source: str) -> bool:
+    """Whether it is a file of running text, whose lines are the passages."""
+    path = Path(source).expanduser()
+    return path.is_file() and text_file(path, "lambada").rows is None
 
 
-def _passages(source: str, limit: int | None) -> list[str]:
+def _passages(source: str, column: str | None, limit: int | None) -> list[str]:
     """Every passage of the source, or the first ones, in order."""
     texts: Iterable[str]
-    if _is_text_file(source):
-        texts = text_lines(Path(source).expanduser())
+    if _has_lines(source):
+        texts = text_lines(Path(source).expanduser(), "lambada")
     else:
-        texts = (text for found in find_sources(source, "lambada") for text in found.documents("all"))
+        texts = (text for found in find_sources(source, "lambada", column=column) for text in found.documents("all"))
     passages = list(itertools.islice((text for text in texts if text.strip()), limit))
     if not passages:
         raise UserError(f"lambada={source}: has no text; give passages, one a row or a line")

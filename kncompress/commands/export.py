@@ -11,7 +11,7 @@ import torch
 
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import ExportConfig
-from kncompress.data.sources import find_sources
+from kncompress.data.sources import sources_of
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import CheckFailed, UserError
@@ -46,8 +46,7 @@ def check(config: ExportConfig) -> None:
             raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
         require_causal(fields, "export format=int8")
         key = config.data.split if config.data.split in ("validation", "test") else "source"
-        source = getattr(config.data, key)
-        find_sources(config.data.source if source is None else source, f"data.{key}", config.data.text_format)
+        sources_of(config.data, key)
         tokenizer_of(config.model)
 
 

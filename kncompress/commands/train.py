@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from kncompress.anatomy.plan import plan_from_config
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
-from kncompress.data.sources import find_sources
+from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
@@ -53,7 +53,7 @@ def check(config: TrainConfig) -> None:
     """Cheap checks before anything is written: text, factors, batch, devices, the checkpoint of a resumed run."""
     for key in ("source", "validation", "test"):
         if getattr(config.data, key) is not None:
-            find_sources(getattr(config.data, key), f"data.{key}", config.data.text_format)
+            sources_of(config.data, key)
     fields = model_config(config.model)
     require_causal(fields, "train")
     positions = fields.max_position_embeddings

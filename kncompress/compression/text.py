@@ -15,7 +15,7 @@ from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import Progress as FitProgress
 from kncompress.config import FactoringConfig
 from kncompress.data.build import batches, encode
-from kncompress.data.sources import find_sources, read_split
+from kncompress.data.sources import read_split, sources_of
 from kncompress.errors import UserError
 
 LONGEST = 1024
@@ -32,7 +32,7 @@ def check_calibration(config: FactoringConfig, fields: Any) -> None:
     Raises UserError.
     """
     if config.needs_text:
-        find_sources(config.data.source, "data.source", config.data.text_format)
+        sources_of(config.data)
         _context(config, fields)
 
 

@@ -33,8 +33,9 @@ class DataConfig:
     """Text, and how it becomes token blocks."""
 
     source: Any = "sample"
-    """``sample``; a text file, or a folder of text, parquet, jsonl or arrow files; ``hub:ID``, ``hub:ID:CONFIGURATION``
-    for a data set of the Hugging Face hub (its column ``text``, its own splits); or a list of these."""
+    """``sample``; a file of text or of rows (jsonl, json, csv, tsv, parquet, arrow), perhaps packed (gz, bz2, xz), or a
+    folder of such files, hidden ones left out; ``hub:ID``, ``hub:ID:CONFIGURATION`` for a data set of the Hugging Face
+    hub with its own splits; or a list of these."""
     validation: Any = None
     """Source of the validation split; null: part of ``source``, split by document."""
     test: Any = None
@@ -45,6 +46,8 @@ class DataConfig:
     """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
     rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens``, ``*.raw`` and data sets of
     that name, else plain. A row of a data set is a document, except of WikiText, whose rows are lines."""
+    column: str | None = None
+    """Column of rows that the text is in; null: ``text``."""
     split: str = "auto"
     """``evaluate``: what is scored: ``train``, ``validation``, ``test``, ``all``; ``auto``: the test split where the
     source names one (the sample, a folder with a test file), the whole text otherwise."""

@@ -1,104 +1,235 @@
-"""Text files as documents, read line by line: a file may be larger than the memory."""
+"""What a file is, by its name and by its content, and how it is opened: the one place that decides it.
 
+A file holds running text or rows (JSON, CSV, Parquet, Arrow), perhaps packed by gzip, bzip2 or xz. Whatever else it is
+(an archive, a picture, a page of markup) is refused by what it is, never scored as text.
+"""
+
+import bz2
+import gzip
 import hashlib
-import re
-from collections.abc import Iterable, Iterator
+import json
+import lzma
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO, Any
 
-from kncompress.data import wikitext
 from kncompress.errors import UserError
+from kncompress.runs.process import process_rank
 
-SUFFIXES = (".txt", ".text", ".md", ".tokens", ".raw")
+PROSE = (".txt", ".text", ".md", ".tokens", ".raw")
+ROWS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""Ending of a name -> what the rows are written in."""
 LONGEST_LINE = 2**20
 """Characters after which a line is passed on unfinished."""
-_SEPARATOR = re.compile(r"<\|(?:endoftext|doc)\|>[ \t]*\n?")
-_EXTRACTED = re.compile(r"<doc [^>]*>\n")
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_PACKED_ENDINGS = (".gz", ".bz2", ".xz")
+_UNPACKED, _UNPACKED_PARQUET = 4, 2
+"""Bytes of English text in one packed byte, about."""
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+_REFUSED = {
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"%PDF": "a PDF; extract its text first",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; git lfs pull brings that",
+}
+_MARKUP = ("<!doctype html", "<html", "<?xml", "<mediawiki")
+_ENCODINGS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Byte order marks, which editors on Windows write, and the encoding that drops them."""
+_HEAD = 4096
+# What ``datasets`` writes beside the files of a data set.
+_ABOUT_A_DATA_SET = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
 
 
-def text_lines(file: Path) -> Iterator[str]:
-    """The lines of a file with their ends, which become ``\\n``. Raises UserError where it is not UTF-8."""
+@dataclass(frozen=True)
+class TextFile:
+    """A file that can be read."""
+
+    path: Path
+    rows: str | None
+    """``jsonl``, ``json``, ``csv``, ``parquet`` or ``arrow``; None: running text."""
+    packed: bool = False
+    encoding: str = "utf-8"
+    ending: str = ""
+    """The ending of its name in small letters, without that of the packing."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, unpacked (of a packed file about)."""
+        times = _UNPACKED if self.packed else _UNPACKED_PARQUET if self.rows == "parquet" else 1
+        return self.path.stat().st_size * times
+
+    @contextmanager
+    def open(self, key: str, newline: str | None = None) -> Iterator[IO[str]]:
+        """Its text, unpacked. Raises UserError, inside the context too, where its bytes cannot be read as that."""
+        where = f"{key}={self.path}"
+        try:
+            with _opener(self.path)(self.path, "rt", encoding=self.encoding, newline=newline) as stream:
+                yield stream
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8 text{self._first_bad_byte()}; convert it, by iconv say") from None
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
+            raise UserError(f"{where}: its packing is damaged, or its end is missing") from None
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+
+    def _first_bad_byte(self) -> str:
+        """`` (byte N)``: the decoder of a stream only knows the position within its buffer."""
+        if not self.encoding.startswith("utf-8"):
+            return ""
+        position = 0
+        with _opener(self.path)(self.path, "rb") as stream:
+            for line in stream:
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    return f" (byte {position + error.start})"
+                position += len(line)
+        return ""
+
+
+def text_file(path: Path, key: str = "data.source") -> TextFile:
+    """What ``path`` is. Raises UserError where it is nothing that can be read as text, with what it is instead."""
+    where = f"{key}={path}"
     try:
-        with file.open(encoding="utf-8") as stream:
-            while line := stream.readline(LONGEST_LINE):
-                yield line
-    except UnicodeDecodeError:
-        raise UserError(f"data.source={file}: not UTF-8 text (byte {_first_bad_byte(file)})") from None
+        facts = path.stat()
+        return _text_file(path, facts.st_size, facts.st_mtime_ns)
+    except _NoText as error:
+        raise UserError(f"{where}: {error}") from None
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
+        raise UserError(f"{where}: its packing is damaged, or its end is missing") from None
     except OSError as error:
-        raise UserError(f"data.source={file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
 
 
-def _first_bad_byte(file: Path) -> int:
-    """Position of the first byte that is not UTF-8: the decoder of a stream only knows it within its buffer."""
-    position = 0
-    with file.open("rb") as stream:
-        for line in stream:
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return position + error.start
-            position += len(line)
-    return position
+class _NoText(Exception):
+    """What a file is that cannot be read as text."""
 
 
-def documents_of(lines: Iterable[str], text_format: str, cut: int | None = None) -> Iterator[str]:
-    """Documents of a text in one of the formats of ``data.text_format`` (not ``auto``); blank ones are left out.
+@lru_cache(maxsize=4096)
+def _text_file(path: Path, size: int, modified: int) -> TextFile:
+    packed = _opener(path) is not open
+    with _opener(path)(path, "rb") as stream:
+        head = stream.read(_HEAD)
+    names = [ending.lower() for ending in path.suffixes]
+    ending = next((name for name in reversed(names) if name not in _PACKED_ENDINGS), "")
+    for start, kind in _TABLES.items():
+        if head.startswith(start):
+            if packed:
+                raise _NoText(f"a packed {kind} file; unpack it first")
+            return TextFile(path, kind, False, ending=ending)
+    rows = ROWS.get(ending)
+    if rows == "parquet" or (rows == "arrow" and not head.startswith(b"\xff\xff\xff\xff")):
+        raise _NoText(f"no {rows} file")
+    if rows == "arrow":
+        return TextFile(path, rows, False, ending=ending)
+    for start, what in _REFUSED.items():
+        if head.startswith(start):
+            raise _NoText(what)
+    if head[257:262] == b"ustar":
+        raise _NoText("a tar archive; unpack it first")
+    encoding = next((found for mark, found in _ENCODINGS.items() if head.startswith(mark)), "utf-8")
+    if encoding != "utf-16" and b"\x00" in head:
+        raise _NoText("not text: it has bytes of 0")
+    start = head.decode(encoding, errors="replace").lstrip()
+    if start.lower().startswith(_MARKUP):
+        raise _NoText("a page of HTML or XML; extract its text first")
+    if rows in (None, "json", "jsonl"):
+        rows = _json_kind(start, rows is not None)
+    return TextFile(path, rows, packed, encoding, ending)
 
-    Args:
-        lines: the text, in pieces that end where lines end.
-        text_format: ``plain``, ``wikitext`` or ``lines``.
-        cut: characters after which a plain document ends at the next paragraph; None: never.
+
+def _json_kind(start: str, named: bool) -> str | None:
+    """``json`` for an array, ``jsonl`` for an object a line, None for what is no JSON; by the first line alone."""
+    line, end, _ = start.partition("\n")
+    try:
+        value = json.loads(line)
+    except ValueError:
+        if named:  # a long first line may not be whole
+            if line.strip() == "{":
+                raise _NoText("one JSON object, not rows: give an object a line, or an array of them") from None
+            return "json" if start.startswith("[") else "jsonl"
+        cut = not end and len(start) > _HEAD // 4
+        return "jsonl" if cut and start.startswith('{"') else "json" if cut and start.startswith('[{"') else None
+    if isinstance(value, dict):
+        return "jsonl"
+    return "json" if isinstance(value, list) and (named or (value and isinstance(value[0], dict))) else None
+
+
+def _opener(path: Path) -> Any:
+    """What opens a file so that its bytes are unpacked: its own first bytes tell it, whatever its name says."""
+    with path.open("rb") as stream:
+        head = stream.read(6)
+    return next((opener for mark, opener in _PACKED.items() if head.startswith(mark)), open)
+
+
+def text_lines(file: Path, key: str = "data.source") -> Iterator[str]:
+    """The lines of a file with their ends, which become ``\\n``. Raises UserError where it is not UTF-8."""
+    with text_file(file, key).open(key) as stream:
+        while line := stream.readline(LONGEST_LINE):
+            yield line
+
+
+def in_folder(folder: Path, key: str) -> list[TextFile]:
+    """The files of text and rows below ``folder``, in the order of their names; once a process, what is left out.
+
+    Hidden files and folders are never read (an editor's copies are there), and where there are rows, Markdown is
+    not: the card of a data set is no text of it.
+
+    Raises UserError where there is none, or a file that should be one cannot be read.
     """
-    found: Iterator[str]
-    match text_format:
-        case "wikitext":
-            found = map(wikitext.to_prose, wikitext.articles(lines))
-        case "lines":
-            # Rows as the Hugging Face data sets have them: blank ones empty, others with their line end.
-            rows = (row for line in lines for row in line.splitlines(keepends=True) or [""])
-            found = iter(["\n\n".join(row if row.strip() else "" for row in rows)])
-        case _:
-            found = split_documents(lines, cut)
-    return (document for document in found if document.strip())
+    every = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    named = {path: _ending(path) for path in every if path.name not in _ABOUT_A_DATA_SET}
+    has_rows = any(ending in ROWS for ending in named.values())
+    chosen = [p for p, e in named.items() if e in ROWS or (e in PROSE and not (has_rows and e == ".md"))]
+    found = []
+    for path in [path for path in chosen if path.stat().st_size]:
+        try:
+            found.append(text_file(path, key))
+        except UserError:
+            if named[path] != ".json":  # which may be anything: settings, say
+                raise
+            chosen.remove(path)
+    if not found:
+        endings = ", ".join((*PROSE, *ROWS))
+        raise UserError(f"{key}={folder}: the folder holds no text file ({endings})")
+    left_out = [path for path in every if path not in chosen and path.name not in _ABOUT_A_DATA_SET]
+    if left_out:
+        kinds = Counter(file.ending or "no ending" for file in found)
+        read = ", ".join(f"{count} {ending}" for ending, count in kinds.items())
+        names = ", ".join(path.relative_to(folder).as_posix() for path in left_out[:3])
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        _tell(f"{key}={folder}: reads {len(found)} files ({read}), leaves out {names}{more}")
+    return found
 
 
-def split_documents(lines: Iterable[str], cut: int | None = None) -> Iterator[str]:
-    """Documents of a plain text: WikiExtractor's ``<doc>`` elements, parts between ``<|endoftext|>`` lines, or all."""
-    lines = iter(lines)
-    head = []
-    for line in lines:
-        head.append(line)
-        if line.strip():
-            break
-    extracted = bool(head) and head[-1].lstrip().startswith("<doc ")
-    rest = (line for part in (head, lines) for line in part)
-    return _extracted(rest) if extracted else _separated(rest, cut)
+def _ending(path: Path) -> str:
+    return next((e.lower() for e in reversed(path.suffixes) if e.lower() not in _PACKED_ENDINGS), "")
 
 
-def _separated(lines: Iterable[str], cut: int | None) -> Iterator[str]:
-    parts: list[str] = []
-    length = 0
-    for line in lines:
-        ends = _SEPARATOR.fullmatch(line) is not None
-        if not ends:
-            parts.append(line)
-            length += len(line)
-        if ends or (cut and (length >= 2 * cut or (length >= cut and not line.strip()))):
-            yield "".join(parts).strip()
-            parts, length = [], 0
-    yield "".join(parts).strip()
-
-
-def _extracted(lines: Iterable[str]) -> Iterator[str]:
-    inside: list[str] | None = None
-    for line in lines:
-        if inside is None:
-            inside = [] if _EXTRACTED.fullmatch(line) else None
-        elif line.startswith("</doc>"):
-            yield "".join(inside).strip()
-            inside = None
-        else:
-            inside.append(line)
+@lru_cache(maxsize=256)
+def _tell(line: str) -> None:
+    """Say it once, however often the folder is looked at."""
+    if process_rank() == 0:
+        print(f"kncompress: {line}", file=sys.stderr, flush=True)
 
 
 def content_hash(file: Path) -> str:

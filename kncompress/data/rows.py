@@ -1,7 +1,7 @@
-"""Text from the library ``datasets``: data sets of the Hugging Face hub, and folders of parquet, jsonl or arrow files.
+"""Text from the library ``datasets``: data sets of the Hugging Face hub.
 
-Rows are read in Arrow batches from files that are mapped into memory, so that a corpus may be larger than it. The
-text is the column ``text``. Loading scripts are not supported: ``datasets`` itself refuses them.
+Rows are read in Arrow batches from files that are mapped into memory, so that a corpus may be larger than it. Loading
+scripts are not supported: ``datasets`` itself refuses them.
 """
 
 import os
@@ -14,29 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from kncompress import hub
-from kncompress.data.files import documents_of
+from kncompress.data.prose import row_documents
+from kncompress.data.row_files import COLUMN, no_column, text_of
 from kncompress.data.split import held_out_shares, place
 from kncompress.errors import UserError
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".arrow": "arrow"}
-SUFFIXES = tuple(FORMATS)
 HUB = "hub:"
 SPLITS = {"train": {"train", "training"}, "validation": {"valid", "validation", "val", "dev"}, "test": {"test"}}
 """Our name of a split -> the names that files and data sets have for it."""
-_COLUMN = "text"
 _ROWS_AT_ONCE = 1000
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """A data set: ``name`` is what the user wrote, ``path`` a hub id or a folder."""
+    """A data set of the hub: ``name`` is what the user wrote, ``path`` its id."""
 
     name: str
     key: str
     path: str
     configuration: str | None = None
     text_format: str = "auto"
+    column: str | None = None
 
     @property
     def has_splits(self) -> bool:
@@ -76,11 +75,11 @@ class RowSource:
     def fingerprint(self) -> str:
         """Changes with the revision, configuration and files of the data set; nothing is read for it."""
         tables = [f"{split}={_identity(table)}" for split, table in self._tables().items()]
-        return f"rows:{self._format()}:{';'.join(tables)}"
+        return f"rows:{self._format()}:{self._column}:{';'.join(tables)}"
 
     def check(self) -> None:
         """Raises UserError where the data set is neither in the local cache nor within reach; loads nothing."""
-        if self.name.startswith(HUB) and _cached(self.path, self.configuration) is None:
+        if _cached(self.path, self.configuration) is None:
             _require_hub(self)
 
     def published(self) -> dict[str, Any]:
@@ -92,11 +91,12 @@ class RowSource:
             return self.text_format
         return "wikitext" if Path(self.path).name.lower() == "wikitext" else "plain"
 
+    @property
+    def _column(self) -> str:
+        return self.column or COLUMN
+
     def _read(self, table: Any) -> Iterator[str]:
-        if self._format() == "plain":
-            return (row.strip() for row in _rows(table) if row.strip())
-        # The rows are the lines of the published file, blank ones without their end.
-        return documents_of((row or "\n" for row in _rows(table)), self._format())
+        return row_documents(_texts(table, self._column, f"{self.key}={self.name}"), self._format())
 
     def _tables(self) -> dict[str, Any]:
         """Our split -> ``datasets.Dataset``, memory-mapped."""
@@ -105,13 +105,12 @@ class RowSource:
         if not found:
             raise UserError(f"{self.key}={self.name}: no split train, validation or test; it has {', '.join(loaded)}")
         for table in found.values():
-            if _COLUMN not in table.column_names:
-                columns = ", ".join(table.column_names)
-                raise UserError(f"{self.key}={self.name}: no column {_COLUMN}; it has {columns}")
+            if self._column not in table.column_names:
+                raise no_column(f"{self.key}={self.name}", self._column, table.column_names)
         return found
 
 
-def hub_source(entry: str, key: str, text_format: str) -> RowSource:
+def hub_source(entry: str, key: str, text_format: str = "auto", column: str | None = None) -> RowSource:
     """``hub:ID`` or ``hub:ID:CONFIGURATION`` as a source. Raises UserError for anything else, or with no hub."""
     text = entry.removeprefix(HUB)
     if not _ID.fullmatch(text):
@@ -119,7 +118,7 @@ def hub_source(entry: str, key: str, text_format: str) -> RowSource:
             f"{key}={entry}: not hub:ID or hub:ID:CONFIGURATION, e.g. hub:Salesforce/wikitext:wikitext-2-v1"
         )
     path, _, configuration = text.partition(":")
-    source = RowSource(entry, key, path, configuration or None, text_format)
+    source = RowSource(entry, key, path, configuration or None, text_format, column)
     source.check()
     return source
 
@@ -130,27 +129,25 @@ def _identity(table: Any) -> str:
     return str(paths) if paths else str(table._fingerprint)
 
 
-def _rows(table: Any) -> Iterator[str]:
+def _texts(table: Any, column: str, where: str) -> Iterator[str]:
+    number = 0
     for batch in table.with_format("arrow").iter(_ROWS_AT_ONCE):
-        for row in batch[_COLUMN].to_pylist():
-            yield "" if row is None else str(row)
+        for value in batch[column].to_pylist():
+            number += 1
+            yield text_of(value, f"{where}: row {number}", column)
 
 
 @lru_cache(maxsize=8)
 def _load(source: RowSource) -> dict[str, Any]:
-    """The splits of a data set; downloaded or converted to Arrow at the first call on a machine."""
+    """The splits of a data set; downloaded at the first call on a machine."""
     import datasets
 
-    local = not source.name.startswith(HUB)
-    cached = not local and _cached(source.path, source.configuration) is not None
-    if not local and not cached:
+    cached = _cached(source.path, source.configuration) is not None
+    if not cached:
         _require_hub(source)
     try:
-        with _without_network(cached or local):
+        with _without_network(cached):
             options: dict[str, Any] = {"cache_dir": str(_cache_folder())}
-            if local and Path(source.path).is_file():
-                kind = FORMATS[Path(source.path).suffix]
-                return dict(datasets.load_dataset(kind, data_files={"train": source.path}, **options))
             return dict(datasets.load_dataset(source.path, source.configuration, **options))
     except Exception as error:  # datasets has no common error for what can be wrong with a repository
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.config import DataConfig
-from kncompress.data import files, rows, sample
+from kncompress.data import sample
+from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, text_file, text_lines
+from kncompress.data.prose import documents_of, row_documents
+from kncompress.data.row_files import COLUMN, row_texts
 from kncompress.data.rows import HUB, SPLITS, RowSource, hub_source
 from kncompress.data.split import carve, chosen, held_out_shares, place
 from kncompress.errors import UserError
@@ -36,11 +39,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class FileSource:
-    """The sample, or text files with the split that their names give them."""
+    """The sample, or files of text and rows with the split that their names, and those of their folders, give them."""
 
     name: str
-    files: tuple[Path, ...] = ()
+    key: str = "data.source"
+    files: tuple[TextFile, ...] = ()
+    root: Path = Path()
+    """The folder that was named, or the one that the file lies in."""
     text_format: str = "auto"
+    column: str | None = None
 
     @property
     def is_sample(self) -> bool:
@@ -48,109 +55,130 @@ class FileSource:
 
     @property
     def has_splits(self) -> bool:
-        """Whether the source itself says what is training and what is test."""
-        return self.is_sample or any(split_name(file) == "test" for file in self.files)
+        """Whether the source itself says what is test."""
+        return self.is_sample or "test" in self._parts()
 
     @property
     def is_large(self) -> bool:
         """Whether it is never held in memory as a whole."""
-        return sum(file.stat().st_size for file in self.files) > IN_MEMORY
+        return sum(file.size for file in self.files) > IN_MEMORY
 
     def documents(self, split: str, held_out: Sequence[str] = ("validation", "test"), seed: int = 0) -> Iterable[str]:
         """Documents of ``split`` (or ``all``); ``held_out`` are the splits that must be carved out of the text.
 
-        Where the source names its splits, those hold. Otherwise 5% of the characters go to each held-out split, of
+        Splits that the names tell hold. Of the other text 5% of the characters go to each further held-out split, of
         documents ordered by a hash of ``seed`` and their text; of a large source some of the documents, by their hash.
         """
         if self.is_sample:
             return sample.documents(split)
         if split == "all":
             return self._read(self.files)
-        if self.has_splits:
-            return self._read(file for file in self.files if (split_name(file) or "train") == split)
+        parts = self._parts()
+        if split in parts and split != "train":
+            return self._read(parts[split])
+        missing = [name for name in held_out if name not in parts]
+        if not missing:
+            return self._read(parts.get(split, ()))
         if self.is_large:
-            shares = held_out_shares(self.size("all"))
-            return (d for d in self._read(self.files) if place(d, held_out, seed, shares) == split)
-        return carve(list(self._read(self.files)), held_out, seed).get(split, [])
+            shares = held_out_shares(self.size("train"))
+            return (d for d in self._read(parts.get("train", ())) if place(d, missing, seed, shares) == split)
+        return carve(list(self._read(parts.get("train", ()))), missing, seed).get(split, [])
 
     def size(self, split: str) -> int:
-        """About the characters of ``split``; of a source without splits those of all its text."""
+        """About the characters that ``documents`` goes through."""
         if self.is_sample:
             return sum(map(len, sample.documents(split)))
-        named = self.has_splits and split != "all"
-        return sum(f.stat().st_size for f in self.files if not named or (split_name(f) or "train") == split)
+        parts = self._parts()
+        read = self.files if split == "all" else parts.get(split, parts.get("train", ()))
+        return sum(file.size for file in read)
 
     def share(self, split: str, held_out: Sequence[str]) -> float:
         """About the part of ``size`` that the documents of ``split`` have."""
-        if self.has_splits or split == "all":
+        if self.is_sample or split == "all" or (split != "train" and split in self._parts()):
             return 1.0
-        shares = held_out_shares(self.size("all"))
-        return shares[split] if split in held_out else 1.0 - sum(shares[name] for name in held_out)
+        shares = held_out_shares(self.size("train"))
+        missing = [name for name in held_out if name not in self._parts()]
+        return shares[split] if split in missing else 1.0 - sum(shares[name] for name in missing)
+
+    def _parts(self) -> dict[str, list[TextFile]]:
+        """The files of each split that is named; all of them are ``train`` where neither that nor a test is."""
+        found: dict[str, list[TextFile]] = {}
+        for file in self.files:
+            found.setdefault(split_name(file.path.relative_to(self.root)) or "train", []).append(file)
+        return found if found.keys() & {"train", "test"} else {"train": list(self.files)}
 
     def fingerprint(self) -> str:
         """Changes with the content of the files, not with their names or dates."""
         if self.is_sample:
             return sample.fingerprint()
         digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(f"{split_name(file)}:{self._format(file)}:{files.content_hash(file)};".encode())
+        for split, files in self._parts().items():
+            for file in files:
+                read_as = f"{file.rows}.{self.column or COLUMN}" if self._has_rows(file) else "text"
+                digest.update(f"{split}:{self._format(file)}:{read_as}:{content_hash(file.path)};".encode())
         return digest.hexdigest()
 
-    def _format(self, file: Path) -> str:
+    def _has_rows(self, file: TextFile) -> bool:
+        # A text that happens to be lines of JSON can be had as it stands, by saying so.
+        return file.rows is not None and (self.text_format == "auto" or file.ending not in PROSE)
+
+    def _format(self, file: TextFile) -> str:
         if self.text_format != "auto":
             return self.text_format
-        return "wikitext" if file.suffix in (".tokens", ".raw") else "plain"
+        if file.rows is not None:
+            return "wikitext" if Path(self.name).name.lower() == "wikitext" else "plain"
+        return "wikitext" if file.ending in (".tokens", ".raw") else "plain"
 
-    def _read(self, chosen_files: Iterable[Path]) -> Iterator[str]:
+    def _read(self, chosen_files: Iterable[TextFile]) -> Iterator[str]:
         cut = CUT if self.is_large else None
         for file in chosen_files:
-            yield from files.documents_of(files.text_lines(file), self._format(file), cut)
+            if self._has_rows(file):
+                yield from row_documents(row_texts(file, self.key, self.column), self._format(file))
+            else:
+                yield from documents_of(text_lines(file.path, self.key), self._format(file), cut)
 
 
 Source = FileSource | RowSource
 
 
 def split_name(file: Path) -> str | None:
-    """``wiki.valid.tokens`` -> validation; None where the file's name names no split."""
-    words = set(re.split(r"[^a-z]+", file.name.lower()))
+    """``wiki.valid.tokens``, ``valid/a.parquet`` -> validation; None where a path names no split."""
+    words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
     return next((split for split, names in SPLITS.items() if words & names), None)
 
 
-def find_sources(value: Any, key: str, text_format: str = "auto") -> list[Source]:
+def find_sources(value: Any, key: str, text_format: str = "auto", column: str | None = None) -> list[Source]:
     """Resolves ``data.source``, ``data.validation`` or ``data.test``; reads and downloads nothing.
 
-    Raises UserError naming ``key`` where a file is missing, a folder has no text, a data set of the hub is neither in
-    the cache nor within reach, or the list is empty.
+    Raises UserError naming ``key`` where a file is missing or no text, a folder has no text, a data set of the hub is
+    neither in the cache nor within reach, or the list is empty.
     """
     entries = [value] if isinstance(value, str) else list(value)
     if not entries:
         raise UserError(f"{key}=[]: give `sample`, a text file, a folder of text files, hub:ID, or a list of these")
-    return [_find(str(entry), key, text_format) for entry in entries]
+    return [_find(str(entry), key, text_format, column) for entry in entries]
 
 
-def _find(entry: str, key: str, text_format: str) -> Source:
+def sources_of(config: DataConfig, name: str = "source") -> list[Source]:
+    """The sources of ``data.source``, or of ``validation`` or ``test`` where those name some. Raises UserError."""
+    own = getattr(config, name, None)
+    name = "source" if own is None else name
+    return find_sources(getattr(config, name), f"data.{name}", config.text_format, config.column)
+
+
+def _find(entry: str, key: str, text_format: str, column: str | None) -> Source:
     if entry == "sample":
-        return FileSource("sample")
+        return FileSource("sample", key)
     if entry.startswith(HUB):
-        return hub_source(entry, key, text_format)
+        return hub_source(entry, key, text_format, column)
     path = Path(entry).expanduser()
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        found = tuple(file for file in inside if file.suffix in files.SUFFIXES)
-        # The README of a data set is no text of it.
-        if any(f.suffix in rows.SUFFIXES for f in inside) and all(f.suffix == ".md" for f in found):
-            return RowSource(entry, key, str(path), None, text_format)
-        if not found:
-            every = ", ".join(files.SUFFIXES + rows.SUFFIXES)
-            raise UserError(f"{key}={entry}: the folder holds no text file ({every})")
-        return FileSource(entry, found, text_format)
+        return FileSource(entry, key, tuple(in_folder(path, key)), path, text_format, column)
     if not path.is_file():
         raise UserError(
             f"{key}={entry}: no such file or folder; give `sample`, a text file or a folder of them, hub:ID"
         )
-    if path.suffix in rows.SUFFIXES:
-        return RowSource(entry, key, str(path), None, text_format)
-    return FileSource(entry, (path,), text_format)
+    return FileSource(entry, key, (text_file(path, key),), path.parent, text_format, column)
 
 
 def read_split(config: DataConfig, split: str, reading: Reading | None = None) -> Iterator[str]:
@@ -161,7 +189,7 @@ def read_split(config: DataConfig, split: str, reading: Reading | None = None) -
     own = getattr(config, split, None) if split in ("validation", "test") else None
     key = "data.source" if own is None else f"data.{split}"
     held_out = [s for s in ("test", "validation") if getattr(config, s) is None]
-    sources = find_sources(config.source if own is None else own, key, config.text_format)
+    sources = sources_of(config, split if split in ("validation", "test") else "source")
     parts = []
     for source in sources:
         wanted = split
@@ -190,7 +218,6 @@ def fingerprint(config: DataConfig, split: str) -> str:
     if split == "train" and config.fraction < 1:
         parts.append(f"fraction={config.fraction}")
     for key in ("source", "validation", "test"):
-        value = getattr(config, key)
-        if value is not None:
-            parts += [key, *(s.fingerprint() for s in find_sources(value, f"data.{key}", config.text_format))]
+        if getattr(config, key) is not None:
+            parts += [key, *(source.fingerprint() for source in sources_of(config, key))]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()

@@ -24,7 +24,7 @@ from kncompress.errors import UserError
 IGNORED_LABEL = -100
 WAIT_SECONDS = 3.0
 """A process that waits longer than this for another one's cache says so."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

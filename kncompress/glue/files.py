@@ -7,6 +7,9 @@ from typing import NamedTuple
 from kncompress.errors import UserError
 from kncompress.glue.tasks import HIGHEST, LOWEST, GlueTask
 
+_HEAD = 65_536
+"""Bytes at the beginning of a file that tell how its lines end."""
+
 
 class Example(NamedTuple):
     """One sentence or two, and the label: a number from 0, a score, or None in a test set."""
@@ -59,8 +62,9 @@ def _rows(
     columns = list(bare) or next(lines, (0, ""))[1].split("\t")
     for name in wanted:
         if name not in columns:
-            found = ", ".join(columns) if any(columns) else "nothing"
-            raise UserError(f"data.source={source}: {_short(file)}: no column {name}; it has {found}")
+            found = ", ".join(column[:20] for column in columns[:8]) if any(columns) else "nothing"
+            more = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
+            raise UserError(f"data.source={source}: {_short(file)}: no column {name}; it has {found}{more}")
     places = [columns.index(name) for name in wanted]
     for number, line in lines:
         cells = line.split("\t")
@@ -73,11 +77,19 @@ def _rows(
 
 
 def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
-    """Lines without their ends, counted from 1; only a line feed ends one."""
+    """Lines that are not empty without their ends, counted from 1.
+
+    Only a line feed ends one, for the texts hold other ends; only a carriage return in a file of an old Mac, which has
+    no line feed.
+    """
     try:
-        with file.open(encoding="utf-8-sig", newline="\n") as stream:
+        with file.open("rb") as start:
+            head = start.read(_HEAD)
+        end = "\r" if b"\r" in head and b"\n" not in head else "\n"
+        with file.open(encoding="utf-8-sig", newline=end) as stream:
             for number, line in enumerate(stream, 1):
-                yield number, line.removesuffix("\n").removesuffix("\r")
+                if text := line.removesuffix("\n").removesuffix("\r"):
+                    yield number, text
     except UnicodeDecodeError as error:
         raise UserError(f"data.source={source}: {_short(file)}: not UTF-8 text") from error
     except OSError as error:

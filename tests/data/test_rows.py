@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, load_dataset
+from pyarrow.parquet import ParquetFile
 
 from kncompress.config import DataConfig
-from kncompress.data import rows, sources
+from kncompress.data import row_files, rows, sources
 from kncompress.data.rows import RowSource
 from kncompress.data.sources import Reading, find_sources, fingerprint
 from kncompress.data.split import place
@@ -111,7 +112,8 @@ def web(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_rows_are_documents_and_held_out_by_their_hash(web: str) -> None:
+def test_rows_are_documents_and_held_out_by_their_hash(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "IN_MEMORY", 1000)
     config = DataConfig(source=web)
     parts = {s: list(sources.read_split(config, s)) for s in ("train", "validation", "test", "all")}
     assert len(parts["all"]) == 3000 and parts["all"][0] == ("document 0\n\nof part 0 " * 3).strip()
@@ -153,14 +155,18 @@ def test_single_files_of_rows(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_in_batches(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(row_files, "_AT_ONCE", 100)
     taken = []
-    real = Dataset.iter
-    monkeypatch.setattr(Dataset, "iter", lambda self, size: (taken.append(len(b)) or b for b in real(self, size)))
+    real = ParquetFile.iter_batches
+    monkeypatch.setattr(
+        ParquetFile,
+        "iter_batches",
+        lambda self, size, columns: (taken.append((len(b), columns)) or b for b in real(self, size, columns=columns)),
+    )
     reading = Reading()
     documents = sources.read_split(DataConfig(source=web), "all", reading)
     assert len([next(documents) for _ in range(150)]) == 150
-    assert taken == [100, 100] and 0 < reading.done < reading.total
+    assert taken == [(100, ["text"])] * 2 and reading.done > 0 and reading.total > 0
 
 
 @pytest.mark.parametrize(
@@ -185,9 +191,11 @@ def test_bad_data_sets_are_named(tmp_path: Path, cached_wikitext: str) -> None:
         return str(caught.value)
 
     Dataset.from_dict({"body": ["one"]}).to_parquet(tmp_path / "columns.parquet")
-    assert failure(str(tmp_path / "columns.parquet")).endswith("no column text; it has body")
+    assert failure(str(tmp_path / "columns.parquet")).endswith(
+        "no column text; it has body; data.column=... names the column of the text"
+    )
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    assert "broken.parquet: cannot be loaded" in failure(str(tmp_path / "broken.parquet"))
+    assert "broken.parquet: no parquet file" in failure(str(tmp_path / "broken.parquet"))
     assert "hub:Salesforce/wikitext:other: not in" in failure("hub:Salesforce/wikitext:other")
 
 

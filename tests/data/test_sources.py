@@ -8,7 +8,8 @@ import pytest
 
 from kncompress.config import DataConfig
 from kncompress.data import files, sample, sources, wikitext
-from kncompress.data.files import documents_of, split_documents, text_lines
+from kncompress.data.files import text_lines
+from kncompress.data.prose import documents_of, split_documents
 from kncompress.data.sources import find_sources, fingerprint, split_name
 from kncompress.data.split import carve, chosen, place
 from kncompress.errors import UserError

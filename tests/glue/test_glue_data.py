@@ -195,3 +195,21 @@ def test_the_hub_s_version_equals_the_files(folder: Path, hub_cache: Path, tmp_p
     assert scores == pytest.approx([e.label for e in local.train(TASKS["stsb"])])
     with pytest.raises(UserError, match=r"hub:nyu-mll/glue:rte: not in .*datasets, and HF_HUB_OFFLINE"):
         hub.check(TASKS["rte"])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_empty_lines_and_every_line_end(tmp_path: Path, end: str) -> None:
+    rows = ["sentence\tlabel", "one\t0", "", "two\t1", "", ""]
+    file = tmp_path / "SST-2" / "train.tsv"
+    file.parent.mkdir()
+    file.write_bytes(end.join(rows).encode())
+    assert list(read_examples(TASKS["sst2"], file, "x")) == [Example(("one",), 0), Example(("two",), 1)]
+
+
+def test_a_message_about_columns_is_short_whatever_the_file_holds(tmp_path: Path) -> None:
+    file = tmp_path / "SST-2" / "train.tsv"
+    file.parent.mkdir()
+    file.write_text("\t".join(f"a long name of the column {i}" for i in range(2000)))
+    with pytest.raises(UserError, match=r"no column sentence; it has a long name of the .* and 1992 more$") as caught:
+        list(read_examples(TASKS["sst2"], file, "x"))
+    assert len(str(caught.value)) < 300
