@@ -122,7 +122,7 @@ def test_two_processes_build_one_cache(config: DataConfig) -> None:
     processes = [context.Process(target=_length, args=(config.source, config.cache_dir, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    lengths = [results.get(timeout=60) for _ in processes]
+    lengths = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     assert lengths[0] == lengths[1]
