@@ -220,9 +220,9 @@ def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[
     rows: dict[str, ModelScores] = {}
     if isinstance(start, Comparison) and isinstance(end, Comparison):
         rows["teacher"] = _row("teacher", metrics["parameters/teacher"], start.teacher, job)
-        rows["start"] = _row("student at the start", metrics["parameters/student"], start.student, job, start.kl)
-        rows["student"] = _row("student, trained", metrics["parameters/student"], end.student, job, end.kl)
-        metrics |= {"kl/start": start.kl, "kl/student": end.kl}
+        rows["start"] = _row("student at the start", metrics["parameters/student"], start.student, job, start)
+        rows["student"] = _row("student, trained", metrics["parameters/student"], end.student, job, end)
+        metrics |= {"kl/start": start.kl, "kl/student": end.kl} | end.metrics
         share = gap_closed(*rows.values())
         if share is not None:
             metrics["gap_closed"] = share
@@ -235,12 +235,15 @@ def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[
     return metrics, rows
 
 
-def _row(name: str, parameters: float, score: Perplexity, job: TrainingJob, kl: float | None = None) -> ModelScores:
+def _row(
+    name: str, parameters: float, score: Perplexity, job: TrainingJob, compared: Comparison | None = None
+) -> ModelScores:
     bits = None
     if job.test_tokens is None or job.test_tokens >= len(job.test):
         # The few tokens that no window scores count as the mean of the others.
         bits = bits_per_byte(score.nll * len(job.test), job.test.text_bytes)
-    return ModelScores(name, int(parameters), score.perplexity, kl, bits)
+    kl, same_top = (None, None) if compared is None else (compared.kl, compared.same_top)
+    return ModelScores(name, int(parameters), score.perplexity, kl, bits, same_top)
 
 
 def _sweep(run_dir: Path) -> str | None:

@@ -1,7 +1,8 @@
 """Measures of a language model: perplexity, bits per byte, divergence from a teacher, last words."""
 
+from kncompress.evaluation.comparison import Comparison, compare
 from kncompress.evaluation.last_word import LastWords, last_words
-from kncompress.evaluation.perplexity import Comparison, Perplexity, bits_per_byte, compare, perplexity
+from kncompress.evaluation.perplexity import Perplexity, bits_per_byte, perplexity
 from kncompress.evaluation.token_mean import TokenMean
 from kncompress.evaluation.windows import Window, sliding_windows
 

@@ -27,6 +27,8 @@ class ModelScores:
     """Mean KL(teacher || model) of the next-token distributions, nats per token."""
     bits_per_byte: float | None = None
     """Cross-entropy in bits per byte of text."""
+    same_top: float | None = None
+    """Tokens where the teacher has the same likeliest token, in percent."""
 
 
 def gap_closed(teacher: ModelScores, start: ModelScores, student: ModelScores) -> float | None:
@@ -57,6 +59,7 @@ def comparison_table(rows: Sequence[ModelScores]) -> Table:
         "share": [_share(row.parameters, rows[0].parameters) for row in rows],
         "perplexity": [_figure(row.perplexity, 2) for row in rows],
         "KL": [_figure(row.kl, 4) for row in rows],
+        "same top %": [_figure(row.same_top, 1) for row in rows],
         "bits/byte": [_figure(row.bits_per_byte, 4) for row in rows],
     }
     kept = {title: cells for title, cells in columns.items() if any(cell != ABSENT for cell in cells)}

@@ -1,7 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,12 @@ class StartScores(Callback):
         known = loads(self.file.read_text()) if trainer.is_global_zero and self.file.exists() else None
         known = trainer.strategy.broadcast(known)
         if known is not None:
-            models = {name: Perplexity(**known[name]) for name in ("teacher", "student")}
-            self.scores = Comparison(known["kl"], **models)
+            self.scores = Comparison.from_json(known)
             return
         self.scores = self.job.scores(trainer)
         if trainer.is_global_zero:
-            self.write(self.file, asdict(self.scores))
+            assert isinstance(self.scores, Comparison)
+            self.write(self.file, self.scores.to_json())
 
 
 def reload_student(config: TrainConfig, checkpoint: Path) -> Any:

@@ -8,8 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from kncompress.errors import UserError
-from kncompress.evaluation import bits_per_byte, compare, perplexity
-from kncompress.evaluation import perplexity as function
+from kncompress.evaluation import bits_per_byte, perplexity, scoring
 
 VOCABULARY, POSITIONS = 64, 16
 
@@ -105,8 +104,7 @@ def test_the_batch_size_changes_nothing(model, stride):
 @pytest.mark.parametrize("stride", [None, 6])
 def test_chunks_of_tokens_change_nothing(model, stride, monkeypatch):
     whole = perplexity(model, TOKENS, 16, stride)
-    module = __import__(function.__module__, fromlist=["_CHUNK_NUMBERS"])
-    monkeypatch.setattr(module, "_CHUNK_NUMBERS", 4 * VOCABULARY)
+    monkeypatch.setattr(scoring, "_CHUNK_NUMBERS", 4 * VOCABULARY)
     seen = []
     gather = torch.Tensor.gather
     monkeypatch.setattr(torch.Tensor, "gather", lambda self, *a: seen.append(len(self)) or gather(self, *a))
@@ -225,43 +223,6 @@ def test_a_hopeless_model_has_infinite_perplexity():
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(1e5)
     assert perplexity(model, TOKENS, 16).perplexity == math.inf
-
-
-# --- teacher and student
-
-
-def test_compare_against_one_forward_pass_a_token(teacher, model):
-    expected = []
-    for position in range(len(TOKENS)):
-        if position % 16:
-            context = TOKENS[position - position % 16 : position]
-            p, q = log_probabilities(teacher, context), log_probabilities(model, context)
-            expected.append((p.exp() * (p - q)).sum().item())
-    result = compare(teacher, model, TOKENS, 16, batch_tokens=64)
-    assert result.tokens == len(expected) == 70
-    assert result.kl == pytest.approx(np.mean(expected), rel=1e-5)
-    assert result.teacher == perplexity(teacher, TOKENS, 16, batch_tokens=64)
-    assert result.student == perplexity(model, TOKENS, 16, batch_tokens=64)
-
-
-def test_compare_has_a_direction_and_options(teacher, model):
-    there, back = compare(teacher, model, TOKENS, 16), compare(model, teacher, TOKENS, 16)
-    assert there.kl != pytest.approx(back.kl, rel=1e-2)
-    assert there.teacher == back.student
-    assert compare(teacher, model, TOKENS, 16, limit=40) == compare(teacher, model, TOKENS[:40], 16)
-    small = compare(teacher, model, TOKENS, 16, batch_tokens=1)
-    assert small.kl == pytest.approx(there.kl, rel=1e-6)
-    ignored = compare(teacher, model, TOKENS, 16, ignore=int(TOKENS[20]))
-    assert ignored.tokens == ignored.teacher.tokens < 70 and ignored.kl != there.kl
-
-
-def test_a_model_does_not_diverge_from_itself(model):
-    assert compare(model, model, TOKENS, 16).kl == 0
-
-
-def test_vocabularies_that_differ(model):
-    with pytest.raises(UserError, match="vocabulary: 64 and 65 tokens"):
-        compare(model, random_model(0, vocabulary=65), TOKENS, 16)
 
 
 # --- bits per byte

@@ -1,0 +1,121 @@
+"""Running causal language models over the windows of a text, and what comes out for each token that they predict.
+
+Log-probabilities are float32, whatever the model computes in.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kncompress.errors import UserError
+from kncompress.evaluation.windows import Tokens, Window, batches, read, sliding_windows
+
+_CHUNK_NUMBERS = 2**24
+"""Numbers in one float32 temporary of (tokens x vocabulary): 64 MiB."""
+
+Progress = Callable[[int, int], None]
+
+
+def windows_for(models: Sequence[nn.Module], tokens: Tokens, context: int, stride: int | None) -> list[Window]:
+    if np.ndim(tokens) != 1:
+        raise ValueError(f"tokens have {np.ndim(tokens)} dimensions; they must be one sequence")
+    for model in models:
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if positions is not None and context > positions:
+            raise UserError(f"context={context}: longer than the model's {positions} positions")
+    return sliding_windows(len(tokens), context, stride)
+
+
+def score_windows(
+    models: Sequence[nn.Module],
+    tokens: Tokens,
+    windows: Sequence[Window],
+    take: Callable[[Tensor], None],
+    *,
+    batch_tokens: int = 8192,
+    ignore: int | None = None,
+    bf16: bool = False,
+    progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Run one model, or a teacher and a student, over the windows and hand on what each window gives.
+
+    Args:
+        models: on any devices, in any mode; each gets its mode back.
+        tokens: 1-d sequence of token ids.
+        windows: of ``sliding_windows``.
+        take: called once for each window that scores anything, with a float32 tensor (rows, targets). The rows are the
+            negative log-likelihood of each model and, of two, KL(first || second) and whether both have the same
+            likeliest token (0 or 1).
+        batch_tokens, ignore, bf16, progress, rank, world: as in ``perplexity``.
+
+    Raises:
+        UserError: the models' vocabularies differ.
+    """
+    device = next(models[-1].parameters()).device
+    windows = windows[rank::world]
+    done = 0
+    with torch.inference_mode(), _evaluating(models):
+        for batch in batches(windows, batch_tokens):
+            ids = read(tokens, batch).to(device)  # (windows, size)
+            count = batch[0].targets
+            logits = [_target_logits(model, ids, count, bf16).to(device) for model in models]
+            for i in range(len(batch)):
+                targets = ids[i, -count:]
+                values = _token_scores([each[i] for each in logits], targets)  # (rows, targets)
+                if ignore is not None:
+                    values = values[:, targets != ignore]
+                if values.shape[1]:
+                    take(values)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+
+
+def _token_scores(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """The rows that ``score_windows`` hands on, (rows, targets)."""
+    vocabularies = {each.shape[-1] for each in logits}
+    if len(vocabularies) > 1:
+        raise UserError(f"vocabulary: {' and '.join(str(each.shape[-1]) for each in logits)} tokens; must be equal")
+    chunk = max(1, _CHUNK_NUMBERS // logits[0].shape[-1])
+    parts = []
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        logs = [each[part].float().log_softmax(-1) for each in logits]
+        rows = [-log.gather(-1, targets[part, None]).squeeze(-1) for log in logs]
+        if len(logs) == 2:
+            rows.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+            rows.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())
+        parts.append(torch.stack(rows))
+    return torch.cat(parts, dim=-1)
+
+
+def _target_logits(model: nn.Module, ids: Tensor, targets: int, bf16: bool) -> Tensor:
+    """Logits that predict the last ``targets`` tokens of each window: (windows, targets, V)."""
+    device = next(model.parameters()).device
+    # Under overlap most positions are context alone: spare their row of the head where the model can.
+    forward = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": targets + 1} if "logits_to_keep" in forward else {}
+    # No cache: weights cast in inference mode must not survive in the cache of a surrounding autocast.
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+        logits = model(input_ids=ids.to(device), use_cache=False, **extra).logits
+    return logits[:, -targets - 1 : -1]
+
+
+@contextmanager
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode for all models; afterwards each of their modules has the mode that it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
