@@ -22,6 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 def windows_for(models: Sequence[nn.Module], tokens: Tokens, context: int, stride: int | None) -> list[Window]:
+    """Windows of ``context`` tokens that all the models can read, ``stride`` apart (None: no overlap).
+
+    Raises:
+        UserError: a model has fewer positions, or as in ``sliding_windows``.
+    """
     if np.ndim(tokens) != 1:
         raise ValueError(f"tokens have {np.ndim(tokens)} dimensions; they must be one sequence")
     for model in models:

@@ -59,7 +59,7 @@ def comparison_table(rows: Sequence[ModelScores]) -> Table:
         "share": [_share(row.parameters, rows[0].parameters) for row in rows],
         "perplexity": [_figure(row.perplexity, 2) for row in rows],
         "KL": [_figure(row.kl, 4) for row in rows],
-        "same top %": [_figure(row.same_top, 1) for row in rows],
+        "agree": [ABSENT if row.same_top is None else f"{row.same_top:.1f}%" for row in rows],
         "bits/byte": [_figure(row.bits_per_byte, 4) for row in rows],
     }
     kept = {title: cells for title, cells in columns.items() if any(cell != ABSENT for cell in cells)}
@@ -86,7 +86,10 @@ def write_summary(
     parts: list[RenderableType] = [comparison_table(rows)]
     if teacher is not None and start is not None:
         parts.append(_gap_line(gap_closed(teacher, start, student)))
-    (console or Console(highlight=False)).print(Group(*parts))
+    console = console or Console(highlight=False)
+    # A line too long for the terminal goes on in the next; a figure cut short would be lost.
+    console.width = max(console.width, console.measure(parts[0], options=console.options.update(width=1000)).maximum)
+    console.print(Group(*parts))
     text = StringIO()
     Console(file=text, width=200, color_system=None, highlight=False).print(Group(*parts))
     lines = (line.rstrip() for line in text.getvalue().splitlines())
