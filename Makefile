@@ -39,9 +39,10 @@ fmt: $(STAMP) ## put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## render the docstrings to docs/api and draw the picture of docs/architecture.md
+docs: $(STAMP) ## build site/ from docs/ and the docstrings; a broken link is an error
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python -W error -m pdoc -d google -o docs/api kncompress
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: then strict lets warnings pass
 
 clean: ## remove the virtual environment and caches, not the runs
-	rm -rf $(VENV) docs/api build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/api site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,10 @@
-"""The pages under ``docs/``: the picture is that of the package, the files they name exist, the API pages render."""
+"""README and pages under ``docs/``: they name files that exist, the site builds, the picture is that of the package."""
 
 import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,6 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 ROOMS = "|".join(FLOORS)
 # The package itself; data.
 NO_ROOMS = {"__init__", "__pycache__", "assets", "conf"}
+ROOMS = sorted({entry.stem for entry in PACKAGE.iterdir() if entry.is_dir() or entry.suffix == ".py"} - NO_ROOMS)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def drawing() -> ModuleType:
 
 def test_the_picture_shows_every_room_on_its_floor(drawing: ModuleType) -> None:
     drawn = {room: floor for floor, rooms in enumerate(drawing.FLOORS) for room, _ in rooms}
-    rooms = {entry.stem for entry in PACKAGE.iterdir() if entry.is_dir() or entry.suffix == ".py"} - NO_ROOMS
+    rooms = set(ROOMS)
     assert rooms <= set(drawn), "add it to FLOORS in docs/architecture.py and run that file"
     assert {room: max(FLOORS[room], 0) for room in drawn} == drawn
     svg = DOCS / "architecture.svg"
@@ -52,7 +54,10 @@ def test_no_words_of_the_picture_leave_their_box(drawing: ModuleType) -> None:
             assert width < inside[0]["width"], element.text
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
@@ -62,6 +67,37 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     named = re.findall(rf"`((?:tests|docs|experiments|kncompress)/[\w./]*|(?:{ROOMS})/(?:[\w/]+\.\w+)?)`", text)
     for name in set(named) - {"docs/api/"}:  # made by make docs
         assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_readme_and_index_lead_to_every_page() -> None:
+    pages = {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"\]\(docs/(\w+\.md)\)", (ROOT / "README.md").read_text()))
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "index.md").read_text()))
+
+
+def test_the_site_builds_and_a_broken_link_fails_it(tmp_path: Path) -> None:
+    """As ``make docs`` builds it, of a copy of the pages; a stub stands for the API pages."""
+    (command,) = re.findall(r"python -m (mkdocs build [^#\n]*)", (ROOT / "Makefile").read_text())
+
+    def build() -> tuple[int, str]:
+        environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+        line = [sys.executable, "-m", *command.split()]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
+    (tmp_path / "docs" / "api").mkdir()
+    (tmp_path / "docs" / "api" / "index.html").write_text("<html></html>")
+    code, told = build()
+    assert code == 0, told
+    built = {page.stem for page in (tmp_path / "site").glob("*.html")}
+    assert {page.stem for page in DOCS.glob("*.md")} <= built and (tmp_path / "site" / "api" / "index.html").exists()
+
+    with (tmp_path / "docs" / "train.md").open("a") as page:
+        page.write("[a](nowhere.md) [b](install.md#no-such-heading)\n")
+    code, told = build()
+    assert code != 0 and "nowhere.md" in told and "no-such-heading" in told
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -1,9 +1,9 @@
-"""The commands of the README: each composes, and those that need neither hub nor GPU run, on small stand-ins.
+"""The commands of README and ``docs/``: each composes, and those that need neither hub nor GPU run, on small stand-ins.
 
 A comment before a block of commands makes them run: ``<!-- runs: key=value ... -->``, with overrides that make them
 small. A command gets those of them whose keys its verb has; ``train:key=value`` is for that verb alone. With
 ``runs slowly:`` the block is left to the tests marked slow, as every sweep is. Where a command has ``<...>``,
-``STAND_INS`` says what the reader is meant to put there.
+``STAND_INS`` says what the reader is meant to put there. A command that stands on two pages is tested once.
 """
 
 import re
@@ -26,6 +26,7 @@ from kncompress.cli.presets import defaults_of
 from kncompress.cli.schema import sections
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = Path(kncompress.__file__).parent
 BLOCK = re.compile(r"(?:<!-- (runs|runs slowly):([^>]*)-->\n+)?```(\w*)\n(.*?)```", re.DOTALL)
 OPTIONAL = re.compile(r"(?<=\s)\[(\w+=\S+)\]")
@@ -44,9 +45,10 @@ STAND_INS = {
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the README behind ``kncompress``, its placeholders filled."""
+    """One command of a page behind ``kncompress``, its placeholders filled."""
 
-    line: int
+    place: str
+    """Page and line."""
     words: tuple[str, ...]
     small: tuple[str, ...] | None
     """Overrides that make it small; None: it is not run."""
@@ -57,23 +59,38 @@ class Command:
         return self.words[0]
 
     def __str__(self) -> str:
-        return f"line {self.line}: {' '.join(self.words)}"
+        return f"{self.place}: {' '.join(self.words)}"
 
 
-def _blocks() -> list[tuple[int, str, str, tuple[str, str]]]:
-    """(line, language, text, (mark, overrides)) of every block of the README."""
-    text = (ROOT / "README.md").read_text()
+@dataclass(frozen=True)
+class Block:
+    """A block of code between fences."""
+
+    page: str
+    start: int
+    """Its first line on the page."""
+    language: str
+    text: str
+    mark: str
+    """``runs``, ``runs slowly`` or nothing."""
+    small: str
+    """The overrides behind the mark."""
+
+
+def _blocks() -> list[Block]:
+    """Every block of every page."""
+    pages = [(page.relative_to(ROOT), page.read_text()) for page in PAGES]
     return [
-        (text.count("\n", 0, found.start(4)) + 1, found[3], found[4], (found[1] or "", found[2] or ""))
-        for found in BLOCK.finditer(text)
+        Block(str(page), text.count("\n", 0, f.start(4)) + 1, f[3], f[4], f[1] or "", f[2] or "")
+        for page, text in pages
+        for f in BLOCK.finditer(text)
     ]
 
 
-def _commands(block: tuple[int, str, str, tuple[str, str]]) -> list[Command]:
-    start, language, text, (mark, small) = block
+def _commands(block: Block) -> list[Command]:
     found: list[Command] = []
-    line, begins = "", start
-    for number, part in enumerate([] if language else text.splitlines(), start):
+    line, begins = "", block.start
+    for number, part in enumerate([] if block.language else block.text.splitlines(), block.start):
         begins, line = (begins, line + part) if line else (number, part)
         if line.endswith("\\"):
             line = line[:-1]
@@ -84,11 +101,12 @@ def _commands(block: tuple[int, str, str, tuple[str, str]]) -> list[Command]:
         for placeholder, stand_in in STAND_INS.items():
             whole = whole.replace(placeholder, stand_in)
         words = shlex.split(OPTIONAL.sub(r"\1", whole), comments=True)
-        assert not any("<" in word for word in words), f"line {begins}: nothing in STAND_INS for {whole}"
+        place = f"{block.page} line {begins}"
+        assert not any("<" in word for word in words), f"{place}: nothing in STAND_INS for {whole}"
         words = words[words.index("kncompress") + 1 :]
         alone = not {"trainer=ddp", "trainer=fsdp", "hydra/launcher=slurm"} & set(words)
-        run = tuple(_small(small, words)) if mark and alone else None
-        found.append(Command(begins, tuple(words), run, mark == "runs slowly" or "-m" in words))
+        run = tuple(_small(block.small, words)) if block.mark and alone else None
+        found.append(Command(place, tuple(words), run, block.mark == "runs slowly" or "-m" in words))
     return found
 
 
@@ -108,18 +126,18 @@ def _small(small: str, words: list[str]) -> Iterator[str]:
 
 
 BLOCKS = [commands for commands in map(_commands, _blocks()) if commands]
-COMMANDS = [command for commands in BLOCKS for command in commands]
+COMMANDS = list({command.words: command for commands in BLOCKS for command in commands}.values())
 RUN = [commands for commands in BLOCKS if any(c.small is not None and not c.slow for c in commands)]
 RUN_SLOWLY = [commands for commands in BLOCKS if any(c.small is not None and c.slow for c in commands)]
 
 
 def _name(commands: list[Command]) -> str:
-    return f"line {commands[0].line}: {' '.join(dict.fromkeys(c.verb for c in commands))}"
+    return f"{commands[0].place}: {' '.join(dict.fromkeys(c.verb for c in commands))}"
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A folder with everything that ``STAND_INS`` names, and the plan file that the README shows."""
+    """A folder with everything that ``STAND_INS`` names, and the plan file that a page shows."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -135,7 +153,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     (folder / "story.txt").write_text(text.read_text())
     make_glue(folder / "glue")
     shutil.copytree(PACKAGE / "assets" / "mini", folder / "student")
-    (plan,) = (text for _, language, text, _ in _blocks() if language == "yaml")
+    (plan,) = (block.text for block in _blocks() if block.language == "yaml")
     (folder / "my_plan.yaml").write_text(plan)
     (folder / "block0").mkdir()
     (folder / "block0" / "plan.yaml").write_text("mlp: {right: [2, 1]}\n")
@@ -153,9 +171,9 @@ def at_home(reader: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pa
     return tmp_path
 
 
-def test_the_readme_has_commands_that_run() -> None:
-    assert len(COMMANDS) > 15 and len(RUN) >= 6
-    assert {"train", "compress", "plan", "inspect", "evaluate", "glue"} <= {command.verb for command in COMMANDS}
+def test_the_pages_have_commands_that_run() -> None:
+    assert len(COMMANDS) > 30 and len(RUN) >= 8
+    assert set(VERBS) <= {command.verb for command in COMMANDS}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
@@ -197,20 +215,21 @@ def test_it_runs_slowly(commands: list[Command], at_home: Path, capfd: Any) -> N
     _run(commands, slow=True, capfd=capfd)
 
 
-def test_the_python_of_the_readme_runs(at_home: Path, capsys: Any) -> None:
+def test_the_python_of_the_pages_runs(at_home: Path, capsys: Any) -> None:
     assert main(["compress", "model=model", "factors.mlp.right=[1,2]", "run_dir=runs/first"]) == 0
-    found = [text for _, language, text, _ in _blocks() if language == "python"]
+    found = [block for block in _blocks() if block.language == "python"]
     assert found
-    for code in found:
+    for block in found:
+        code = block.text
         assert "runs/.../model" in code
         with warnings.catch_warnings():  # peft tells that GPT-2's own maps lie the other way round, and copes
             warnings.simplefilter("ignore", UserWarning)
-            exec(compile(code.replace("runs/.../model", "runs/first/model"), "README.md", "exec"), {})
+            exec(compile(code.replace("runs/.../model", "runs/first/model"), block.page, "exec"), {})
     assert "The history of" in capsys.readouterr().out
 
 
 def test_make_targets_and_extras_exist() -> None:
-    text = "\n".join(block for _, language, block, _ in _blocks() if not language)
+    text = "\n".join(block.text for block in _blocks() if not block.language)
     targets = set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE))
     assert {"demo", "test"} <= targets
     makefile = (ROOT / "Makefile").read_text()
@@ -222,6 +241,6 @@ def test_make_targets_and_extras_exist() -> None:
         for name in "".join(group).split(",")
     }
     assert named and named <= set(extras)
-    whole = (ROOT / "README.md").read_text()
+    whole = (ROOT / "docs" / "install.md").read_text()
     paragraph = whole[whole.index("Extras:") : whole.index("\n\n", whole.index("Extras:"))]
-    assert set(re.findall(r"`([\w-]+)`", paragraph)) <= set(extras)
+    assert set(re.findall(r"`([\w-]+)`", paragraph)) == set(extras)
