@@ -4,7 +4,7 @@
 set -euo pipefail
 out="${1:-runs/objectives}"
 shift || true
-paper=(start=nearest calibration.symmetries=[] calibration.repair=0)
+paper=(start=nearest fit.symmetries=[] repair.passes=0)
 train() { python -m kncompress train +experiment=wikitext_ilkd "${paper[@]}" "run_dir=$out/$1" "${@:2}"; }
 
 train ilkd "$@"

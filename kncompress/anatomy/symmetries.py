@@ -133,7 +133,7 @@ def check_residual(model: Any) -> list[Tensor]:
     family, width = anatomy.family, anatomy.family.sizes(model.config)["width"]
     if not family.head_reads_residual or anatomy.sites["embedding"].in_features != width:
         raise UserError(
-            f"calibration.symmetries: residual: the embedding or the head of this {family.model_type} does not meet "
+            f"fit.symmetries: residual: the embedding or the head of this {family.model_type} does not meet "
             "the residual stream directly; leave residual out"
         )
     modules = [module_at(model, site) for site in anatomy.sites.values()]
@@ -148,7 +148,7 @@ def check_residual(model: Any) -> list[Tensor]:
             continue
         if parameter.shape[-1] != width:
             raise UserError(
-                f"calibration.symmetries: residual: {name} is {list(parameter.shape)}, not of the residual width "
+                f"fit.symmetries: residual: {name} is {list(parameter.shape)}, not of the residual width "
                 f"{width}; leave residual out"
             )
         found.append(parameter.detach())

@@ -12,8 +12,6 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from kncompress.anatomy.plan import plan_from_config
-from kncompress.anatomy.sites import anatomy_of
 from kncompress.bench.fit import measure_fit
 from kncompress.bench.generate import measure_generation
 from kncompress.bench.measurement import Measurement
@@ -26,6 +24,7 @@ from kncompress.bench.table import draw, machine_line, markdown, rich_table
 from kncompress.bench.tokens import measure_tokens
 from kncompress.cli.presets import config_folder, options, read_preset
 from kncompress.cli.spelling import choices_hint
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import BenchConfig, FactorsConfig
 from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
@@ -42,7 +41,7 @@ def check(config: BenchConfig) -> None:
     """Cheap checks before anything is written: model, factors, presets, and the text where it is read."""
     setting = setting_of(config)
     require_causal(setting.fields, "bench")
-    plan_from_config(config.factors, setting.fields)
+    StudentPlan.of(config.factors, setting.fields)
     for name in config.presets:
         known = [*options("factors"), OUTER, SPEEDY]
         if name not in known:
@@ -95,7 +94,7 @@ def _keep(run_dir: Path, setting: Setting, measured: list[Measurement]) -> str:
 
 
 def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
-    plan = plan_from_config(setting.config.factors, anatomy_of(setting.fields))
+    plan = StudentPlan.of(setting.config.factors, setting.fields).maps
     presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, SPEEDY)}
     return {
         "product": lambda: measure_products(setting, presets),

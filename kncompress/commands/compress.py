@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from kncompress.anatomy.plan import plan_from_config
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import CompressConfig
 from kncompress.errors import UserError
@@ -15,33 +15,33 @@ from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
-from kncompress.training.depth import student_config
 from kncompress.training.student import FitOptions, factor_, load_dense, load_teacher, model_config, tokenizer_if_any
 
 
-def check(config: CompressConfig) -> None:
-    """Cheap checks before anything is written: the model exists and the factors fit it."""
+def check(config: CompressConfig) -> StudentPlan:
+    """Cheap checks before anything is written: the model exists and the factors fit it; returns what it becomes."""
     if config.model.path is None:
         raise UserError("model.path=null: compress needs a model that exists")
     fields = model_config(config.model)
-    plan_from_config(config.factors, student_config(fields, config.factors))
-    check_calibration(config, fields)
+    if config.needs_text:
+        check_calibration(config.data, config.calibration, fields)
+    return StudentPlan.of(config.factors, fields)
 
 
 def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
     """Factor in ``run_dir``: ``model/``, ``report.json`` and ``report.txt``; returns the metrics of ``result.json``."""
-    check(config)
+    plan = check(config)
     with RunRecord.open(run_dir, "compress", asdict(config), config.seed) as record:
         L.seed_everything(config.seed, verbose=False)
         text = None
         if config.needs_text:
             model, tokenizer = load_teacher(config.model)
-            text = calibration_text(config, model.config, tokenizer)
+            text = calibration_text(config.data, config.calibration, model.config, tokenizer)
         else:
             model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
         began = time.perf_counter()
         with fit_progress() as progress:
-            report = factor_(model, config.factors, config.start, FitOptions(text, config.calibration, progress))
+            report = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress))
         seconds = time.perf_counter() - began
         data = config.data.source if text is not None else None
         facts = CardFacts(config.model.path, data, {"seconds/fit": seconds})

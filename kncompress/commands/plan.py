@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,18 @@ def run(config: PlanConfig, run_dir: Path) -> dict[str, float]:
         L.seed_everything(config.seed, verbose=False)
         # The moments are read three times: for the screening, the errors and the fit.
         with tempfile.TemporaryDirectory(prefix=".moments-", dir=run_dir) as folder:
-            if config.calibration.moments is None:
-                config = replace(config, calibration=replace(config.calibration, moments=folder))
-            metrics = _plan(config, run_dir, table, record)
+            metrics = _plan(config, run_dir, table, record, folder)
         record.finish("finished", metrics, plan="plan.yaml")
     return metrics
 
 
-def _plan(config: PlanConfig, run_dir: Path, table: HarmTable | None, record: RunRecord) -> dict[str, float]:
+def _plan(
+    config: PlanConfig, run_dir: Path, table: HarmTable | None, record: RunRecord, moments: str
+) -> dict[str, float]:
     model: Any = None
     if table is None or config.measures:
         model, tokenizer = load_teacher(config.model)
-        text, harm_text = texts(config, model.config, tokenizer)
+        text, harm_text = texts(config, model.config, tokenizer, moments)
     if table is None:
         table = measure(config, model, text, harm_text)
     write_text(run_dir / HARMS, json.dumps(table.as_dict()) + "\n")

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
-from kncompress.anatomy.plan import plan_from_config
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
 from kncompress.data.sources import sources_of
@@ -35,7 +35,6 @@ from kncompress.training.checkpoints import (
     check_checkpoint,
     checkpoint_callbacks,
 )
-from kncompress.training.depth import student_config
 from kncompress.training.divergence import DivergedError, NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
 from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
@@ -49,8 +48,11 @@ from kncompress.training.student import model_config, require_causal
 from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning
 
 
-def check(config: TrainConfig) -> None:
-    """Cheap checks before anything is written: text, factors, batch, devices, the checkpoint of a resumed run."""
+def check(config: TrainConfig) -> StudentPlan:
+    """Cheap checks before anything is written: text, factors, batch, devices, the checkpoint of a resumed run.
+
+    Returns what becomes of the teacher.
+    """
     for key in ("source", "validation", "test"):
         if getattr(config.data, key) is not None:
             sources_of(config.data, key)
@@ -59,8 +61,9 @@ def check(config: TrainConfig) -> None:
     positions = fields.max_position_embeddings
     if config.data.context is not None and config.data.context > positions:
         raise UserError(f"data.context={config.data.context}: the model has {positions} positions")
-    plan_from_config(config.factors, student_config(fields, config.factors))
-    check_calibration(config, fields)
+    plan = StudentPlan.of(config.factors, fields)
+    if config.needs_text:
+        check_calibration(config.data, config.calibration, fields)
     blocks_of_a_step(config.trainer, config.data.context or positions, processes(config.trainer))
     if config.trainer.strategy == "fsdp" and config.optimizer.name == "muon":
         raise UserError("optimizer.name=muon: needs whole matrices, which trainer.strategy=fsdp cuts; give adamw")
@@ -68,6 +71,7 @@ def check(config: TrainConfig) -> None:
         _check_from_scratch(config)
     if config.resume is not None and config.run_dir is not None:
         check_checkpoint(Path(config.run_dir) / "checkpoints" / LAST)
+    return plan
 
 
 def _check_from_scratch(config: TrainConfig) -> None:
@@ -88,12 +92,12 @@ def _check_from_scratch(config: TrainConfig) -> None:
 
 def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
     """Train in ``run_dir``; returns the metrics that ``result.json`` holds. Every process of the run calls it."""
-    check(config)
+    plan = check(config)
     quiet_lightning()
     keep_freed_memory()
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
         L.seed_everything(config.seed, verbose=False)
-        job = prepare(config, repair=not (run_dir / "checkpoints" / LAST).exists())
+        job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
         sweep, tags = _sweep(run_dir), _presets()
         loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, sweep, tags)
         code = 1
@@ -107,7 +111,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
             maps = [asdict(row) for row in job.report.rows] if job.report is not None else []
             log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
             log_maps(loggers, maps)
-            tokens_per_second = fit(config, job, run_dir, trainer)
+            tokens_per_second = fit(config, plan, job, run_dir, trainer)
             job.student.eval()
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             metrics |= repair | {"tokens_per_second": tokens_per_second}
@@ -181,7 +185,7 @@ def _trainer(
     return build_trainer(config.trainer, job.batches, job.student, run_dir, callbacks, loggers, WholeFileCheckpointIO())
 
 
-def fit(config: TrainConfig, job: TrainingJob, run_dir: Path, trainer: L.Trainer) -> float:
+def fit(config: TrainConfig, plan: StudentPlan, job: TrainingJob, run_dir: Path, trainer: L.Trainer) -> float:
     """Train the student, to the weights that ``trainer.keep`` names in the end; returns tokens per second."""
     module = ILKDPretraining(
         job.student,
@@ -198,7 +202,7 @@ def fit(config: TrainConfig, job: TrainingJob, run_dir: Path, trainer: L.Trainer
     tokens_per_second = float(trainer.callback_metrics.get("train/tokens_per_second", math.nan))
     best = folder / BEST if config.trainer.keep == "best" and (folder / BEST).exists() else None
     if config.trainer.strategy == "fsdp":
-        job.student = reload_student(config, best or folder / LAST)
+        job.student = reload_student(config, plan, best or folder / LAST)
     elif best is not None:
         _keep_best(trainer, module, job, best)
     module.close()

@@ -17,7 +17,7 @@ from kncompress.compression.map_fit import InputMoment, Work, fit_cost
 from kncompress.compression.moments import input_of, moments
 from kncompress.compression.symmetry_search import Found, SymmetrySearch
 from kncompress.compression.table import Arrangement
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import Shape
 
 
@@ -25,7 +25,7 @@ from kncompress.kron import Shape
 def arrange_(
     model: Any,
     shapes: Mapping[str, Shape],
-    settings: CalibrationConfig,
+    settings: FitConfig,
     text: CalibrationText | None = None,
     work: Work | None = None,
 ) -> Arrangement:
@@ -88,7 +88,7 @@ def _by_layer(
         if site.group in groups
     }
     found: dict[int, dict[str, InputMoment]] = {layer: {} for layer in layers}
-    for name, moment in moments(chosen.model, text, list(wanted), chosen.settings.moments, work):
+    for name, moment in moments(chosen.model, text, list(wanted), work):
         layer = wanted[name]
         found[layer][name] = InputMoment(moment)
         if len(found[layer]) == sum(other == layer for other in wanted.values()):

@@ -18,7 +18,7 @@ from kncompress.compression.map_fit import Fitted, Progress, Work
 from kncompress.compression.model_fit import CALIBRATED, STARTS, ModelFit, Start
 from kncompress.compression.repair import BlockRepair
 from kncompress.compression.table import CompressionReport, MapReport
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig, RepairConfig
 from kncompress.errors import UserError
 from kncompress.kron import KroneckerShape, Shape
 
@@ -37,7 +37,8 @@ def compress_(
     progress: Progress | None = None,
     layers: Sequence[int] | None = None,
     text: CalibrationText | None = None,
-    settings: CalibrationConfig | None = None,
+    settings: FitConfig | None = None,
+    repair: RepairConfig | None = None,
 ) -> CompressionReport:
     """Replace the maps that ``plan`` names by Kronecker sums, in place.
 
@@ -55,8 +56,9 @@ def compress_(
         progress: called with what is being fitted and the share of the work that is done.
         layers: layers to keep, counted from 0, rising; the others are dropped first, and ``plan`` counts those
             that are kept. None: all.
-        text: for ``calibrated`` and ``sequential``.
-        settings: gauge, and how to calibrate; None: by default.
+        text: for ``calibrated`` and ``sequential``, and for the repair.
+        settings: of the fit; None: by default.
+        repair: of the blocks, after the fit; None: none.
 
     Raises:
         UserError: the plan does not fit the model, the model has no such layers, is factored already, or there is no
@@ -70,28 +72,27 @@ def compress_(
     shapes = plan.resolve(anatomy)
     if factored_maps(model):
         raise UserError("model: its maps are factored already; make it dense first (to_dense)")
-    settings = settings or CalibrationConfig()
+    settings, repair = settings or FitConfig(), repair or RepairConfig()
     if start in CALIBRATED and text is None:
         raise UserError(f"start={start}: needs a text to calibrate on")
-    if settings.repair and (text is None or start == "random"):
-        raise UserError(f"calibration.repair={settings.repair}: needs a text, and a start other than random")
-    if settings.repair and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        raise UserError(f"calibration.repair={settings.repair}: needs a model in float32; its steps would be lost")
+    if repair.passes and (text is None or start == "random"):
+        raise UserError(f"repair.passes={repair.passes}: needs a text, and a start other than random")
+    if repair.passes and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise UserError(f"repair.passes={repair.passes}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
     if layers is not None:
         keep_layers_(model, layers)
-    work, repair = Work(progress), None
-    arrangement = None
+    work, blocks, arrangement = Work(progress), None, None
     if settings.symmetries and shapes and start != "random" and not next(model.parameters()).is_meta:
         arrangement = arrange_(model, shapes, settings, text if start in CALIBRATED else None, work)
-        settings = replace(settings, moments=None)  # what is kept there is of the model as it was
-    if settings.repair and shapes and text is not None and not next(model.parameters()).is_meta:
-        repair = BlockRepair(model, shapes, text, settings, work)
+        text = None if text is None else replace(text, moments=None)  # what is kept there is of the model as it was
+    if repair.passes and shapes and text is not None and not next(model.parameters()).is_meta:
+        blocks = BlockRepair(model, shapes, text, repair, work)
     fits = ModelFit(model, anatomy, shapes, settings, work).run(start, text)
     if shapes:
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})
-    repaired = None if repair is None else repair.run()
+    repaired = None if blocks is None else blocks.run()
     rows = _rows(anatomy, shapes, fits)
     saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
     return CompressionReport(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kncompress.compression.map_fit import Fitted, InputMoment, calibrated_parts, frobenius_error, gauged
 from kncompress.compression.moments import MomentSum
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import Factors, Moment, PreparedMoment, Shape, corrected_bias
 from kncompress.kron.moments import formed_rows
 from kncompress.kron.product import without_autocast
@@ -53,7 +53,7 @@ class PairFit:
         settings: sweeps, gauge, and whether biases are corrected.
     """
 
-    def __init__(self, factored: Moment, drift: Drift | None, settings: CalibrationConfig) -> None:
+    def __init__(self, factored: Moment, drift: Drift | None, settings: FitConfig) -> None:
         self.factored, self.drift, self.settings = factored, drift, settings
         self.moment = InputMoment(factored)
 

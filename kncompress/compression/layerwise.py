@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class CalibrationText:
     context: int
     batch_tokens: int = 4096
     """Most tokens in one forward pass; a block at least."""
+    moments: str | Path | None = None
+    """Folder where the moments of a dense model's inputs on it are kept; None: they are not kept."""
 
     def batches(self) -> Iterator[Tensor]:
         """(B, T) int64, in order.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kncompress.anatomy.sites import Site
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import (
     Factors,
     HybridShape,
@@ -102,7 +102,7 @@ class InputMoment:
 
 
 @torch.no_grad()
-def fit_nearest(weight: Tensor, bias: Tensor | None, shape: Shape, settings: CalibrationConfig) -> Fitted:
+def fit_nearest(weight: Tensor, bias: Tensor | None, shape: Shape, settings: FitConfig) -> Fitted:
     """Factors nearest to ``weight`` (M, N) in the Frobenius norm."""
     parts = gauged(nearest_parts(weight, shape), settings)
     return Fitted(parts, bias, frobenius_error(weight, parts))
@@ -110,7 +110,7 @@ def fit_nearest(weight: Tensor, bias: Tensor | None, shape: Shape, settings: Cal
 
 @torch.no_grad()
 def fit_calibrated(
-    weight: Tensor, bias: Tensor | None, shape: Shape, moment: InputMoment, settings: CalibrationConfig
+    weight: Tensor, bias: Tensor | None, shape: Shape, moment: InputMoment, settings: FitConfig
 ) -> Fitted:
     """Factors of ``weight`` (M, N) with the least error on the inputs; the bias (M,) takes the mean of what is left."""
     correct = bias is not None and settings.bias
@@ -123,7 +123,7 @@ def fit_calibrated(
 
 @torch.no_grad()
 def fit_embedding(
-    weight: Tensor, shape: KroneckerShape, frequencies: Tensor, head: InputMoment | None, settings: CalibrationConfig
+    weight: Tensor, shape: KroneckerShape, frequencies: Tensor, head: InputMoment | None, settings: FitConfig
 ) -> Fitted:
     """Factors of an embedding (V, D) for tokens of these frequencies (V,) and the inputs of a head tied to it.
 
@@ -150,7 +150,7 @@ def calibrated_parts(weight: Tensor, shape: Shape, moment: PreparedMoment, sweep
     return (calibrated_factors(weight, shape, moment, sweeps=sweeps),)
 
 
-def gauged(parts: tuple[Factors, ...], settings: CalibrationConfig) -> tuple[Factors, ...]:
+def gauged(parts: tuple[Factors, ...], settings: FitConfig) -> tuple[Factors, ...]:
     """The same sums in the gauge asked for."""
     if settings.gauge == "equal":  # as the fits leave them
         return parts

@@ -21,7 +21,7 @@ from kncompress.compression.map_fit import (
 )
 from kncompress.compression.moments import input_of, moments, token_frequencies
 from kncompress.compression.sequential import SequentialFit, sequential_cost
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import HybridLinear, KroneckerShape, Shape
 
 Start = Literal["nearest", "random", "calibrated", "sequential"]
@@ -34,7 +34,7 @@ class ModelFit:
     """Fits the maps of ``shapes`` and puts them into ``model``."""
 
     def __init__(
-        self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: CalibrationConfig, work: Work
+        self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: FitConfig, work: Work
     ) -> None:
         self.model, self.anatomy, self.shapes, self.settings, self.work = model, anatomy, shapes, settings, work
 
@@ -71,7 +71,7 @@ class ModelFit:
         self.work.expect(sum(self._cost(name, True) for name in self.shapes))
         if "embedding" in self.shapes and not self._ties_head:
             fits["embedding"] = self._embedding(text, None)
-        for name, found in moments(self.model, text, list(readers), self.settings.moments, self.work):
+        for name, found in moments(self.model, text, list(readers), self.work):
             moment = InputMoment(found)
             for site in readers[name]:
                 tied = site.name == "embedding"
@@ -115,7 +115,7 @@ class ModelFit:
         if "embedding" in self.shapes:
             moment = None
             if self._ties_head:
-                found = dict(moments(self.model, text, ["head"], self.settings.moments, self.work))
+                found = dict(moments(self.model, text, ["head"], self.work))
                 moment = InputMoment(found["head"])
             fits["embedding"] = self._embedding(text, moment)
 

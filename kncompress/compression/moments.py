@@ -226,18 +226,17 @@ def moments(
     model: Any,
     text: CalibrationText,
     wanted: Collection[str],
-    folder: str | Path | None = None,
     work: Work | None = None,
 ) -> Iterator[tuple[str, Moment]]:
-    """``stream_moments``, but those that ``folder`` holds are read from it, and the others are put there.
+    """``stream_moments``, but those that the folder ``text.moments`` holds are read from it, the others put there.
 
     Those from disk come first. Arguments and errors as of ``stream_moments`` and ``MomentFolder``.
     """
     with evaluating(model):
-        if folder is None:
+        if text.moments is None:
             yield from stream_moments(model, text, wanted, work)
             return
-        kept, missing = MomentFolder(folder, fingerprint(model, text)), []
+        kept, missing = MomentFolder(text.moments, fingerprint(model, text)), []
         device = next(model.parameters()).device
         sizes = {name: sites[0].in_features for name, sites in inputs_of(anatomy_of(model)).items()}
         sizes["head"] = anatomy_of(model).sites["embedding"].in_features

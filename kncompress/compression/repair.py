@@ -19,7 +19,7 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, evaluating
 from kncompress.compression.map_fit import Work, layer_cost
 from kncompress.compression.table import RepairReport
-from kncompress.config import CalibrationConfig
+from kncompress.config import RepairConfig
 from kncompress.kron import Shape
 from kncompress.kron.gauge import factor_rates
 
@@ -50,7 +50,7 @@ class BlockRepair:
     """
 
     def __init__(
-        self, model: Any, shapes: Mapping[str, Shape], text: CalibrationText, settings: CalibrationConfig, work: Work
+        self, model: Any, shapes: Mapping[str, Shape], text: CalibrationText, settings: RepairConfig, work: Work
     ) -> None:
         self.model, self.settings, self.work = model, settings, work
         anatomy = anatomy_of(model)
@@ -67,7 +67,7 @@ class BlockRepair:
         self.work.expect(sum(self.costs[: self.first]) + sum(map(self._cost, range(self.first, len(layers)))))
 
     def _cost(self, number: int) -> float:
-        return self.costs[number] * (3 * self.settings.repair + 2)
+        return self.costs[number] * (3 * self.settings.passes + 2)
 
     def run(self) -> RepairReport:
         """Repair the model, which is factored by now, in place."""
@@ -123,11 +123,11 @@ class BlockRepair:
         for parameter in trained:
             parameter.requires_grad_(True)
         best, kept = self._error_of(layer, held), [p.detach().clone() for p in trained]
-        steps = self.settings.repair * len(states.chunks)
-        optimizer = torch.optim.Adam(groups(layer, self.settings.repair_lr), betas=(0.9, 0.95))
+        steps = self.settings.passes * len(states.chunks)
+        optimizer = torch.optim.Adam(groups(layer, self.settings.lr), betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
         order = torch.Generator().manual_seed(number)
-        for _ in range(self.settings.repair):
+        for _ in range(self.settings.passes):
             for batch in torch.randperm(len(states.chunks), generator=order).tolist():
                 optimizer.zero_grad(set_to_none=True)
                 with torch.enable_grad():

@@ -29,7 +29,7 @@ from kncompress.compression.map_fit import (
     moment_cost,
 )
 from kncompress.compression.moments import MomentSum, finite, inputs_of, path_in_layer
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import Moment, Shape
 
 Place = Callable[[list[Site], Mapping[str, Fitted]], None]
@@ -90,7 +90,7 @@ class SequentialFit:
         model: Any,
         shapes: Mapping[str, Shape],
         text: CalibrationText,
-        settings: CalibrationConfig,
+        settings: FitConfig,
         place: Place,
         work: Work,
         embed: Callable[[], None] | None = None,

@@ -21,7 +21,7 @@ from kncompress.anatomy.symmetries import (
 from kncompress.compression.grouping import balanced_basis, grouped_order
 from kncompress.compression.map_fit import InputMoment, fit_calibrated, fit_nearest
 from kncompress.compression.moments import input_of
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import KroneckerShape, Shape
 
 Found = Mapping[str, InputMoment]
@@ -34,7 +34,7 @@ _MOST = 16
 class SymmetrySearch:
     """Tries symmetries on ``model``; ``hidden``, ``values`` and ``queries`` change it where that helps, and tell so."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: CalibrationConfig) -> None:
+    def __init__(self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: FitConfig) -> None:
         self.model, self.anatomy, self.shapes, self.settings = model, anatomy, shapes, settings
         self.sizes = anatomy.family.sizes(model.config)
 

@@ -49,7 +49,7 @@ class RepairReport:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Exact changes of the dense weights that were made before the fit: ``calibration.symmetries``."""
+    """Exact changes of the dense weights that were made before the fit: ``fit.symmetries``."""
 
     hidden: tuple[int, ...] = ()
     """Layers whose hidden units have another order."""

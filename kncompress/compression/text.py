@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import Progress as FitProgress
-from kncompress.config import FactoringConfig
+from kncompress.config import CalibrationConfig, DataConfig
 from kncompress.data.build import batches, encode
 from kncompress.data.sources import read_split, sources_of
 from kncompress.errors import UserError
@@ -26,48 +26,51 @@ LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""
 
 
-def check_calibration(config: FactoringConfig, fields: Any) -> None:
-    """Cheap checks of a start that reads text: the source is there, the blocks fit the model (its config: ``fields``).
+def check_calibration(data: DataConfig, calibration: CalibrationConfig, fields: Any) -> None:
+    """Cheap checks of the text: the source is there, the blocks fit the model (its config: ``fields``).
 
     Raises UserError.
     """
-    if config.needs_text:
-        sources_of(config.data)
-        _context(config, fields)
+    sources_of(data)
+    _context(data, calibration, fields)
 
 
-def _context(config: FactoringConfig, fields: Any) -> int:
+def _context(data: DataConfig, calibration: CalibrationConfig, fields: Any) -> int:
     positions = fields.max_position_embeddings
-    given = config.calibration.context
+    given = calibration.context
     if given is not None and given > positions:
         raise UserError(f"calibration.context={given}: the model has {positions} positions")
-    return given or config.data.context or min(positions, LONGEST)
+    return given or data.context or min(positions, LONGEST)
 
 
-def calibration_text(config: FactoringConfig, fields: Any, tokenizer: Any) -> CalibrationText | None:
-    """The first tokens of the training split, as blocks; None where the start reads no text.
+def calibration_text(
+    data: DataConfig, calibration: CalibrationConfig, fields: Any, tokenizer: Any, more: int = 0
+) -> CalibrationText:
+    """The first tokens of the training split, as blocks.
 
     No more documents are read and tokenised than that takes: all tokens of a shorter text.
 
     Args:
-        config: names text, tokens and context.
+        data: names the text.
+        calibration: number of tokens, context, and where moments are kept.
         fields: transformers config of the model.
         tokenizer: the model's.
+        more: tokens after those of ``calibration``.
 
     Raises:
         UserError: there is no text.
     """
-    if not config.needs_text:
-        return None
+    wanted = calibration.tokens + more
     found, count = [], 0
-    for batch in batches(read_split(config.data, "train")):
-        rows = encode(batch, tokenizer, config.data.text_format != "lines")
+    for batch in batches(read_split(data, "train")):
+        rows = encode(batch, tokenizer, data.text_format != "lines")
         found.extend(rows)
         count += sum(map(len, rows))
-        if count >= config.calibration.tokens:
+        if count >= wanted:
             break
-    tokens = np.concatenate(found)[: config.calibration.tokens]
-    return CalibrationText(tokens.astype(np.int64), _context(config, fields))
+    tokens = np.concatenate(found)[:wanted]
+    context = _context(data, calibration, fields)
+    return CalibrationText(tokens.astype(np.int64), context, moments=calibration.moments)
 
 
 @contextmanager

@@ -6,7 +6,16 @@ reference that the README points to.
 """
 
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
-from kncompress.config.factoring import CalibrationConfig, CompressConfig, FactorConfig, FactoringConfig, FactorsConfig
+from kncompress.config.factoring import (
+    CalibrationConfig,
+    CompressConfig,
+    FactorConfig,
+    FactoringConfig,
+    FactorsConfig,
+    FitConfig,
+    FittingConfig,
+    RepairConfig,
+)
 from kncompress.config.glue import FineTuningConfig, GlueConfig, GlueDataConfig
 from kncompress.config.measurement import BenchConfig, EvaluateConfig
 from kncompress.config.planning import InspectConfig, PlanConfig
@@ -28,6 +37,8 @@ __all__ = [
     "FactoringConfig",
     "FactorsConfig",
     "FineTuningConfig",
+    "FitConfig",
+    "FittingConfig",
     "GenerateConfig",
     "GlueConfig",
     "GlueDataConfig",
@@ -37,6 +48,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "RepairConfig",
     "ReportConfig",
     "RunConfig",
     "SamplesConfig",

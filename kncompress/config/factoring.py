@@ -47,15 +47,28 @@ class FactorsConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Factors fitted to what the maps see on the training split of ``data.source``: ``start`` calibrated, sequential.
+    """The text that factors are fitted to and repaired on: the first tokens of the training split of ``data.source``.
 
-    Both need the second moments of the inputs of the maps that are factored.
+    It is read where ``start`` is calibrated or sequential, or ``repair`` has passes.
     """
 
     tokens: int = 16384
-    """Tokens of the calibration text: the first ones of the training split."""
+    """Its tokens."""
     context: int | None = None
     """Tokens in a block of it; null: ``data.context``, or else the model's context length, at most 1024."""
+    moments: str | None = None
+    """Folder where the second moments of the dense model's inputs on this text, before any ``fit.symmetries``, are kept
+    and found again; null: they are not kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context"):
+            check_positive(f"calibration.{name}", getattr(self, name))
+
+
+@dataclass
+class FitConfig:
+    """How factors are fitted: to the weights alone, or to what the maps see on the calibration text."""
+
     gauge: str = "equal"
     """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
     (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
@@ -63,51 +76,68 @@ class CalibrationConfig:
     """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
     bias: bool = True
     """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
-    moments: str | None = None
-    """Folder where the moments of the dense model's inputs, before any ``symmetries``, are kept and found again; null:
-    they are not kept."""
     symmetries: list[str] = field(default_factory=list)
     """Exact changes of the dense weights, made before the fit where it then loses less: ``hidden``: order of each
     layer's feed-forward units; ``heads``: basis of each head's values, and without rotary embeddings of its queries and
     keys; ``residual``: one order of the residual coordinates, from the weights alone. A start at random has none."""
-    repair: int = 0
-    """Passes over the text in which, after any start but random, each block is trained against the dense block's
-    outputs; 0: none."""
-    repair_lr: float = 1e-3
-    """Peak rate of that, for a dense weight; factors take the rates that ``optimizer.factor_rates=scaled`` gives."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context", "sweeps", "repair_lr"):
-            check_positive(f"calibration.{name}", getattr(self, name))
-        check_not_negative("calibration.repair", self.repair)
-        check_choice("calibration.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
+        check_positive("fit.sweeps", self.sweeps)
+        check_choice("fit.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
         for name in self.symmetries:
-            check_choice("calibration.symmetries", name, ("hidden", "heads", "residual"))
+            check_choice("fit.symmetries", name, ("hidden", "heads", "residual"))
 
 
 @dataclass
-class FactoringConfig(RunConfig):
-    """Keys of the verbs that factor a model."""
+class RepairConfig:
+    """After the fit, each block is trained against the dense block's outputs on the calibration text."""
+
+    passes: int = 0
+    """Passes over the text; 0: no repair. Follows any start but random."""
+    lr: float = 1e-3
+    """Peak rate, for a dense weight; factors take the rates that ``optimizer.factor_rates=scaled`` gives."""
+
+    def __post_init__(self) -> None:
+        check_not_negative("repair.passes", self.passes)
+        check_positive("repair.lr", self.lr)
+
+
+@dataclass
+class FittingConfig(RunConfig):
+    """Keys of the verbs that fit factors to a model."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
+
+
+@dataclass
+class FactoringConfig(FittingConfig):
+    """Keys of the verbs that factor a model by given shapes."""
 
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     start: str = "nearest"
     """Start of the factors: ``random``; ``nearest`` to the weights; ``calibrated``: the least error on the inputs of
     each map; ``sequential``: the same, on inputs from the layers factored before, against the dense outputs."""
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     dtype: str = "float32"
     """Type of the saved weights: float32, float16 or bfloat16."""
 
     def __post_init__(self) -> None:
         check_choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
         check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
-        if self.calibration.repair and self.start == "random":
-            raise UserError(f"calibration.repair={self.calibration.repair}: needs a start that is fitted, not random")
+        if self.repair.passes and self.start == "random":
+            raise UserError(f"repair.passes={self.repair.passes}: needs a start that is fitted, not random")
+
+    @property
+    def start_reads_text(self) -> bool:
+        """Whether the factors are fitted to the calibration text."""
+        return self.start in ("calibrated", "sequential")
 
     @property
     def needs_text(self) -> bool:
         """Whether the start, or the repair after it, reads text."""
-        return self.start in ("calibrated", "sequential") or self.calibration.repair > 0
+        return self.start_reads_text or self.repair.passes > 0
 
 
 @dataclass

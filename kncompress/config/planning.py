@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 from kncompress.config.checks import check_choice, check_positive
-from kncompress.config.factoring import CalibrationConfig, FactorsConfig
-from kncompress.config.run import DataConfig, RunConfig
+from kncompress.config.factoring import FactorsConfig, FittingConfig
+from kncompress.config.run import RunConfig
 
 
 @dataclass
-class PlanConfig(RunConfig):
+class PlanConfig(FittingConfig):
     """``plan``: choose a shape for every map, so that the model keeps to a budget with the least harm.
 
     Moments come from the first ``calibration.tokens`` of the training split of ``data.source``, harms from the
@@ -32,8 +32,6 @@ class PlanConfig(RunConfig):
     """Of the harms: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
     start: str = "calibrated"
     """Fit with which the plan is measured: ``calibrated`` or ``sequential``."""
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kncompress.anatomy.plan import plan_from_config
 from kncompress.anatomy.sites import family_of
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import FactorsConfig, GlueConfig, ModelConfig, ObjectiveConfig
 from kncompress.data.files import content_hash
 from kncompress.data.tokens import tokenizer_fingerprint
@@ -19,7 +19,6 @@ from kncompress.glue.finetuning import TaskData
 from kncompress.glue.readers import GlueSource, find_source, fingerprint, first_examples
 from kncompress.glue.sequences import Sequences, padding_token
 from kncompress.glue.tasks import GlueTask, find_tasks
-from kncompress.training.depth import student_config
 from kncompress.training.student import factor_, load_dense, locate, model_config, require_causal, tokenizer_of
 
 _FORMAT = 1
@@ -77,7 +76,7 @@ def check_glue(config: GlueConfig, students: list[Student]) -> tuple[GlueSource,
         )
     for student in students:
         if student.factors is not None:
-            plan_from_config(student.factors, student_config(fields, student.factors))
+            StudentPlan.of(student.factors, fields)
         elif student.path is not None:
             own = load_config(locate(student.path, "config", student.key))
             _check_pair(fields, own, config.objective, student, "ilkd" in config.all_training)
@@ -128,7 +127,7 @@ def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) 
     facts = folder.with_suffix(".json")
     if not facts.is_file():
         dense = load_dense(model)
-        report = factor_(dense, student.factors, "nearest")
+        report = factor_(dense, StudentPlan.of(student.factors, dense.config), "nearest")
         save(dense, folder, facts, {"layers": report.layers})
     layers = json.loads(facts.read_text())["layers"]
     return Base(student.name, folder, None if layers is None else tuple(layers))

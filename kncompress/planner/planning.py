@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from kncompress.anatomy.plan import Plan, plan_from_config
+from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.compress import CompressionReport, Start, compress_
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
-from kncompress.config import CompressConfig, FactorsConfig, PlanConfig, TrainerConfig
+from kncompress.config import FactorsConfig, PlanConfig, TrainerConfig
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
@@ -43,16 +44,9 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
         if known != {row.name: row.parameters for row in sizes.maps} or table.parameters != sizes.parameters:
             raise UserError(f"harm={config.harm}: is of another model ({table.model}, {table.parameters:,} parameters)")
     if table is None or config.measures:
-        check_calibration(as_compress(config), fields)
+        check_calibration(config.data, config.calibration, fields)
     spend(table or sizes, config.budget, config.speed)
     return table
-
-
-def as_compress(config: PlanConfig) -> CompressConfig:
-    """The same model and text for ``compress``."""
-    return CompressConfig(
-        model=config.model, data=config.data, calibration=config.calibration, start=config.start, seed=config.seed
-    )
 
 
 def read_harms(folder: Path) -> HarmTable:
@@ -66,13 +60,14 @@ def read_harms(folder: Path) -> HarmTable:
         raise UserError(f"harm={folder}: {HARMS} is damaged or of another version; leave it out") from error
 
 
-def texts(config: PlanConfig, fields: Any, tokenizer: Any) -> tuple[CalibrationText, CalibrationText]:
-    """The text of the moments and, after it, that of the harms; of a short text the end serves twice."""
-    both = as_compress(config)
+def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tuple[CalibrationText, CalibrationText]:
+    """The text of the moments and, after it, that of the harms; of a short text the end serves twice.
+
+    The moments are kept in the folder ``moments`` where the configuration names none.
+    """
     wanted = config.calibration.tokens
-    both.calibration = replace(config.calibration, tokens=wanted + config.harm_tokens)
-    found = calibration_text(both, fields, tokenizer)
-    assert found is not None
+    found = calibration_text(config.data, config.calibration, fields, tokenizer, more=config.harm_tokens)
+    found = replace(found, moments=found.moments or moments)
     begin = max(0, min(wanted, len(found.tokens) - config.harm_tokens))
     return replace(found, tokens=found.tokens[:wanted]), replace(found, tokens=found.tokens[begin:])
 
@@ -82,9 +77,7 @@ def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: Ca
     bf16 = precision(TrainerConfig(accelerator="cpu", precision=config.precision)) == "bf16-mixed"
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
-        return measure_harms(
-            model, text, harm_text, config.calibration, bf16, (str(config.model.path), words), progress
-        )
+        return measure_harms(model, text, harm_text, config.fit, bf16, (str(config.model.path), words), progress)
 
 
 def fit_and_score(
@@ -92,9 +85,9 @@ def fit_and_score(
 ) -> tuple[CompressionReport, Comparison]:
     """What ``compress`` makes of the plan, and its scores on the validation split."""
     student = copy.deepcopy(model)
-    factors = plan_from_config(FactorsConfig(maps=plan.maps), model.config)
+    maps = StudentPlan.of(FactorsConfig(maps=plan.maps), model.config).maps
     with fit_progress() as progress:
-        report = compress_(student, factors, cast(Start, config.start), progress, None, text, config.calibration)
+        report = compress_(student, maps, cast(Start, config.start), progress, None, text, config.fit, config.repair)
     stream = token_stream(config.data, "validation", tokenizer)
     score = compare(
         model, student, stream.tokens, text.context, limit=config.validation_tokens, ignore=ignored_token(tokenizer)

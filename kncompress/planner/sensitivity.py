@@ -17,7 +17,7 @@ from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import InputMoment, Progress, Work
 from kncompress.compression.moments import input_of, moments, token_frequencies
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.errors import UserError
 from kncompress.kron import (
     KroneckerShape,
@@ -58,7 +58,7 @@ def measure_harms(
     model: Any,
     text: CalibrationText,
     harm_text: CalibrationText,
-    settings: CalibrationConfig,
+    settings: FitConfig,
     bf16: bool = False,
     facts: tuple[str, str] = ("", ""),
     progress: Progress | None = None,
@@ -67,9 +67,9 @@ def measure_harms(
 
     Args:
         model: with a language-model head, in evaluation mode.
-        text: what moments are taken over.
+        text: what moments are taken over; its folder of moments is worth having: the screening reads the same ones.
         harm_text: what the KL is measured on.
-        settings: of the fits; ``moments`` is used, and worth having: the screening reads the same moments.
+        settings: of the fits.
         bf16: of ``HarmMeter``.
         facts: what model and text are called in the table.
         progress: called with what is worked on, and the share that is done.
@@ -91,7 +91,7 @@ def measure_harms(
     readers = _readers(anatomy)
     if not anatomy.tied:
         _embedding(model, anatomy, text, None, meter, found)
-    for name, moment in moments(model, text, list(readers), settings.moments, work):
+    for name, moment in moments(model, text, list(readers), work):
         shared = InputMoment(moment)
         for site in readers[name]:
             work.begin(site.name)
@@ -143,7 +143,7 @@ def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
 
 
 def _screen(
-    model: Any, anatomy: Anatomy, text: CalibrationText, settings: CalibrationConfig, work: Work
+    model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work
 ) -> dict[str, list[list[Shape]]]:
     """{map: kinds of shapes that beat outer products in the screened layer nearest to it}."""
     chosen = _screened_layers(anatomy)
@@ -153,7 +153,7 @@ def _screen(
         if any(site.layer in chosen for site in sites)
     }
     winners: dict[tuple[int, str], list[list[Shape]]] = {}
-    for name, moment in moments(model, text, list(readers), settings.moments):
+    for name, moment in moments(model, text, list(readers)):
         shared = InputMoment(moment)
         for site in readers[name]:
             work.begin(f"kinds of shapes for {site.name}")
@@ -188,7 +188,7 @@ def _map(
     model: Any,
     site: Site,
     moment: InputMoment,
-    settings: CalibrationConfig,
+    settings: FitConfig,
     meter: HarmMeter,
     kinds: Sequence[Sequence[Shape]],
     found: _Found,

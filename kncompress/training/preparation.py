@@ -1,7 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from kncompress.compression.compress import CompressionReport, unique_parameters
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, fit_progress
 from kncompress.config import TrainConfig
 from kncompress.data.module import TextDataModule
@@ -68,22 +69,38 @@ class TrainingJob:
         return compare(self.teacher.to(device), student, self.test.tokens, context, **options)
 
 
-def prepare(config: TrainConfig, repair: bool = True) -> TrainingJob:
-    """Teacher, student and text as the configuration asks for them.
+@dataclass
+class _Models:
+    teacher: Any | None
+    student: Any
+    tokenizer: Any
+    report: CompressionReport | None = None
 
-    ``repair``: False for a run that goes on from a checkpoint, whose weights come after any repair.
-    """
-    if not repair:
-        config = replace(config, calibration=replace(config.calibration, repair=0))
-    teacher, report, layers = None, None, None
+
+def _models(config: TrainConfig, plan: StudentPlan, start: str, repair: bool) -> _Models:
+    """Teacher and student; a model from scratch has no teacher."""
     if config.model.path is None:
         student, tokenizer = new_model(config.model, read_split(config.data, "train"))
-    else:
-        teacher, tokenizer = load_teacher(config.model)
-        text = calibration_text(config, teacher.config, tokenizer)
-        with fit_progress() as progress:
-            fit = FitOptions(text, config.calibration, progress)
-            student, report, layers = make_student(teacher, config.factors, config.start, fit)
+        return _Models(None, student, tokenizer)
+    teacher, tokenizer = load_teacher(config.model)
+    text = None
+    if start != "random" and (config.needs_text if repair else config.start_reads_text):
+        text = calibration_text(config.data, config.calibration, teacher.config, tokenizer)
+    with fit_progress() as progress:
+        fit = FitOptions(text, config.fit, config.repair if repair else None, progress)
+        student, report = make_student(teacher, plan, start, fit)
+    return _Models(teacher, student, tokenizer, report)
+
+
+def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> TrainingJob:
+    """Teacher, student and text as the configuration asks for them.
+
+    Args:
+        plan: what becomes of the teacher.
+        repair: False for a run that goes on from a checkpoint, whose weights come after any repair.
+    """
+    models = _models(config, plan, config.start, repair)
+    student, tokenizer = models.student, models.tokenizer
     context = config.data.context or student.config.max_position_embeddings
     limit = config.trainer.validation_tokens
     data = TextDataModule(
@@ -94,7 +111,7 @@ def prepare(config: TrainConfig, repair: bool = True) -> TrainingJob:
     data.blocks("validation")
     test = token_stream(config.data, "test", tokenizer)
     limit = config.trainer.test_tokens
-    return TrainingJob(teacher, student, tokenizer, report, layers, data, batches, test, limit)
+    return TrainingJob(models.teacher, student, tokenizer, models.report, plan.layers, data, batches, test, limit)
 
 
 class StartScores(Callback):
@@ -122,12 +139,10 @@ class StartScores(Callback):
             self.write(self.file, self.scores.to_json())
 
 
-def reload_student(config: TrainConfig, checkpoint: Path) -> Any:
+def reload_student(config: TrainConfig, plan: StudentPlan, checkpoint: Path) -> Any:
     """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
-    calibration = replace(config.calibration, repair=0)
-    # Its factors are replaced by the checkpoint's.
-    job = prepare(replace(config, start="random", calibration=calibration))
+    student = _models(config, plan, "random", repair=False).student  # its factors are replaced by the checkpoint's
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
-    job.student.load_state_dict(weights)
-    return job.student
+    student.load_state_dict(weights)
+    return student

@@ -10,18 +10,17 @@ from typing import Any, cast
 
 import torch
 
-from kncompress.anatomy.plan import plan_from_config
 from kncompress.anatomy.sites import family_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionReport, Start, compress_
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import Progress
-from kncompress.config import CalibrationConfig, FactorsConfig, ModelConfig
+from kncompress.compression.student_plan import StudentPlan
+from kncompress.config import FitConfig, ModelConfig, RepairConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_config, load_model
 from kncompress.hub import local_folder
-from kncompress.training.depth import student_config, student_layers
 
 ASSET, PACKAGE = "asset:", "package:"
 
@@ -135,37 +134,29 @@ class FitOptions:
     """What finds the factors, besides their start; as the arguments of ``compress_``."""
 
     text: CalibrationText | None = None
-    settings: CalibrationConfig | None = None
+    settings: FitConfig | None = None
+    repair: RepairConfig | None = None
     progress: Progress | None = None
 
 
-def factor_(
-    model: Any,
-    factors: FactorsConfig,
-    start: str,
-    fit: FitOptions = FitOptions(),
-) -> CompressionReport:
-    """Drops the layers of ``model`` that ``factors`` does not keep and factors its maps, in place."""
-    plan = plan_from_config(factors, student_config(model.config, factors))
-    layers = student_layers(factors, model.config)
-    return compress_(model, plan, cast(Start, start), fit.progress, layers, fit.text, fit.settings)
+def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()) -> CompressionReport:
+    """Drops the layers of ``model`` that ``plan`` does not keep and factors its maps, in place."""
+    return compress_(
+        model, plan.maps, cast(Start, start), fit.progress, plan.layers, fit.text, fit.settings, fit.repair
+    )
 
 
 def make_student(
-    teacher: Any,
-    factors: FactorsConfig,
-    start: str,
-    fit: FitOptions = FitOptions(),
-) -> tuple[Any, CompressionReport, tuple[int, ...] | None]:
-    """A copy of ``teacher`` with the layers and factors asked for, the report on it, and its teacher layers.
+    teacher: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()
+) -> tuple[Any, CompressionReport]:
+    """A copy of ``teacher`` with the layers and factors of ``plan``, and the report on it; arguments as ``factor_``.
 
-    The layers are those of the teacher that were kept, counted from 0; None where all were. Arguments as ``factor_``.
     Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
     """
     student = copy.deepcopy(teacher)
-    report = factor_(student, factors, start, fit)
+    report = factor_(student, plan, start, fit)
     if report.arrangement is not None and report.arrangement.residual is not None:
         # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
         permute_residual_(teacher, torch.tensor(report.arrangement.residual))
     student.requires_grad_(True)
-    return student, report, report.layers
+    return student, report

@@ -16,7 +16,7 @@ from kncompress.anatomy.taps import capture
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.config import CalibrationConfig, ObjectiveConfig, OptimizerConfig
+from kncompress.config import FitConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Objective
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model, to_dense
@@ -208,7 +208,7 @@ def test_a_bert_folder_of_pre_training_is_read(ids, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     loaded = load_model(tmp_path / "dense")
     assert torch.equal(loaded(ids).logits, model(ids).prediction_logits)
-    settings = CalibrationConfig(symmetries=["residual"])
+    settings = FitConfig(symmetries=["residual"])
     with pytest.raises(UserError, match="leave residual out"):
         compress_(copy.deepcopy(loaded), HALVES, settings=settings)
     compress_(loaded, HALVES)

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kncompress.anatomy.plan import plan_from_config
 from kncompress.compression.compress import unique_parameters
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import FactorsConfig
 from kncompress.training.student import factor_
 
@@ -37,7 +38,7 @@ def test_every_preset_is_counted():
 def test_unique_parameters_of_gpt2_small(name):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    report = factor_(model, preset(name), "nearest")
+    report = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
     assert report.parameters_after == unique_parameters(model) == PARAMETERS[name]
     assert report.parameters_before == PARAMETERS["dense"]
 
@@ -46,7 +47,7 @@ def test_unique_parameters_of_gpt2_small(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_fit_other_widths_and_families(name, model_of_kind, ids):
     before = unique_parameters(model_of_kind)
-    factor_(model_of_kind, preset(name), "nearest")
+    factor_(model_of_kind, StudentPlan.of(preset(name), model_of_kind.config), "nearest")
     assert model_of_kind(ids).logits.isfinite().all()
     assert (unique_parameters(model_of_kind) < before) == (name != "dense")
 
@@ -77,7 +78,7 @@ SAVED = {
 def test_unique_parameters_of_smollm2(name):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
-    report = factor_(model, preset(name), "nearest")
+    report = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
     assert report.parameters_before == 134_515_008
     assert report.parameters_after == unique_parameters(model) == 134_515_008 - SAVED[name]
 

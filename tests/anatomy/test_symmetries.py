@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from kncompress.compression.grouping import balanced_basis, grouped_order
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.moments import stream_moments
 from kncompress.compression.table import Arrangement
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model
 
@@ -187,7 +188,7 @@ def test_the_fitted_error_never_rises(model_of_kind, text, start, which):
     """Of single maps it may: their squares add up to no more."""
     reports = []
     for symmetries in ([], which):
-        settings = CalibrationConfig(symmetries=symmetries)
+        settings = FitConfig(symmetries=symmetries)
         reports.append(compress_(copy.deepcopy(model_of_kind), HALVES, start, text=text, settings=settings))
     assert reports[0].arrangement is None
     found = reports[1].arrangement
@@ -221,12 +222,12 @@ def test_moments_move_with_the_symmetries(model_of_kind, text, which):
 
 
 def test_moments_kept_on_disk_are_of_the_model_as_it_was(tiny, text, tmp_path):
-    plain = copy.deepcopy(tiny)
+    plain, text = copy.deepcopy(tiny), replace(text, moments=tmp_path)
     reports = []
     for symmetries in (EVERY, ["heads"]):
-        settings = CalibrationConfig(symmetries=symmetries, moments=str(tmp_path))
+        settings = FitConfig(symmetries=symmetries)
         reports.append(compress_(copy.deepcopy(tiny), HALVES, "calibrated", text=text, settings=settings))
-    compress_(plain, HALVES, "calibrated", text=text, settings=CalibrationConfig(moments=str(tmp_path)))
+    compress_(plain, HALVES, "calibrated", text=text, settings=FitConfig())
     assert reports[0].arrangement.values == reports[1].arrangement.values
 
 
@@ -234,20 +235,20 @@ def test_what_does_not_help_is_left_out(tiny, text):
     """Maps with as many terms as make any weight: nothing to gain, nothing changed."""
     before = copy.deepcopy(tiny)
     plan = Plan({"layers.*": RightFactor((2, 1), 2), "embedding": RightFactor((1, 2), 2)})
-    report = compress_(tiny, plan, "calibrated", text=text, settings=CalibrationConfig(symmetries=EVERY))
+    report = compress_(tiny, plan, "calibrated", text=text, settings=FitConfig(symmetries=EVERY))
     assert report.arrangement.residual is None and not report.arrangement.values and not report.arrangement.hidden
     assert torch.equal(tiny.transformer.ln_f.weight, before.transformer.ln_f.weight)
 
 
 def test_dropped_layers_are_not_arranged(tiny, text):
-    settings = CalibrationConfig(symmetries=EVERY)
+    settings = FitConfig(symmetries=EVERY)
     report = compress_(tiny, HALVES, "calibrated", layers=(0, 2), text=text, settings=settings)
     assert set(report.arrangement.values) <= {0, 1} and len(tiny.transformer.h) == 2
 
 
 @pytest.mark.parametrize("start", ["nearest", "calibrated", "sequential"])
 def test_an_arranged_model_loads_again(tiny, ids, text, start, tmp_path):
-    compress_(tiny, HALVES, start, text=text, settings=CalibrationConfig(symmetries=EVERY))
+    compress_(tiny, HALVES, start, text=text, settings=FitConfig(symmetries=EVERY))
     loaded = load_model(save_model(tiny, tmp_path / "model"))
     torch.testing.assert_close(loaded(ids).logits, tiny(ids).logits)
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
@@ -255,7 +256,7 @@ def test_an_arranged_model_loads_again(tiny, ids, text, start, tmp_path):
 
 def test_the_order_of_the_residual_follows_from_the_weights_alone(tiny, text):
     """So the teacher of a resumed run is that of its start."""
-    settings, orders = CalibrationConfig(symmetries=EVERY), set()
+    settings, orders = FitConfig(symmetries=EVERY), set()
     for start, tokens in (("nearest", text.tokens), ("calibrated", text.tokens), ("calibrated", text.tokens[:200])):
         read = CalibrationText(tokens, 16)
         report = compress_(copy.deepcopy(tiny), HALVES, start, text=read, settings=settings)
@@ -266,14 +267,14 @@ def test_the_order_of_the_residual_follows_from_the_weights_alone(tiny, text):
 def test_outer_products_have_no_groups(tiny):
     """The one group of (x) 1x24 is everything."""
     plan = Plan({"layers.1.mlp.up": RightFactor((1, 24), 4), "layers.1.attn.v": RightFactor((1, 24), 4)})
-    report = compress_(tiny, plan, settings=CalibrationConfig(symmetries=EVERY))
+    report = compress_(tiny, plan, settings=FitConfig(symmetries=EVERY))
     assert report.arrangement == Arrangement()
 
 
 def test_a_random_start_has_no_symmetries(tiny):
-    assert compress_(tiny, HALVES, "random", settings=CalibrationConfig(symmetries=EVERY)).arrangement is None
+    assert compress_(tiny, HALVES, "random", settings=FitConfig(symmetries=EVERY)).arrangement is None
 
 
 def test_an_unknown_symmetry_is_named():
-    with pytest.raises(UserError, match=r"calibration.symmetries=head: not one of hidden, heads, residual"):
-        CalibrationConfig(symmetries=["head"])
+    with pytest.raises(UserError, match=r"fit.symmetries=head: not one of hidden, heads, residual"):
+        FitConfig(symmetries=["head"])

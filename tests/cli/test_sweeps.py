@@ -323,9 +323,9 @@ def test_a_bad_search_leaves_nothing(words: list[str], message: str, sweep: Any)
 def test_values_of_a_search_that_do_not_go_together_are_no_job(sweep: Any) -> None:
     pytest.importorskip("optuna")
     # Block-wise repair needs a start that is fitted: 8 steps of it are wrong beside the first start alone.
-    words = [*ONE_SHAPE, "start=random,calibrated", "calibration.repair=0,8", "hydra.sweeper.jobs=10", "run_dir=s"]
+    words = [*ONE_SHAPE, "start=random,calibrated", "repair.passes=0,8", "hydra.sweeper.jobs=10", "run_dir=s"]
     code, _, err = sweep("sweep=optuna_shapes", *words)
-    assert code == 0 and "no job: start=random calibration.repair=8: " in err, err
-    pairs = {(row["start"], row["calibration.repair"]) for row in rows("s")}
+    assert code == 0 and "no job: start=random repair.passes=8: " in err, err
+    pairs = {(row["start"], row["repair.passes"]) for row in rows("s")}
     assert pairs == {("random", "0"), ("calibrated", "0"), ("calibrated", "8")}
     assert len(rows("s")) == 3 and {row["status"] for row in rows("s")} == {"finished"}

@@ -156,10 +156,10 @@ def test_frequencies(text):
 
 def test_moments_come_back_from_disk(tiny, text, tmp_path, monkeypatch):
     folder = tmp_path / "moments"
-    first = dict(moments(tiny, text, ["layers.0.o"], folder))
-    both = dict(moments(tiny, text, ["layers.0.o", "layers.2.mlp"], folder))  # one read, one added
+    first = dict(moments(tiny, replace(text, moments=folder), ["layers.0.o"]))
+    both = dict(moments(tiny, replace(text, moments=folder), ["layers.0.o", "layers.2.mlp"]))  # one read, one added
     monkeypatch.setattr(HiddenStates, "__init__", lambda *_: pytest.fail("the model was run again"))
-    again = dict(moments(tiny, text, ["layers.2.mlp", "layers.0.o"], folder))
+    again = dict(moments(tiny, replace(text, moments=folder), ["layers.2.mlp", "layers.0.o"]))
     assert torch.equal(first["layers.0.o"].second, again["layers.0.o"].second)
     assert torch.equal(both["layers.2.mlp"].mean, again["layers.2.mlp"].mean)
     assert again["layers.2.mlp"].count == 75
@@ -168,7 +168,7 @@ def test_moments_come_back_from_disk(tiny, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", ["text", "context", "weights", "config"])
 def test_moments_of_something_else_are_refused(tiny, text, tmp_path, change):
-    dict(moments(tiny, text, ["layers.0.o"], tmp_path))
+    dict(moments(tiny, replace(text, moments=tmp_path), ["layers.0.o"]))
     if change == "text":
         text = CalibrationText(text.tokens[::-1], 16)
     elif change == "context":
@@ -179,7 +179,7 @@ def test_moments_of_something_else_are_refused(tiny, text, tmp_path, change):
     else:
         tiny.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(UserError, match=r"calibration.moments=.*layers.0.o.safetensors is of another text or model"):
-        dict(moments(tiny, text, ["layers.0.o"], tmp_path))
+        dict(moments(tiny, replace(text, moments=tmp_path), ["layers.0.o"]))
 
 
 def test_fingerprint_is_of_what_counts(tiny, text):
@@ -193,7 +193,7 @@ def test_damaged_moments_are_refused(tiny, text, tmp_path, damage):
     from safetensors.torch import save_file
 
     name, mark = "layers.0.o", fingerprint(tiny, text)
-    (moment,) = dict(moments(tiny, text, [name], tmp_path)).values()
+    (moment,) = dict(moments(tiny, replace(text, moments=tmp_path), [name])).values()
     file = tmp_path / f"{name}.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
@@ -204,13 +204,13 @@ def test_damaged_moments_are_refused(tiny, text, tmp_path, damage):
     else:
         MomentFolder(tmp_path, mark).save(name, replace(moment, mean=moment.mean * float("nan")))
     with pytest.raises(UserError, match=r"layers.0.o.safetensors is damaged \(.*\); delete it"):
-        dict(moments(tiny, text, [name], tmp_path))
+        dict(moments(tiny, replace(text, moments=tmp_path), [name]))
 
 
 def test_a_file_is_no_folder_for_moments(tiny, text, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="must be a folder"):
-        dict(moments(tiny, text, ["layers.0.o"], tmp_path / "taken"))
+        dict(moments(tiny, replace(text, moments=tmp_path / "taken"), ["layers.0.o"]))
 
 
 def test_a_kill_while_writing_leaves_no_file(tiny, text, tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_kill_while_writing_leaves_no_file(tiny, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr("kncompress.compression.moments.save_file", stopped)
     with pytest.raises(KeyboardInterrupt):
-        dict(moments(tiny, text, ["layers.0.o"], tmp_path))
+        dict(moments(tiny, replace(text, moments=tmp_path), ["layers.0.o"]))
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import FusedMaps, dense_weight, module_at
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.config import CalibrationConfig, FactorConfig, FactorsConfig
+from kncompress.config import FactorConfig, FactorsConfig, FitConfig
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import to_dense
 from kncompress.kron import HybridShape, KroneckerEmbedding, KroneckerLinear, KroneckerShape, kronecker_weight
@@ -289,7 +289,7 @@ def test_biases_take_the_mean_of_the_error(tiny, text):
     seen = {}
     for bias in (True, False):
         model = copy.deepcopy(dense)
-        compress_(model, plan, "calibrated", text=text, settings=CalibrationConfig(bias=bias))
+        compress_(model, plan, "calibrated", text=text, settings=FitConfig(bias=bias))
         up = model.transformer.h[1].mlp.c_fc
         up.register_forward_hook(lambda _, x, y, bias=bias: seen.__setitem__(bias, (x[0], y)))
         with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_gauge_moves_scale_and_nothing_else(tiny, text, start, gauge):
     plan = Plan({"layers.1.*": HALF, "embedding": RightFactor((1, 2))})
     models = [copy.deepcopy(tiny) for _ in range(2)]
     for model, chosen in zip(models, ("equal", gauge), strict=True):
-        compress_(model, plan, start, text=text, settings=CalibrationConfig(gauge=chosen))
+        compress_(model, plan, start, text=text, settings=FitConfig(gauge=chosen))
     torch.testing.assert_close(models[1](text_ids(text)).logits, models[0](text_ids(text)).logits, atol=1e-3, rtol=1e-3)
     up = models[1].transformer.h[1].mlp.c_fc
     left, right = up.left.detach(), up.right.detach()

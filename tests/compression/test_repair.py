@@ -12,11 +12,11 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.repair import HELD_SHARE, split
-from kncompress.config import CalibrationConfig, CompressConfig
+from kncompress.config import CompressConfig, RepairConfig
 from kncompress.errors import UserError
 
 PLAN = Plan({"layers.1.*": RightFactor((2, 2), 2)})
-REPAIR = CalibrationConfig(repair=3)
+REPAIR = RepairConfig(passes=3)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_blocks_come_nearer_on_unseen_text(kind, start, text):
     dense = random_model(config_of(kind))
     fitted, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
     compress_(fitted, PLAN, start, text=text)
-    report = compress_(repaired, PLAN, start, text=text, settings=REPAIR).repair
+    report = compress_(repaired, PLAN, start, text=text, repair=REPAIR).repair
     held = split(text)[1].tokens[: 39 * 16]
     assert report.before == pytest.approx(errors(dense, fitted, held)[1:], rel=0.05)  # a rest apart
     assert report.after == pytest.approx(errors(dense, repaired, held)[1:], rel=0.05)
@@ -71,10 +71,10 @@ def test_it_is_deterministic_and_leaves_gradients_and_modes_alone(tiny, text):
     tiny.train()
     tiny.transformer.wpe.requires_grad_(False)
     state = torch.get_rng_state()
-    compress_(tiny, PLAN, "nearest", text=text, settings=REPAIR)
+    compress_(tiny, PLAN, "nearest", text=text, repair=REPAIR)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    compress_(twin, PLAN, "nearest", text=text, settings=REPAIR)
+    compress_(twin, PLAN, "nearest", text=text, repair=REPAIR)
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), twin.parameters(), strict=True))
     assert all(module.training for module in tiny.modules())
     flags = {name: p.requires_grad for name, p in tiny.named_parameters()}
@@ -86,8 +86,8 @@ def test_it_is_deterministic_and_leaves_gradients_and_modes_alone(tiny, text):
 def test_a_rate_that_tears_the_blocks_leaves_them_as_fitted(tiny, text, lr):
     fitted = copy.deepcopy(tiny)
     compress_(fitted, PLAN, "calibrated", text=text)
-    settings = CalibrationConfig(repair=2, repair_lr=lr)
-    report = compress_(tiny, PLAN, "calibrated", text=text, settings=settings).repair
+    settings = RepairConfig(passes=2, lr=lr)
+    report = compress_(tiny, PLAN, "calibrated", text=text, repair=settings).repair
     assert report.after == report.before
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), fitted.parameters(), strict=True))
 
@@ -107,7 +107,7 @@ def test_embedding_and_a_tied_head_stay_as_fitted(text):
     plan = Plan({"embedding": RightFactor((1, 2))})
     fitted = copy.deepcopy(tiny)
     compress_(fitted, plan, "nearest", text=text)
-    report = compress_(tiny, plan, "nearest", text=text, settings=REPAIR)
+    report = compress_(tiny, plan, "nearest", text=text, repair=REPAIR)
     assert len(report.repair.before) == 3 and report.repair.after[0] < 0.95 * report.repair.before[0]
     assert torch.equal(tiny.transformer.wte.left, fitted.transformer.wte.left)
     assert tiny.lm_head.left is tiny.transformer.wte.left
@@ -116,7 +116,7 @@ def test_embedding_and_a_tied_head_stay_as_fitted(text):
 
 def test_progress_reaches_the_end_and_never_falls(tiny, text):
     seen = []
-    compress_(tiny, PLAN, "calibrated", lambda what, share: seen.append((what, share)), text=text, settings=REPAIR)
+    compress_(tiny, PLAN, "calibrated", lambda what, share: seen.append((what, share)), text=text, repair=REPAIR)
     shares = [share for _, share in seen]
     assert shares == sorted(shares) and shares[-1] < 1
     assert [what for what, _ in seen][-2:] == ["layers.1 repair", "layers.2 repair"]
@@ -124,17 +124,17 @@ def test_progress_reaches_the_end_and_never_falls(tiny, text):
 
 def test_bad_settings_are_named_and_change_nothing(tiny, text):
     for model, start, read, message in (
-        (tiny, "nearest", None, "calibration.repair=3: needs a text"),
-        (tiny, "random", text, "calibration.repair=3: needs a text, and a start other than random"),
-        (copy.deepcopy(tiny).bfloat16(), "nearest", text, "calibration.repair=3: needs a model in float32"),
+        (tiny, "nearest", None, "repair.passes=3: needs a text"),
+        (tiny, "random", text, "repair.passes=3: needs a text, and a start other than random"),
+        (copy.deepcopy(tiny).bfloat16(), "nearest", text, "repair.passes=3: needs a model in float32"),
     ):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(UserError, match=message):
-            compress_(model, PLAN, start, text=read, settings=REPAIR)
+            compress_(model, PLAN, start, text=read, repair=REPAIR)
         assert list(model.state_dict()) == list(before)
-    with pytest.raises(UserError, match=r"calibration.repair=3: needs a start that is fitted"):
-        CompressConfig(start="random", calibration=REPAIR)
-    with pytest.raises(UserError, match=r"calibration.repair=-1: must be 0 or more"):
-        CalibrationConfig(repair=-1)
-    with pytest.raises(UserError, match=r"calibration.repair_lr=0: must be greater than 0"):
-        CalibrationConfig(repair=1, repair_lr=0)
+    with pytest.raises(UserError, match=r"repair.passes=3: needs a start that is fitted"):
+        CompressConfig(start="random", repair=REPAIR)
+    with pytest.raises(UserError, match=r"repair.passes=-1: must be 0 or more"):
+        RepairConfig(passes=-1)
+    with pytest.raises(UserError, match=r"repair.lr=0: must be greater than 0"):
+        RepairConfig(passes=1, lr=0)

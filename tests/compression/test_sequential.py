@@ -13,7 +13,7 @@ from kncompress.compression.compress import compress_
 from kncompress.compression.drift import Drift, PairFit
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.moments import inputs_of
-from kncompress.config import CalibrationConfig
+from kncompress.config import FitConfig
 from kncompress.kron import KroneckerShape, Moment, kronecker_linear
 
 LAYERS = Plan({"layers.*": RightFactor((2, 2), 2)})
@@ -82,7 +82,7 @@ def test_target_is_the_least_squares_map():
     gap = x - seen
     factored = Moment((seen.T @ seen / 4000).float(), seen.mean(0).float(), 4000)
     drift = Drift(gap.T @ seen / 4000, Moment((gap.T @ gap / 4000).float(), gap.mean(0).float(), 4000))
-    fitted = PairFit(factored, drift, CalibrationConfig()).fit(weight, bias, KroneckerShape((2, 3), (2, 2), 4))
+    fitted = PairFit(factored, drift, FitConfig()).fit(weight, bias, KroneckerShape((2, 3), (2, 2), 4))
     wanted = x @ weight.double().T + bias
     ones = torch.cat([seen, torch.ones(4000, 1)], 1)
     best = torch.linalg.lstsq(ones, wanted).solution
@@ -97,7 +97,7 @@ def test_target_is_the_least_squares_map():
 def test_inputs_are_those_that_the_maps_before_leave(tiny, text):
     """The last map's error against the dense outputs, measured on the finished model."""
     dense = copy.deepcopy(tiny)
-    report = compress_(tiny, LAYERS, "sequential", text=text, settings=CalibrationConfig(bias=False))
+    report = compress_(tiny, LAYERS, "sequential", text=text, settings=FitConfig(bias=False))
     whole = torch.from_numpy(text.tokens[:1024]).view(-1, 16)
     seen = {}
     for name, model in (("dense", dense), ("student", tiny)):

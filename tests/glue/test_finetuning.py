@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import FactorConfig, FactorsConfig, FineTuningConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.data.tokenizer import train_tokenizer
 from kncompress.formats.pretrained import save_model
@@ -56,7 +57,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def factored(base: Path) -> Path:
     """The same, every kind of map and the embedding factored."""
     model = GPT2LMHeadModel.from_pretrained(base) if base.name == "gpt2" else LlamaForCausalLM.from_pretrained(base)
-    factor_(model, FACTORS, "nearest")
+    factor_(model, StudentPlan.of(FACTORS, model.config), "nearest")
     return save_model(model, base.with_name(f"{base.name}-factored"))
 
 

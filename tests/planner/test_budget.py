@@ -16,7 +16,7 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import dense_weight, module_at
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.config import CalibrationConfig, FactorsConfig
+from kncompress.config import FactorsConfig, FitConfig
 from kncompress.errors import UserError
 from kncompress.kron import (
     Moment,
@@ -32,7 +32,7 @@ from kncompress.planner.harm import HarmMeter, divergence, replaced
 from kncompress.planner.ladder import size_table
 from kncompress.planner.sensitivity import exponents, measure_harms
 
-SETTINGS = CalibrationConfig(sweeps=2)
+SETTINGS = FitConfig(sweeps=2)
 
 
 def text_of(count, seed=0, context=16):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kncompress.anatomy.activations import fuse_gelu_
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import FactorConfig, FactorsConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Outputs
 from kncompress.training.distillation import switch_off_dropout
@@ -71,7 +72,7 @@ def train(module: ILKDPretraining, steps: int, folder: Path, **options: Any) -> 
 
 class TestTraining:
     def test_every_term_is_logged_and_the_loss_falls(self, teacher: Any, tmp_path: Path) -> None:
-        student, *_ = make_student(teacher, FACTORS, "random")
+        student, *_ = make_student(teacher, StudentPlan.of(FACTORS, teacher.config), "random")
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30)
         before = copy.deepcopy(student.state_dict())
         first = train(module, 1, tmp_path).callback_metrics["train/loss"]
@@ -102,7 +103,8 @@ class TestTraining:
         factors = dataclasses.replace(FACTORS, depth=[1, 2], qkv=FactorConfig(right=[2, 1]))
         if not tied:
             factors.maps = {"head": "32x16(x)2x1"}
-        student, _, layers = make_student(teacher, factors, "nearest")
+        student, report = make_student(teacher, StudentPlan.of(factors, teacher.config), "nearest")
+        layers = report.layers
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30, layers=layers)
         assert module.objective.layers == (1, 2)
         before = copy.deepcopy(student.state_dict())
@@ -116,7 +118,7 @@ class TestTraining:
 
     def test_the_teacher_stays_as_it_was(self, teacher: Any, tmp_path: Path) -> None:
         before = copy.deepcopy(teacher.state_dict())
-        student, *_ = make_student(teacher, FACTORS, "nearest")
+        student, *_ = make_student(teacher, StudentPlan.of(FACTORS, teacher.config), "nearest")
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(), steps=3)
         train(module, 3, tmp_path)
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -125,7 +127,7 @@ class TestTraining:
         assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
     def test_validation_is_the_cross_entropy_over_all_blocks(self, teacher: Any, tmp_path: Path) -> None:
-        student, *_ = make_student(teacher, FactorsConfig(), "nearest")
+        student, *_ = make_student(teacher, StudentPlan.of(FactorsConfig(), teacher.config), "nearest")
         module = ILKDPretraining(student, None, ObjectiveConfig(), OptimizerConfig(lr=1e-12), steps=1)
         loss = train(module, 1, tmp_path, val_check_interval=1).callback_metrics["validation/loss"]
         with torch.no_grad():
@@ -141,7 +143,7 @@ class TestTraining:
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_checkpoints_lack_the_teacher_and_restore_the_rest(self, teacher: Any, tmp_path: Path, name: str) -> None:
         def module() -> ILKDPretraining:
-            student, *_ = make_student(teacher, FACTORS, "nearest")
+            student, *_ = make_student(teacher, StudentPlan.of(FACTORS, teacher.config), "nearest")
             return ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(name=name), steps=4)
 
         straight = module()
@@ -186,10 +188,11 @@ def test_distillation_without_a_teacher_is_refused(teacher: Any) -> None:
 
 def test_the_layers_kept_are_the_layers_learnt_from(teacher: Any) -> None:
     """At the start a student of the teacher's layers has nothing to learn from those that come first."""
-    student, _, layers = make_student(teacher, FactorsConfig(depth=[0]), "nearest")
+    plan = StudentPlan.of(FactorsConfig(depth=[0]), teacher.config)
+    student, _ = make_student(teacher, plan, "nearest")
     objective = ObjectiveConfig(hidden=1, feed_forward=1, cross_entropy=0)
     ids = Ids().ids[:2]
-    for given, far in ((layers, False), (None, True)):  # without them a single layer learns from the last one
+    for given, far in ((plan.layers, False), (None, True)):  # without them a single layer learns from the last one
         module = ILKDPretraining(student, teacher, objective, OptimizerConfig(), 1, False, given)
         with torch.no_grad():
             ours, theirs = (

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kncompress.config import CalibrationConfig, FactorConfig, FactorsConfig, ModelConfig
+from kncompress.compression.student_plan import StudentPlan
+from kncompress.config import FactorConfig, FactorsConfig, FitConfig, ModelConfig
 from kncompress.data.tokenizer import load_tokenizer, train_tokenizer
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.errors import UserError
@@ -135,8 +136,10 @@ def test_a_teacher_gets_the_students_order_of_the_residual() -> None:
     ids = torch.arange(16)[None]
     before = teacher(ids, output_hidden_states=True)
     factors = FactorsConfig(embedding=FactorConfig([1, 2]), mlp=FactorConfig([2, 1]), layers=[1])
-    settings = CalibrationConfig(symmetries=["hidden", "heads", "residual"])
-    student, report, _ = make_student(teacher, factors, "nearest", FitOptions(settings=settings))
+    settings = FitConfig(symmetries=["hidden", "heads", "residual"])
+    student, report = make_student(
+        teacher, StudentPlan.of(factors, teacher.config), "nearest", FitOptions(settings=settings)
+    )
     assert report.arrangement is not None and report.arrangement.residual is not None
     order = torch.tensor(report.arrangement.residual)
     after = teacher(ids, output_hidden_states=True)

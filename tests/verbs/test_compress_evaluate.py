@@ -82,7 +82,7 @@ def test_starts_without_calibration_need_no_text(command: Any, tiny: Path) -> No
         (["data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["calibration.context=64"], "calibration.context=64: the model has 32 positions"),
         (["calibration.tokens=0"], "calibration.tokens=0: must be greater than 0"),
-        (["calibration.gauge=left"], "calibration.gauge=left: not one of equal, unit_right, equal_rms"),
+        (["fit.gauge=left"], "fit.gauge=left: not one of equal, unit_right, equal_rms"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused(
@@ -187,7 +187,7 @@ def test_evaluate_refuses(command: Any, tiny: Path, text: Path, words: list[str]
 
 def test_block_wise_repair_tells_what_it_did(command: Any, tiny: Path, text: Path) -> None:
     words = ["compress", f"model={tiny}", f"data.source={text}", "calibration.tokens=2000"]
-    code, _, err = command(*words, "calibration.repair=3", "factors.scalars=true", "run_dir=run")
+    code, _, err = command(*words, "repair.passes=3", "factors.scalars=true", "run_dir=run")
     assert code == 0, err
     metrics, report = read(Path("run"), "result.json")["metrics"], read(Path("run"), "report.json")
     assert 0 < metrics["blocks/after"] < 0.9 * metrics["blocks/before"] and metrics["seconds/repair"] > 0
@@ -195,15 +195,15 @@ def test_block_wise_repair_tells_what_it_did(command: Any, tiny: Path, text: Pat
     model = AutoModelForCausalLM.from_pretrained("run/model")
     scales = torch.cat([p for name, p in model.named_parameters() if name.endswith("scale")])
     assert len(scales) == 7 and not scales.eq(1).all()  # those of layer 1 were trained
-    code, _, err = command(*words[:2], "start=random", "calibration.repair=3", "run_dir=other")
-    assert code == 2 and "calibration.repair=3: needs a start that is fitted, not random" in err
+    code, _, err = command(*words[:2], "start=random", "repair.passes=3", "run_dir=other")
+    assert code == 2 and "repair.passes=3: needs a start that is fitted, not random" in err
     assert len(err.strip().splitlines()) == 1 and not Path("other").exists()
 
 
 def test_symmetries_lower_the_error_of_a_model_that_loads(command: Any, tiny: Path, text: Path) -> None:
     errors = []
     for symmetries in ("", "hidden,heads,residual"):
-        words = ["compress", f"model={tiny}", f"calibration.symmetries=[{symmetries}]", f"run_dir=run{symmetries[:1]}"]
+        words = ["compress", f"model={tiny}", f"fit.symmetries=[{symmetries}]", f"run_dir=run{symmetries[:1]}"]
         code, _, err = command(*words)
         assert code == 0, err
         errors.append(read(Path(f"run{symmetries[:1]}"), "result.json")["metrics"]["error/mean"])
@@ -211,8 +211,8 @@ def test_symmetries_lower_the_error_of_a_model_that_loads(command: Any, tiny: Pa
     assert read(Path("runh"), "report.json")["arrangement"]["values"] == [1]
     model = AutoModelForCausalLM.from_pretrained("runh/model")
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
-    code, _, err = command("compress", f"model={tiny}", "calibration.symmetries=[hidden,head]", "run_dir=bad")
-    assert code == 2 and "calibration.symmetries=head: not one of hidden, heads, residual" in err
+    code, _, err = command("compress", f"model={tiny}", "fit.symmetries=[hidden,head]", "run_dir=bad")
+    assert code == 2 and "fit.symmetries=head: not one of hidden, heads, residual" in err
     assert err.count("\n") == 1 and not Path("bad").exists()
 
 

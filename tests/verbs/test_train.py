@@ -235,7 +235,7 @@ def test_the_saved_model_gives_equal_logits_in_another_process(command: Any, sma
 def test_a_resumed_run_is_not_repaired_again(
     command: Any, small: list[str], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*small, "start=nearest", "calibration.repair=2", "calibration.tokens=2000", "factors.scalars=true"]
+    words = [*small, "start=nearest", "repair.passes=2", "calibration.tokens=2000", "factors.scalars=true"]
     words += ["optimizer.factor_rates=scaled", "trainer.keep=last"]
     code, _, err = command("train", *words, "run_dir=run")
     assert code == 0, err

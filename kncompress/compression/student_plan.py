@@ -1,14 +1,37 @@
-"""Which of the teacher's layers a student keeps (``factors.depth``)."""
+"""What a student keeps of its teacher: which layers (``factors.depth``), and the factors of the maps in them."""
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from kncompress.anatomy.layerdrop import check_layers, config_of_layers
+from kncompress.anatomy.plan import Plan, plan_from_config
 from kncompress.anatomy.sites import family_of
 from kncompress.config import FactorsConfig
 from kncompress.distill import layer_mapping
 from kncompress.errors import UserError
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """What is made of a teacher; checked against its transformers config, without its weights."""
+
+    maps: Plan
+    """Which map becomes which Kronecker sum, layers counted among those that are kept."""
+    layers: tuple[int, ...] | None = None
+    """The teacher layers that are kept, counted from 0; None: all."""
+
+    @classmethod
+    def of(cls, factors: FactorsConfig, teacher: Any) -> "StudentPlan":
+        """What ``factors`` ask of the teacher with this transformers config.
+
+        Raises:
+            UserError: names the key of ``factors`` that does not fit.
+        """
+        layers = student_layers(factors, teacher)
+        kept = teacher if layers is None else config_of_layers(teacher, layers)
+        return cls(plan_from_config(factors, kept), layers)
 
 
 def student_layers(factors: FactorsConfig, teacher: Any) -> tuple[int, ...] | None:
@@ -30,15 +53,6 @@ def student_layers(factors: FactorsConfig, teacher: Any) -> tuple[int, ...] | No
     else:
         layers = layer_mapping(count, _number(depth, count))
     return None if len(layers) == count else layers
-
-
-def student_config(teacher: Any, factors: FactorsConfig) -> Any:
-    """The transformers config of the student, with the layers that it keeps; ``teacher`` itself where it keeps all.
-
-    What ``plan_from_config`` has to be checked against. Raises UserError as ``student_layers``.
-    """
-    layers = student_layers(factors, teacher)
-    return teacher if layers is None else config_of_layers(teacher, layers)
 
 
 def _number(depth: Any, count: int) -> int:

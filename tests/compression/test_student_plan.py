@@ -1,13 +1,13 @@
-"""``factors.depth``: which teacher layers a student keeps, and what it may not ask for."""
+"""What a student keeps of its teacher: ``factors.depth``, what it may not ask for, and factors of the kept layers."""
 
 import pytest
 import torch
 from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from kncompress.anatomy.plan import plan_from_config
+from kncompress.anatomy.layerdrop import config_of_layers
+from kncompress.compression.student_plan import StudentPlan, student_layers
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.training.depth import student_config, student_layers
 from kncompress.training.student import factor_, make_student
 
 GPT2, LLAMA = GPT2Config(), LlamaConfig(num_hidden_layers=30)
@@ -58,7 +58,7 @@ def test_halves_are_rounded_as_written():
     ],
 )
 def test_mistakes_are_named(depth, message):
-    for ask in (student_layers, lambda factors, config: student_config(config, factors)):
+    for ask in (student_layers, StudentPlan.of):
         with pytest.raises(UserError) as caught:
             ask(FactorsConfig(depth=depth), GPT2)
         assert str(caught.value).startswith(message)
@@ -72,19 +72,14 @@ def test_a_family_without_a_table_is_named():
 
 def test_factors_count_the_students_layers():
     factors = FactorsConfig(depth=0.5, layers="odd", mlp=FactorConfig([2, 1]))
-    config = student_config(GPT2, factors)
-    assert (config.n_layer, GPT2.n_layer) == (6, 12)
-    shapes = plan_from_config(factors, config).resolve(config)
+    plan = StudentPlan.of(factors, GPT2)
+    assert (plan.layers, GPT2.n_layer) == ((0, 2, 4, 7, 9, 11), 12)
+    shapes = plan.maps.resolve(config_of_layers(GPT2, plan.layers))
     assert sorted({int(name.split(".")[1]) for name in shapes}) == [1, 3, 5]
     factors.layers = [6]
     with pytest.raises(UserError) as caught:
-        plan_from_config(factors, config)
+        StudentPlan.of(factors, GPT2)
     assert str(caught.value) == "factors.layers=[6]: with factors.depth=0.5 the student has layers 0 to 5"
-
-
-def test_config_of_all_layers_is_the_teachers():
-    assert student_config(GPT2, FactorsConfig()) is GPT2
-    assert student_config(GPT2, FactorsConfig(depth=12)) is GPT2
 
 
 @pytest.fixture
@@ -95,21 +90,22 @@ def teacher():
 
 def test_student_and_teacher_layers(teacher):
     factors = FactorsConfig(depth=3, layers=[1], o=FactorConfig([1, 2]))
-    student, report, layers = make_student(teacher, factors, "nearest")
-    assert layers == report.layers == (0, 2, 3)
+    plan = StudentPlan.of(factors, teacher.config)
+    student, report = make_student(teacher, plan, "nearest")
+    assert plan.layers == report.layers == (0, 2, 3)
     assert (student.config.n_layer, teacher.config.n_layer, len(teacher.transformer.h)) == (3, 4, 4)
     assert torch.equal(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[2].mlp.c_fc.weight)
     assert [row.name for row in report.rows] == ["layers.1.attn.o"]
     assert report.parameters_before == sum(p.numel() for p in teacher.parameters())
     assert report.parameters_after == sum(p.numel() for p in student.parameters())
     assert all(p.requires_grad for p in student.parameters())
-    assert make_student(teacher, FactorsConfig(), "nearest")[2] is None
+    assert make_student(teacher, StudentPlan.of(FactorsConfig(), teacher.config), "nearest")[1].layers is None
 
 
 def test_distilgpt2_has_its_published_size():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2)
-    report = factor_(model, FactorsConfig(depth=0.5), "nearest")
+    report = factor_(model, StudentPlan.of(FactorsConfig(depth=0.5), GPT2), "nearest")
     assert report.parameters_after == sum(p.numel() for p in model.parameters()) == 81_912_576
     assert report.layers == (0, 2, 4, 7, 9, 11)
     assert GPT2.n_layer == 12
