@@ -61,7 +61,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for
 def test_files_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
-    for link in links:
+    for link in (link for link in links if not link.startswith("api/")):  # made by make docs
         assert ((ROOT / page).parent / link).exists(), link
     # Without a suffix a room's name may begin the name of a metric (compression/factors).
     named = re.findall(rf"`((?:tests|docs|experiments|kncompress)/[\w./]*|(?:{ROOMS})/(?:[\w/]+\.\w+)?)`", text)
