@@ -27,13 +27,13 @@ def measure_generation(setting: Setting, plan: Plan) -> Iterator[Measurement]:
     compress_(student, plan, "random")
     models = {OURS: student, TEACHER: dense, MATERIALISED: to_dense(student)}
     tokens = min(sizes.new_tokens, setting.fields.max_position_embeddings - _PROMPT)
-    report = predict(setting.fields, plan)
+    table = predict(setting.fields, plan)
     read, dense_read = (_weights(model) * setting.number_bytes for model in (student, dense))
     for batch in sizes.batches:
         setting.say(f"generate: {batch} x {tokens} tokens")
         calls = {name: _call(model, batch, tokens) for name, model in models.items()}
         rounds = alternate(calls, sizes.long_repeats, setting.device)
-        flops = 2 * batch * report.multiply_adds_after
+        flops = 2 * batch * table.multiply_adds_after
         name = "generate" if batch == 1 else f"generate/batch_{batch}"
         yield Measurement(
             name,

@@ -33,12 +33,12 @@ def measure_memory(setting: Setting, plan: Plan) -> Iterator[Measurement]:
         "batch": max(1, sizes.tokens // sizes.sequence),
         "seed": setting.config.seed,
     }
-    report = predict(fields, plan)
+    table = predict(fields, plan)
     tokens, bytes_each = job["batch"] * sizes.sequence, setting.number_bytes
     setting.say("memory: forward")
     pair = {OURS: _run(job | {"what": "forward", "maps": maps}), "dense": _run(job | {"what": "forward", "maps": {}})}
     # The logits of all tokens are the model's output.
-    bound = float(bytes_each * (report.parameters_after + tokens * fields.vocab_size))
+    bound = float(bytes_each * (table.parameters_after + tokens * fields.vocab_size))
     yield _measurement("memory/forward", f"{tokens:,} tokens", pair, "dense", bound)
     setting.say("memory: losses")
     pair = {OURS: _run(job | {"what": "losses"}), "plain": _run(job | {"what": "plain losses"})}

@@ -106,17 +106,17 @@ def _costs(setting: Setting, job: StepJob, plan: Plan) -> tuple[float, float]:
 
     The losses on attention maps form the scores of both models once more.
     """
-    report, fields = predict(setting.fields, plan), setting.fields
-    maps = report.multiply_adds_before + 3 * report.multiply_adds_after
+    table, fields = predict(setting.fields, plan), setting.fields
+    maps = table.multiply_adds_before + 3 * table.multiply_adds_after
     attention = fields.num_hidden_layers * job.sequence * fields.hidden_size  # scores and values, half of the square
     flops = 2 * job.tokens * (maps + 4 * attention + 2 * attention)
     # Weights are read forward and backward, gradients written; AdamW reads four tensors and writes three, float32.
-    moved = report.parameters_before * 4 + report.parameters_after * (3 + 7) * 4
+    moved = table.parameters_before * 4 + table.parameters_after * (3 + 7) * 4
     return float(flops), float(moved)
 
 
 def _least_memory(setting: Setting, job: StepJob, plan: Plan) -> float:
     """Bytes of both models, the student's gradients and AdamW's two moments, and one tensor of logits of each."""
-    report = predict(setting.fields, plan)
+    table = predict(setting.fields, plan)
     logits = 2 * job.tokens * setting.fields.vocab_size * setting.number_bytes
-    return float(4 * report.parameters_before + 16 * report.parameters_after + logits)
+    return float(4 * table.parameters_before + 16 * table.parameters_after + logits)

@@ -29,7 +29,7 @@ def check(config: CompressConfig) -> StudentPlan:
 
 
 def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
-    """Factor in ``run_dir``: ``model/``, ``report.json`` and ``report.txt``; returns the metrics of ``result.json``."""
+    """Factor in ``run_dir``: ``model/``, ``compression.json`` and ``.txt``; returns the metrics of ``result.json``."""
     plan = check(config)
     with RunRecord.open(run_dir, "compress", asdict(config), config.seed) as record:
         L.seed_everything(config.seed, verbose=False)
@@ -41,32 +41,30 @@ def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
             model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
         began = time.perf_counter()
         with fit_progress() as progress:
-            report = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress))
+            table = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress))
         seconds = time.perf_counter() - began
         data = config.data.source if text is not None else None
         facts = CardFacts(config.model.path, data, {"seconds/fit": seconds})
         folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype), facts)
-        write_text(run_dir / "report.json", report.as_json())
-        write_text(run_dir / "report.txt", report.table() + "\n")
-        print(report.table())
-        share = report.parameters_after / report.parameters_before
-        print(
-            f"\n{report.parameters_after:,} of {report.parameters_before:,} unique parameters ({share:.1%}): {folder}"
-        )
+        write_text(run_dir / "compression.json", table.as_json())
+        write_text(run_dir / "compression.txt", table.text() + "\n")
+        print(table.text())
+        share = table.parameters_after / table.parameters_before
+        print(f"\n{table.parameters_after:,} of {table.parameters_before:,} unique parameters ({share:.1%}): {folder}")
         metrics: dict[str, float] = {
-            "parameters/teacher": report.parameters_before,
-            "parameters/student": report.parameters_after,
-            "multiply_adds/teacher": report.multiply_adds_before,
-            "multiply_adds/student": report.multiply_adds_after,
+            "parameters/teacher": table.parameters_before,
+            "parameters/student": table.parameters_after,
+            "multiply_adds/teacher": table.multiply_adds_before,
+            "multiply_adds/student": table.multiply_adds_after,
             "seconds/fit": seconds,
         }
-        if report.mean_error is not None:
-            metrics["error/mean"] = report.mean_error
-        if report.weighted_error is not None:
-            metrics["error/weighted"] = report.weighted_error
-        if report.repair is not None:
-            metrics |= report.repair.as_metrics()
+        if table.mean_error is not None:
+            metrics["error/mean"] = table.mean_error
+        if table.weighted_error is not None:
+            metrics["error/weighted"] = table.weighted_error
+        if table.repair is not None:
+            metrics |= table.repair.as_metrics()
         if text is not None:
-            metrics |= {"seconds/moments": report.seconds_moments, "calibration/tokens": len(text.tokens)}
+            metrics |= {"seconds/moments": table.seconds_moments, "calibration/tokens": len(text.tokens)}
         record.finish("finished", metrics, folder)
     return metrics

@@ -9,7 +9,7 @@ from typing import Any
 from kncompress.config import DashboardConfig
 from kncompress.diagnosis.network import wandb_key
 from kncompress.errors import UserError
-from kncompress.reports.dashboard import as_json, report, workspace
+from kncompress.reports.dashboard import as_json, wandb_report, workspace
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
 
@@ -39,7 +39,7 @@ def run(config: DashboardConfig, run_dir: Path) -> dict[str, float]:
     with RunRecord.open(run_dir, "dashboard", asdict(config), config.seed) as record:
         entity = config.entity or (_own_entity() if online else _NOWHERE)
         built = {"workspace": workspace(entity, config.project, config.title)}
-        built["wandb_report"] = report(entity, config.project, config.title)
+        built["wandb_report"] = wandb_report(entity, config.project, config.title)
         for name, one in built.items():
             write_text(run_dir / f"{name}.json", as_json(one))
             print(f"{name}: {run_dir / f'{name}.json'}", flush=True)

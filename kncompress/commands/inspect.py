@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kncompress.cli.presets import config_folder, options, read_preset
-from kncompress.compression.compress import CompressionReport
+from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import Inspection, inspect_config, predict, totals
 from kncompress.compression.inspection_table import inspection_text, preset_text
 from kncompress.compression.student_plan import StudentPlan
@@ -43,9 +43,9 @@ def run(config: InspectConfig, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def _presets(fields: Any) -> dict[str, CompressionReport | str]:
+def _presets(fields: Any) -> dict[str, CompressionTable | str]:
     """What each preset of the factors would make of the model, or in one line why it does not fit."""
-    found: dict[str, CompressionReport | str] = {}
+    found: dict[str, CompressionTable | str] = {}
     for name in options("factors"):
         values = read_preset("factors", config_folder() / "factors" / f"{name}.yaml")
         factors = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(FactorsConfig), values))

@@ -57,8 +57,8 @@ def _plan(
     _print_totals(plan)
     metrics = _metrics(plan)
     if config.measures:
-        report, score = fit_and_score(config, model, tokenizer, text, plan)
-        assert report.parameters_after == plan.parameters
+        compressed, score = fit_and_score(config, model, tokenizer, text, plan)
+        assert compressed.parameters_after == plan.parameters
         metrics |= _scores(score)
         print(
             f"measured on {score.tokens:,} tokens: KL {score.kl:.4f}, perplexity {score.student.perplexity:,.2f} "

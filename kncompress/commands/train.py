@@ -23,7 +23,7 @@ from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
 from kncompress.reports.summary import ModelScores, gap_closed, write_summary
 from kncompress.reports.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
-from kncompress.runs.past_runs import REPORT, SAMPLES
+from kncompress.runs.past_runs import COMPRESSION, SAMPLES
 from kncompress.runs.record import RunRecord, outcome
 from kncompress.runs.whole_file import write_text
 from kncompress.training.batches import blocks_of_a_step
@@ -106,9 +106,9 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
         try:
             start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
             trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
-            _keep_report(job, run_dir / REPORT, trainer.is_global_zero)
+            _keep_table(job, run_dir / COMPRESSION, trainer.is_global_zero)
             repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
-            maps = [asdict(row) for row in job.report.rows] if job.report is not None else []
+            maps = [asdict(row) for row in job.compression.rows] if job.compression is not None else []
             log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
             log_maps(loggers, maps)
             tokens_per_second = fit(config, plan, job, run_dir, trainer)
@@ -121,7 +121,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
                 with record.tolerating("samples"):
                     _keep_samples(config, job, run_dir / SAMPLES, trainer.strategy.root_device, loggers)
                 with record.tolerating("W&B artifact"):
-                    log_model(loggers if config.logger.artifact else [], model, run_dir / REPORT, maps, metrics)
+                    log_model(loggers if config.logger.artifact else [], model, run_dir / COMPRESSION, maps, metrics)
                 record.finish("finished", metrics, model)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
                 print(f"model: {model}", flush=True)
@@ -141,10 +141,10 @@ def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def _keep_report(job: TrainingJob, file: Path, write: bool) -> None:
+def _keep_table(job: TrainingJob, file: Path, write: bool) -> None:
     """Every map's shape and error in ``file``; that of a resumed run, which knows nothing of the repair, is not new."""
-    if write and job.report is not None and not file.exists():
-        write_text(file, job.report.as_json())
+    if write and job.compression is not None and not file.exists():
+        write_text(file, job.compression.as_json())
 
 
 def _keep_samples(
@@ -161,9 +161,9 @@ def _keep_samples(
 
 def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:
     """What block-wise repair did, kept in ``file`` for a run that is resumed; nothing where there was none."""
-    if job.report is None or job.report.repair is None:
+    if job.compression is None or job.compression.repair is None:
         return dict(json.loads(file.read_text())) if file.exists() else {}
-    facts = job.report.repair.as_metrics()
+    facts = job.compression.repair.as_metrics()
     if write:
         write_text(file, json.dumps(facts))
     return facts

@@ -1,1 +1,1 @@
-"""Fits factors to a whole model: moments of its inputs, fits map by map and layer by layer, repair, reports."""
+"""Fits factors to a whole model: moments of its inputs, fits by map and by layer, repair, what is saved and lost."""

@@ -1,4 +1,4 @@
-"""Replace a model's dense maps by Kronecker sums, in place, and report what that saves and costs."""
+"""Replace a model's dense maps by Kronecker sums, in place, and count what that saves and costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,15 +14,16 @@ from kncompress.anatomy.sites import Anatomy, anatomy_of
 from kncompress.anatomy.swap import tie_head_
 from kncompress.compression.arrangement import arrange_
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.map_fit import Fitted, Progress, Work
+from kncompress.compression.map_fit import Fitted
 from kncompress.compression.model_fit import CALIBRATED, STARTS, ModelFit, Start
 from kncompress.compression.repair import BlockRepair
-from kncompress.compression.table import CompressionReport, MapReport
+from kncompress.compression.table import CompressionTable, MapRow
+from kncompress.compression.work import Progress, Work
 from kncompress.config import FitConfig, RepairConfig
 from kncompress.errors import UserError
 from kncompress.kron import KroneckerShape, Shape
 
-__all__ = ["CompressionReport", "MapReport", "Start", "compress_", "unique_parameters"]
+__all__ = ["CompressionTable", "MapRow", "Start", "compress_", "unique_parameters"]
 
 
 def unique_parameters(model: nn.Module) -> int:
@@ -39,7 +40,7 @@ def compress_(
     text: CalibrationText | None = None,
     settings: FitConfig | None = None,
     repair: RepairConfig | None = None,
-) -> CompressionReport:
+) -> CompressionTable:
     """Replace the maps that ``plan`` names by Kronecker sums, in place.
 
     A tied head stays tied: it shares the embedding's factors. Biases are kept, and corrected where the fit knows the
@@ -95,7 +96,7 @@ def compress_(
     repaired = None if blocks is None else blocks.run()
     rows = _rows(anatomy, shapes, fits)
     saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
-    return CompressionReport(
+    return CompressionTable(
         rows,
         before,
         unique_parameters(model),
@@ -108,7 +109,7 @@ def compress_(
     )
 
 
-def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitted]) -> tuple[MapReport, ...]:
+def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitted]) -> tuple[MapRow, ...]:
     rows = []
     for name, shape in shapes.items():
         fitted = fits.get(name)
@@ -124,9 +125,9 @@ def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitt
 
 def _map_row(
     name: str, shape: Shape, parameters: int, fitted: Fitted | None, adds: tuple[int, int] | None = None
-) -> MapReport:
+) -> MapRow:
     """``adds``: multiply-adds, factored and dense, of what is no product of a vector: a look-up."""
-    return MapReport(
+    return MapRow(
         name,
         str(shape),
         parameters,

@@ -13,7 +13,7 @@ import torch
 from kncompress.anatomy.families import LANGUAGE_MODELS
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of, family_of
-from kncompress.compression.compress import CompressionReport, MapReport, compress_
+from kncompress.compression.compress import CompressionTable, MapRow, compress_
 from kncompress.errors import UserError
 from kncompress.kron.shape import divisors
 
@@ -45,7 +45,7 @@ class Inspection:
     maps: tuple[InspectedMap, ...]
     other_parameters: int
     """Of the student: biases, norms, learned positions."""
-    report: CompressionReport
+    compression: CompressionTable
     teacher_layers: int
 
     @property
@@ -57,11 +57,11 @@ class Inspection:
     @property
     def totals(self) -> dict[str, int]:
         """Unique parameters and multiply-adds of teacher and student, under their names in ``result.json``."""
-        return totals(self.report)
+        return totals(self.compression)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        kept = self.report.layers
+        kept = self.compression.layers
         return {
             "model_type": self.model_type,
             "layers": {"teacher": self.teacher_layers, "kept": None if kept is None else list(kept)},
@@ -76,18 +76,18 @@ class Inspection:
         }
 
 
-def totals(report: CompressionReport) -> dict[str, int]:
-    """The counts of a report under their names in ``result.json``."""
+def totals(table: CompressionTable) -> dict[str, int]:
+    """The counts of a table under their names in ``result.json``."""
     return {
-        "parameters/teacher": report.parameters_before,
-        "parameters/student": report.parameters_after,
-        "multiply_adds/teacher": report.multiply_adds_before,
-        "multiply_adds/student": report.multiply_adds_after,
+        "parameters/teacher": table.parameters_before,
+        "parameters/student": table.parameters_after,
+        "multiply_adds/teacher": table.multiply_adds_before,
+        "multiply_adds/student": table.multiply_adds_after,
     }
 
 
-def predict(config: Any, plan: Plan, layers: Sequence[int] | None = None) -> CompressionReport:
-    """The report that ``compress_`` would give on a model of this config; its errors are None.
+def predict(config: Any, plan: Plan, layers: Sequence[int] | None = None) -> CompressionTable:
+    """The table that ``compress_`` would give on a model of this config; its errors are None.
 
     Args:
         config: transformers config of a causal language model; nothing is read beside it.
@@ -105,9 +105,9 @@ def inspect_config(config: Any, plan: Plan, layers: Sequence[int] | None = None)
     """Every map of the student that ``plan`` and ``layers`` make of a config; arguments and errors as ``predict``."""
     model = _meta_model(config)
     count = anatomy_of(model).layers
-    report = compress_(model, plan, layers=layers)
+    table = compress_(model, plan, layers=layers)
     anatomy = anatomy_of(model)
-    factored = {row.name: row for row in report.rows}
+    factored = {row.name: row for row in table.rows}
     maps = []
     for site in anatomy.sites.values():
         sizes = (site.out_features, site.in_features)
@@ -115,8 +115,8 @@ def inspect_config(config: Any, plan: Plan, layers: Sequence[int] | None = None)
     if anatomy.tied:
         embedding = anatomy.sites["embedding"]
         maps.append(_row("head", embedding.out_features, embedding.in_features, factored.get("head"), tied=True))
-    others = report.parameters_after - sum(row.parameters for row in maps)
-    return Inspection(anatomy.family.model_type, tuple(maps), others, report, count)
+    others = table.parameters_after - sum(row.parameters for row in maps)
+    return Inspection(anatomy.family.model_type, tuple(maps), others, table, count)
 
 
 def _meta_model(config: Any) -> Any:
@@ -135,7 +135,7 @@ def _meta_model(config: Any) -> Any:
 
 
 def _row(
-    name: str, outputs: int, inputs: int, made: MapReport | None, tied: bool = False, looked_up: bool = False
+    name: str, outputs: int, inputs: int, made: MapRow | None, tied: bool = False, looked_up: bool = False
 ) -> InspectedMap:
     own, adds = 0 if tied else outputs * inputs, 0 if looked_up else outputs * inputs
     if made is None:

@@ -5,24 +5,24 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from kncompress.compression.compress import CompressionReport
+from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import BYTES, InspectedMap, Inspection
 
 
 def inspection_text(inspection: Inspection, every_map: bool = False) -> str:
     """Maps, totals and divisors; with ``every_map`` a line for each map, else equal maps of layers share one."""
-    report = inspection.report
-    kept = "" if report.layers is None else f", the student keeps {number_list(report.layers)}"
+    table = inspection.compression
+    kept = "" if table.layers is None else f", the student keeps {number_list(table.layers)}"
     return "\n".join(
         [
             f"{inspection.model_type}, {inspection.teacher_layers} layers{kept}",
             "",
             _maps(inspection, every_map),
             "",
-            _total("unique parameters", report.parameters_after, report.parameters_before),
-            _total("multiply-adds per token", report.multiply_adds_after, report.multiply_adds_before),
+            _total("unique parameters", table.parameters_after, table.parameters_before),
+            _total("multiply-adds per token", table.multiply_adds_after, table.multiply_adds_before),
             *(
-                f"{f'bytes in {name}':<24} {size * report.parameters_after:>16,} of {size * report.parameters_before:,}"
+                f"{f'bytes in {name}':<24} {size * table.parameters_after:>16,} of {size * table.parameters_before:,}"
                 for name, size in BYTES.items()
             ),
             "",
@@ -32,23 +32,23 @@ def inspection_text(inspection: Inspection, every_map: bool = False) -> str:
     )
 
 
-def preset_text(presets: Mapping[str, CompressionReport | str]) -> str:
-    """What each preset would give: {name: the report, or why it does not fit}."""
+def preset_text(presets: Mapping[str, CompressionTable | str]) -> str:
+    """What each preset would give: {name: the table, or why it does not fit}."""
     head = ("preset", "parameters", "share", "multiply-adds", "share")
     cells: list[tuple[str, ...]] = [head]
-    for name, report in presets.items():
-        if isinstance(report, CompressionReport):
+    for name, table in presets.items():
+        if isinstance(table, CompressionTable):
             sides = (
-                (report.parameters_after, report.parameters_before),
-                (report.multiply_adds_after, report.multiply_adds_before),
+                (table.parameters_after, table.parameters_before),
+                (table.multiply_adds_after, table.multiply_adds_before),
             )
             cells.append((name, *(cell for part, whole in sides for cell in (f"{part:,}", f"{part / whole:.1%}"))))
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     widths[0] = max(map(len, ("preset", *presets)))
     made = {line[0]: _aligned(line, widths, "<>>>>") for line in cells}
     lines = [made[head[0]]]
-    for name, report in presets.items():
-        lines.append(made.get(name) or f"{name:<{widths[0]}}  does not fit: {report}")
+    for name, table in presets.items():
+        lines.append(made.get(name) or f"{name:<{widths[0]}}  does not fit: {table}")
     return "\n".join(lines)
 
 

@@ -1,16 +1,11 @@
-"""Factors for one map: nearest to its weight, or with the least error on its inputs; and how long that takes."""
+"""Factors for one map: nearest to its weight, or with the least error on its inputs."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kncompress.anatomy.sites import Site
 from kncompress.config import FitConfig
 from kncompress.kron import (
     Factors,
@@ -30,9 +25,6 @@ from kncompress.kron import (
 )
 from kncompress.kron.moments import formed_rows
 
-Progress = Callable[[str, float], None]
-"""Called with what is worked on, and the share of the whole work that is done."""
-
 _SPREAD = 1e-5
 """Share of the inputs' mean square that must vary for a fit to be centred."""
 
@@ -49,39 +41,6 @@ class Fitted:
     """||W - W_hat|| / ||W||, Frobenius."""
     weighted: float | None = None
     """Relative error of the outputs on the calibration text; None where there was none."""
-
-
-@dataclass
-class Work:
-    """How much is done, in about multiply-adds, told to ``progress``."""
-
-    progress: Progress | None = None
-    total: float = field(default=0.0, init=False)
-    done: float = field(default=0.0, init=False)
-    seconds_moments: float = field(default=0.0, init=False)
-    """Time spent on moments."""
-
-    def begin(self, what: str) -> None:
-        """Tell what comes now."""
-        if self.progress is not None:
-            self.progress(what, min(1.0, self.done / self.total) if self.total else 0.0)
-
-    def expect(self, cost: float) -> None:
-        """There is more to be done."""
-        self.total += cost
-
-    @contextmanager
-    def moments(self) -> Iterator[None]:
-        """Count the time of this block as spent on moments."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds_moments += time.perf_counter() - began
-
-    def finish(self, cost: float) -> None:
-        """Count what is done."""
-        self.done += cost
 
 
 class InputMoment:
@@ -168,26 +127,3 @@ def frobenius_error(weight: Tensor, parts: tuple[Factors, ...]) -> float:
     if error == 0.0:
         return 0.0
     return (error / total) ** 0.5 if total > 0 else math.inf
-
-
-def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int) -> float:
-    """About the multiply-adds of a fit, for the estimate of time."""
-    cost = 0.0
-    outputs, inputs = site.out_features, site.in_features
-    for part in shape.parts if isinstance(shape, HybridShape) else (shape,):
-        small = min(math.prod(part.left), math.prod(part.right))
-        cost += outputs * inputs * (small + 20.0)
-        if calibrated:
-            closed = 1 in (part.left[1], part.right[1])
-            cost += outputs * inputs**2 + (0 if closed else sweeps * 4 * part.terms * outputs * inputs)
-    return cost
-
-
-def moment_cost(sites: list[Site], tokens: int) -> float:
-    """About the multiply-adds of taking the moment of an input and preparing it."""
-    return sites[0].in_features ** 2 * (tokens + 4.0 * sites[0].in_features)
-
-
-def layer_cost(layer: Any, tokens: int) -> float:
-    """About the multiply-adds of one pass of a layer."""
-    return float(tokens * sum(parameter.numel() for parameter in layer.parameters()))

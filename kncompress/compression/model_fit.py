@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import FACTORED, dense_bias, dense_weight, empty_module, module_at, put_module
 from kncompress.compression.layerwise import CalibrationText, evaluating
-from kncompress.compression.map_fit import (
-    Fitted,
-    InputMoment,
-    Work,
-    fit_calibrated,
-    fit_cost,
-    fit_embedding,
-    fit_nearest,
-)
+from kncompress.compression.map_fit import Fitted, InputMoment, fit_calibrated, fit_embedding, fit_nearest
 from kncompress.compression.moments import input_of, moments, token_frequencies
 from kncompress.compression.sequential import SequentialFit, sequential_cost
+from kncompress.compression.work import Work, fit_cost
 from kncompress.config import FitConfig
 from kncompress.kron import HybridLinear, KroneckerShape, Shape
 

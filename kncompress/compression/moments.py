@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating, recorded
-from kncompress.compression.map_fit import Work, layer_cost, moment_cost
+from kncompress.compression.work import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.product import without_autocast

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, evaluating
-from kncompress.compression.map_fit import Work, layer_cost
-from kncompress.compression.table import RepairReport
+from kncompress.compression.table import RepairErrors
+from kncompress.compression.work import Work, layer_cost
 from kncompress.config import RepairConfig
 from kncompress.kron import Shape
 from kncompress.kron.gauge import factor_rates
@@ -69,7 +69,7 @@ class BlockRepair:
     def _cost(self, number: int) -> float:
         return self.costs[number] * (3 * self.settings.passes + 2)
 
-    def run(self) -> RepairReport:
+    def run(self) -> RepairErrors:
         """Repair the model, which is factored by now, in place."""
         began = time.perf_counter()
         layers = self.model.base_model.get_submodule(self.path)
@@ -102,7 +102,7 @@ class BlockRepair:
         finally:
             for parameter, grad in wanted:
                 parameter.requires_grad_(grad)
-        return RepairReport(tuple(before), tuple(after), time.perf_counter() - began)
+        return RepairErrors(tuple(before), tuple(after), time.perf_counter() - began)
 
     def _error(self, states: HiddenStates) -> float:
         """Of states after a block, against the dense model's."""

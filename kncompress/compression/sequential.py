@@ -21,14 +21,9 @@ from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.compression.drift import Drift, PairFit, PairSum
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, recorded
-from kncompress.compression.map_fit import (
-    Fitted,
-    Work,
-    fit_cost,
-    layer_cost,
-    moment_cost,
-)
+from kncompress.compression.map_fit import Fitted
 from kncompress.compression.moments import MomentSum, finite, inputs_of, path_in_layer
+from kncompress.compression.work import Work, fit_cost, layer_cost, moment_cost
 from kncompress.config import FitConfig
 from kncompress.kron import Moment, Shape
 

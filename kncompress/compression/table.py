@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MapReport:
+class MapRow:
     """One factored map. Multiply-adds are per token."""
 
     name: str
@@ -24,7 +24,7 @@ class MapReport:
 
 
 @dataclass(frozen=True)
-class RepairReport:
+class RepairErrors:
     """What block-wise repair did to the hidden states, on text that no step has seen, where there is enough.
 
     Errors: mean over tokens of |h - h_dense|^2 / |h_dense|^2 after each block, from the first that is not as it was.
@@ -62,13 +62,13 @@ class Arrangement:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionTable:
     """What ``compress_`` did: a row for each factored map, and totals of the whole model.
 
     Before is the model that ``compress_`` was given, with all its layers.
     """
 
-    rows: tuple[MapReport, ...]
+    rows: tuple[MapRow, ...]
     parameters_before: int
     """Unique parameters of the whole model, biases and norms included, tied ones once."""
     parameters_after: int
@@ -79,7 +79,7 @@ class CompressionReport:
     """Layers of the given model that were kept, counted from 0; None: all of them."""
     seconds_moments: float = 0.0
     """Time that went into running the model on the calibration text and taking moments."""
-    repair: RepairReport | None = None
+    repair: RepairErrors | None = None
     """Block-wise reconstruction; None where there was none."""
     arrangement: Arrangement | None = None
     """None: no changes were asked for."""
@@ -106,7 +106,7 @@ class CompressionReport:
         """``as_dict`` as text."""
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
-    def table(self) -> str:
+    def text(self) -> str:
         """A text table, one line a map, and the totals; after it the layers kept, where some were dropped, and what
         repair did, where there was any."""
         head = ("map", "shape", "parameters", "of", "multiply-adds", "of", "error", "on inputs")
@@ -133,7 +133,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _cells(row: MapReport) -> tuple[str, ...]:
+def _cells(row: MapRow) -> tuple[str, ...]:
     counts = (row.parameters, row.dense_parameters, row.multiply_adds, row.dense_multiply_adds)
     return (row.name, row.shape, *(f"{count:,}" for count in counts), _number(row.error), _number(row.weighted))
 

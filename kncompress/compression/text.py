@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.map_fit import Progress as FitProgress
+from kncompress.compression.work import Progress as FitProgress
 from kncompress.config import CalibrationConfig, DataConfig
 from kncompress.data.build import batches, encode
 from kncompress.data.sources import read_split, sources_of

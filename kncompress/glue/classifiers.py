@@ -127,8 +127,8 @@ def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) 
     facts = folder.with_suffix(".json")
     if not facts.is_file():
         dense = load_dense(model)
-        report = factor_(dense, StudentPlan.of(student.factors, dense.config), "nearest")
-        save(dense, folder, facts, {"layers": report.layers})
+        table = factor_(dense, StudentPlan.of(student.factors, dense.config), "nearest")
+        save(dense, folder, facts, {"layers": table.layers})
     layers = json.loads(facts.read_text())["layers"]
     return Base(student.name, folder, None if layers is None else tuple(layers))
 

@@ -12,7 +12,7 @@ EMBEDDING_SIDES = ((1, 2), (1, 4))
 """Right factors of one-term sums for an embedding."""
 
 
-def size_table(anatomy: Anatomy, parameters: int) -> HarmTable:
+def unmeasured_table(anatomy: Anatomy, parameters: int) -> HarmTable:
     """Candidates without errors and harms: what budgets can be reached.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.compression.compress import CompressionReport, Start, compress_
+from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.student_plan import StudentPlan
@@ -19,7 +19,7 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, compare
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
-from kncompress.planner.ladder import size_table
+from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import measure_harms
 from kncompress.training.student import model_config, require_causal
 from kncompress.training.trainer import precision
@@ -37,7 +37,7 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
     fields = model_config(config.model)
     require_causal(fields, "plan")
     dense = predict(fields, Plan())
-    sizes = size_table(anatomy_of(fields), dense.parameters_before)
+    sizes = unmeasured_table(anatomy_of(fields), dense.parameters_before)
     table = None if config.harm is None else read_harms(Path(config.harm))
     if table is not None:
         known = {row.name: row.parameters for row in table.maps}
@@ -82,14 +82,14 @@ def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: Ca
 
 def fit_and_score(
     config: PlanConfig, model: Any, tokenizer: Any, text: CalibrationText, plan: BudgetPlan
-) -> tuple[CompressionReport, Comparison]:
+) -> tuple[CompressionTable, Comparison]:
     """What ``compress`` makes of the plan, and its scores on the validation split."""
     student = copy.deepcopy(model)
     maps = StudentPlan.of(FactorsConfig(maps=plan.maps), model.config).maps
     with fit_progress() as progress:
-        report = compress_(student, maps, cast(Start, config.start), progress, None, text, config.fit, config.repair)
+        made = compress_(student, maps, cast(Start, config.start), progress, None, text, config.fit, config.repair)
     stream = token_stream(config.data, "validation", tokenizer)
     score = compare(
         model, student, stream.tokens, text.context, limit=config.validation_tokens, ignore=ignored_token(tokenizer)
     )
-    return report, score
+    return made, score

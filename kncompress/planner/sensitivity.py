@@ -15,8 +15,9 @@ from torch import Tensor
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.map_fit import InputMoment, Progress, Work
+from kncompress.compression.map_fit import InputMoment
 from kncompress.compression.moments import input_of, moments, token_frequencies
+from kncompress.compression.work import Progress, Work
 from kncompress.config import FitConfig
 from kncompress.errors import UserError
 from kncompress.kron import (

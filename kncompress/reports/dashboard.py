@@ -87,7 +87,7 @@ def workspace(entity: str, project: str, title: str) -> Any:
     )
 
 
-def report(entity: str, project: str, title: str) -> Any:
+def wandb_report(entity: str, project: str, title: str) -> Any:
     """The report: the same parts as headings with their panels, on all runs of the project."""
     import wandb_workspaces.reports.v2 as wr
 

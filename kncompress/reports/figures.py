@@ -73,7 +73,7 @@ def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Layers x maps of each run: the error on inputs, else of the weights, in colour; the shape in each cell.
 
     Args:
-        runs: rows of a compression report by the run's name. One is shown, a menu chooses which.
+        runs: rows of a compression table by the run's name. One is shown, a menu chooses which.
     """
     from plotly import graph_objects as go
 

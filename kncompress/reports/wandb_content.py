@@ -26,7 +26,7 @@ def compression_facts(
 
     Args:
         facts: ``parameters/student`` and, where there is a teacher, ``parameters/teacher``, among others.
-        maps: rows of the compression report.
+        maps: rows of the compression table.
 
     Returns:
         ``facts`` and ``compression/`` ``ratio`` (parameters, student to teacher), ``factors`` (right factors, e.g.
@@ -79,10 +79,10 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[Mapping[str, str]]) ->
 
 
 def log_model(
-    loggers: Sequence[Logger], folder: Path, report: Path, maps: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
+    loggers: Sequence[Logger], folder: Path, table: Path, maps: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
 ) -> None:
     """The model folder as an artifact ``model-<run id>``, with its plan (shape of every map) and metrics as metadata,
-    and the compression report, where there is one, beside the weights.
+    and the compression table, where there is one, beside the weights.
 
     Files are named where they lie, not copied: of an offline run they are there until ``wandb sync`` uploads them.
     """
@@ -92,8 +92,8 @@ def log_model(
         plan = {str(row["name"]): str(row["shape"]) for row in maps}
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"plan": plan, "metrics": dict(metrics)})
         artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
-        if report.is_file():
-            artifact.add_file(str(report), report.name, skip_cache=True, policy="immutable")
+        if table.is_file():
+            artifact.add_file(str(table), table.name, skip_cache=True, policy="immutable")
         run.log_artifact(artifact)
 
 

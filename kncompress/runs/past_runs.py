@@ -17,7 +17,7 @@ from kncompress.runs.metrics_file import complete_rows
 from kncompress.runs.whole_file import read_object
 
 _PLACES = ("hydra.", "hydra/", "run_dir=", "resume=")
-REPORT, SAMPLES = "report.json", "samples.json"
+COMPRESSION, SAMPLES = "compression.json", "samples.json"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Run:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """``{metric: [(step, value)]}`` of ``metrics.csv``."""
     maps: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of ``report.json``, one a factored map."""
+    """Rows of ``compression.json``, one a factored map."""
     samples: list[dict[str, str]] = field(default_factory=list)
     """Rows of ``samples.json``, one a prompt."""
     text: str = ""
@@ -118,7 +118,7 @@ def _read(folder: Path, name: str) -> Run:
         record,
         result.get("metrics") or {},
         _curves(folder / "metrics.csv"),
-        read_object(folder / REPORT).get("rows") or [],
+        read_object(folder / COMPRESSION).get("rows") or [],
         _samples(folder / SAMPLES),
         _text(folder / "config.yaml", str(record.get("verb", ""))),
     )

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kncompress.compression.compress import CompressionReport, unique_parameters
+from kncompress.compression.compress import CompressionTable, unique_parameters
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, fit_progress
 from kncompress.config import TrainConfig
@@ -33,7 +33,7 @@ class TrainingJob:
     teacher: Any | None
     student: Any
     tokenizer: Any
-    report: CompressionReport | None
+    compression: CompressionTable | None
     layers: tuple[int, ...] | None
     """Teacher layers that the student has kept; None: all."""
     data: TextDataModule
@@ -48,10 +48,10 @@ class TrainingJob:
         facts: dict[str, float] = {"parameters/student": unique_parameters(self.student)}
         if self.teacher is not None:
             facts["parameters/teacher"] = unique_parameters(self.teacher)
-        if self.report is not None and self.report.mean_error is not None:
-            facts["error/mean"] = self.report.mean_error
-        if self.report is not None and self.report.weighted_error is not None:
-            facts["error/weighted"] = self.report.weighted_error
+        if self.compression is not None and self.compression.mean_error is not None:
+            facts["error/mean"] = self.compression.mean_error
+        if self.compression is not None and self.compression.weighted_error is not None:
+            facts["error/weighted"] = self.compression.weighted_error
         return facts
 
     def scores(self, trainer: L.Trainer) -> Scores:
@@ -74,7 +74,7 @@ class _Models:
     teacher: Any | None
     student: Any
     tokenizer: Any
-    report: CompressionReport | None = None
+    compression: CompressionTable | None = None
 
 
 def _models(config: TrainConfig, plan: StudentPlan, start: str, repair: bool) -> _Models:
@@ -88,8 +88,8 @@ def _models(config: TrainConfig, plan: StudentPlan, start: str, repair: bool) ->
         text = calibration_text(config.data, config.calibration, teacher.config, tokenizer)
     with fit_progress() as progress:
         fit = FitOptions(text, config.fit, config.repair if repair else None, progress)
-        student, report = make_student(teacher, plan, start, fit)
-    return _Models(teacher, student, tokenizer, report)
+        student, table = make_student(teacher, plan, start, fit)
+    return _Models(teacher, student, tokenizer, table)
 
 
 def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> TrainingJob:
@@ -111,7 +111,7 @@ def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> Trai
     data.blocks("validation")
     test = token_stream(config.data, "test", tokenizer)
     limit = config.trainer.test_tokens
-    return TrainingJob(models.teacher, student, tokenizer, models.report, plan.layers, data, batches, test, limit)
+    return TrainingJob(models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit)
 
 
 class StartScores(Callback):

@@ -12,10 +12,10 @@ import torch
 
 from kncompress.anatomy.sites import family_of
 from kncompress.anatomy.symmetries import permute_residual_
-from kncompress.compression.compress import CompressionReport, Start, compress_
+from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.map_fit import Progress
 from kncompress.compression.student_plan import StudentPlan
+from kncompress.compression.work import Progress
 from kncompress.config import FitConfig, ModelConfig, RepairConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
@@ -139,7 +139,7 @@ class FitOptions:
     progress: Progress | None = None
 
 
-def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()) -> CompressionReport:
+def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()) -> CompressionTable:
     """Drops the layers of ``model`` that ``plan`` does not keep and factors its maps, in place."""
     return compress_(
         model, plan.maps, cast(Start, start), fit.progress, plan.layers, fit.text, fit.settings, fit.repair
@@ -148,15 +148,15 @@ def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOpti
 
 def make_student(
     teacher: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()
-) -> tuple[Any, CompressionReport]:
-    """A copy of ``teacher`` with the layers and factors of ``plan``, and the report on it; arguments as ``factor_``.
+) -> tuple[Any, CompressionTable]:
+    """A copy of ``teacher`` with the layers and factors of ``plan``, and the table on it; arguments as ``factor_``.
 
     Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
     """
     student = copy.deepcopy(teacher)
-    report = factor_(student, plan, start, fit)
-    if report.arrangement is not None and report.arrangement.residual is not None:
+    table = factor_(student, plan, start, fit)
+    if table.arrangement is not None and table.arrangement.residual is not None:
         # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
-        permute_residual_(teacher, torch.tensor(report.arrangement.residual))
+        permute_residual_(teacher, torch.tensor(table.arrangement.residual))
     student.requires_grad_(True)
-    return student, report
+    return student, table

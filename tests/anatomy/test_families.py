@@ -52,12 +52,12 @@ def test_a_factored_model_is_saved_loaded_and_distilled(kind, ids, tmp_path):
     torch.testing.assert_close(to_dense(whole)(ids).logits, expected, atol=2e-3, rtol=1e-3)
 
     student = copy.deepcopy(dense)
-    told, report = predict(config_of(kind), HALVES), compress_(student, HALVES)
-    assert told.parameters_after == report.parameters_after == unique_parameters(student)
+    told, table = predict(config_of(kind), HALVES), compress_(student, HALVES)
+    assert told.parameters_after == table.parameters_after == unique_parameters(student)
     loaded = load_model(save_model(student, tmp_path / "model"))
     assert type(loaded) is type(dense)
     assert torch.equal(loaded(ids).logits, student(ids).logits)
-    assert unique_parameters(loaded) == report.parameters_after
+    assert unique_parameters(loaded) == table.parameters_after
     assert to_dense(loaded).state_dict().keys() == dense.state_dict().keys()
 
     module = Distillation(loaded, dense, Objective(EVERY_TERM), OptimizerConfig(), steps=2)
@@ -84,9 +84,9 @@ def test_calibrated_and_sequential_fits(kind, text):
     dense = random_model(config_of(kind))
     for start in ("calibrated", "sequential"):
         model = copy.deepcopy(dense)
-        report = compress_(model, Plan(entries), start, text=text)
+        table = compress_(model, Plan(entries), start, text=text)
         nearest = compress_(copy.deepcopy(dense), Plan(entries))
-        inner = {row.name: row for row in report.rows if row.name.startswith("layers.1.")}
+        inner = {row.name: row for row in table.rows if row.name.startswith("layers.1.")}
         assert all(0 < row.weighted < 1.2 for row in inner.values())
         assert sum(row.error for row in inner.values()) > sum(r.error for r in nearest.rows if r.name in inner)
 

@@ -125,22 +125,22 @@ def test_a_classifier_can_lose_layers_too(tiny_config, ids):
     assert len(model.transformer.h) == 2 and model(ids).logits.shape == (2, 2)
 
 
-def test_report_is_of_the_whole_model_before(model_of_kind):
+def test_table_is_of_the_whole_model_before(model_of_kind):
     whole = compress_(copy.deepcopy(model_of_kind), Plan())
     layer = sum(
         p.numel()
         for p in model_of_kind.base_model.get_submodule(anatomy_of(model_of_kind).family.layers)[1].parameters()
     )
     maps = [site for name, site in anatomy_of(model_of_kind).sites.items() if name.startswith("layers.1.")]
-    report = compress_(model_of_kind, Plan(), layers=(0, 2))
-    assert (report.layers, whole.layers) == ((0, 2), None)
-    assert report.parameters_before == whole.parameters_after
-    assert report.parameters_before - report.parameters_after == layer
-    assert report.multiply_adds_before == whole.multiply_adds_after
-    assert report.multiply_adds_before - report.multiply_adds_after == sum(s.out_features * s.in_features for s in maps)
-    assert report.table().endswith("layers kept: 0, 2")
-    assert "layers kept" not in whole.table()
-    assert json.loads(report.as_json())["layers"] == [0, 2]
+    table = compress_(model_of_kind, Plan(), layers=(0, 2))
+    assert (table.layers, whole.layers) == ((0, 2), None)
+    assert table.parameters_before == whole.parameters_after
+    assert table.parameters_before - table.parameters_after == layer
+    assert table.multiply_adds_before == whole.multiply_adds_after
+    assert table.multiply_adds_before - table.multiply_adds_after == sum(s.out_features * s.in_features for s in maps)
+    assert table.text().endswith("layers kept: 0, 2")
+    assert "layers kept" not in whole.text()
+    assert json.loads(table.as_json())["layers"] == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def test_every_preset_is_counted():
 def test_unique_parameters_of_gpt2_small(name):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    report = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
-    assert report.parameters_after == unique_parameters(model) == PARAMETERS[name]
-    assert report.parameters_before == PARAMETERS["dense"]
+    table = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
+    assert table.parameters_after == unique_parameters(model) == PARAMETERS[name]
+    assert table.parameters_before == PARAMETERS["dense"]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
@@ -78,9 +78,9 @@ SAVED = {
 def test_unique_parameters_of_smollm2(name):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
-    report = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
-    assert report.parameters_before == 134_515_008
-    assert report.parameters_after == unique_parameters(model) == 134_515_008 - SAVED[name]
+    table = factor_(model, StudentPlan.of(preset(name), model.config), "nearest")
+    assert table.parameters_before == 134_515_008
+    assert table.parameters_after == unique_parameters(model) == 134_515_008 - SAVED[name]
 
 
 def test_kngpt2_is_odd_layers_and_tied_head():

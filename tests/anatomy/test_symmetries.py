@@ -186,19 +186,19 @@ def test_a_balanced_basis_balances(deficient):
 @pytest.mark.parametrize("kind", ["gpt2", "llama.bias"])
 def test_the_fitted_error_never_rises(model_of_kind, text, start, which):
     """Of single maps it may: their squares add up to no more."""
-    reports = []
+    tables = []
     for symmetries in ([], which):
         settings = FitConfig(symmetries=symmetries)
-        reports.append(compress_(copy.deepcopy(model_of_kind), HALVES, start, text=text, settings=settings))
-    assert reports[0].arrangement is None
-    found = reports[1].arrangement
+        tables.append(compress_(copy.deepcopy(model_of_kind), HALVES, start, text=text, settings=settings))
+    assert tables[0].arrangement is None
+    found = tables[1].arrangement
     hidden, heads, rotary = which == ["hidden"], which == ["heads"], model_of_kind.config.model_type == "llama"
     assert (hidden, heads, heads and not rotary) == (bool(found.hidden), bool(found.values), bool(found.queries))
     assert (found.residual is not None) == (which == ["residual"])
-    assert json.loads(reports[1].as_json())["arrangement"]["values"] == list(found.values)
+    assert json.loads(tables[1].as_json())["arrangement"]["values"] == list(found.values)
     if start == "nearest" or which != ["residual"]:  # that is chosen from the weights alone
         plain, arranged = (
-            sum((row.error if start == "nearest" else row.weighted) ** 2 for row in report.rows) for report in reports
+            sum((row.error if start == "nearest" else row.weighted) ** 2 for row in table.rows) for table in tables
         )
         assert arranged < plain
 
@@ -223,27 +223,27 @@ def test_moments_move_with_the_symmetries(model_of_kind, text, which):
 
 def test_moments_kept_on_disk_are_of_the_model_as_it_was(tiny, text, tmp_path):
     plain, text = copy.deepcopy(tiny), replace(text, moments=tmp_path)
-    reports = []
+    tables = []
     for symmetries in (EVERY, ["heads"]):
         settings = FitConfig(symmetries=symmetries)
-        reports.append(compress_(copy.deepcopy(tiny), HALVES, "calibrated", text=text, settings=settings))
+        tables.append(compress_(copy.deepcopy(tiny), HALVES, "calibrated", text=text, settings=settings))
     compress_(plain, HALVES, "calibrated", text=text, settings=FitConfig())
-    assert reports[0].arrangement.values == reports[1].arrangement.values
+    assert tables[0].arrangement.values == tables[1].arrangement.values
 
 
 def test_what_does_not_help_is_left_out(tiny, text):
     """Maps with as many terms as make any weight: nothing to gain, nothing changed."""
     before = copy.deepcopy(tiny)
     plan = Plan({"layers.*": RightFactor((2, 1), 2), "embedding": RightFactor((1, 2), 2)})
-    report = compress_(tiny, plan, "calibrated", text=text, settings=FitConfig(symmetries=EVERY))
-    assert report.arrangement.residual is None and not report.arrangement.values and not report.arrangement.hidden
+    table = compress_(tiny, plan, "calibrated", text=text, settings=FitConfig(symmetries=EVERY))
+    assert table.arrangement.residual is None and not table.arrangement.values and not table.arrangement.hidden
     assert torch.equal(tiny.transformer.ln_f.weight, before.transformer.ln_f.weight)
 
 
 def test_dropped_layers_are_not_arranged(tiny, text):
     settings = FitConfig(symmetries=EVERY)
-    report = compress_(tiny, HALVES, "calibrated", layers=(0, 2), text=text, settings=settings)
-    assert set(report.arrangement.values) <= {0, 1} and len(tiny.transformer.h) == 2
+    table = compress_(tiny, HALVES, "calibrated", layers=(0, 2), text=text, settings=settings)
+    assert set(table.arrangement.values) <= {0, 1} and len(tiny.transformer.h) == 2
 
 
 @pytest.mark.parametrize("start", ["nearest", "calibrated", "sequential"])
@@ -259,16 +259,16 @@ def test_the_order_of_the_residual_follows_from_the_weights_alone(tiny, text):
     settings, orders = FitConfig(symmetries=EVERY), set()
     for start, tokens in (("nearest", text.tokens), ("calibrated", text.tokens), ("calibrated", text.tokens[:200])):
         read = CalibrationText(tokens, 16)
-        report = compress_(copy.deepcopy(tiny), HALVES, start, text=read, settings=settings)
-        orders.add(report.arrangement.residual)
+        table = compress_(copy.deepcopy(tiny), HALVES, start, text=read, settings=settings)
+        orders.add(table.arrangement.residual)
     assert len(orders) == 1 and orders != {None}
 
 
 def test_outer_products_have_no_groups(tiny):
     """The one group of (x) 1x24 is everything."""
     plan = Plan({"layers.1.mlp.up": RightFactor((1, 24), 4), "layers.1.attn.v": RightFactor((1, 24), 4)})
-    report = compress_(tiny, plan, settings=FitConfig(symmetries=EVERY))
-    assert report.arrangement == Arrangement()
+    table = compress_(tiny, plan, settings=FitConfig(symmetries=EVERY))
+    assert table.arrangement == Arrangement()
 
 
 def test_a_random_start_has_no_symmetries(tiny):

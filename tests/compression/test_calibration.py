@@ -13,7 +13,6 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
 from kncompress.compression.compress import compress_
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head
-from kncompress.compression.map_fit import Work
 from kncompress.compression.moments import (
     MomentFolder,
     fingerprint,
@@ -23,6 +22,7 @@ from kncompress.compression.moments import (
     stream_moments,
     token_frequencies,
 )
+from kncompress.compression.work import Work
 from kncompress.errors import UserError
 
 
@@ -102,8 +102,8 @@ def test_one_token(tiny):
     moment = dict(stream_moments(tiny, text, ["layers.0.qkv"]))["layers.0.qkv"]
     assert moment.count == 1
     torch.testing.assert_close(moment.second, torch.outer(moment.mean, moment.mean))
-    report = compress_(tiny, Plan({"layers.*": RightFactor((2, 1))}), "calibrated", text=text)
-    assert 0 <= report.weighted_error < 1
+    table = compress_(tiny, Plan({"layers.*": RightFactor((2, 1))}), "calibrated", text=text)
+    assert 0 <= table.weighted_error < 1
     assert torch.isfinite(tiny(torch.tensor([[5, 6]])).logits).all()
 
 

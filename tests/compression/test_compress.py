@@ -1,4 +1,4 @@
-"""compress_ changes the model in place, keeps what it must, and reports the truth."""
+"""compress_ changes the model in place, keeps what it must, and counts the truth."""
 
 import copy
 import json
@@ -39,9 +39,9 @@ def test_enough_terms_leave_the_outputs_as_they_were(model_of_kind, ids):
     sites = anatomy_of(model_of_kind).sites.values()
     plan = Plan({site.name: full_rank(site.out_features, site.in_features) for site in sites})
     before = model_of_kind(ids).logits
-    report = compress_(model_of_kind, plan)
+    table = compress_(model_of_kind, plan)
     torch.testing.assert_close(model_of_kind(ids).logits, before, atol=1e-3, rtol=1e-4)
-    assert max(row.error for row in report.rows) < 1e-5
+    assert max(row.error for row in table.rows) < 1e-5
     assert {type(m).__name__ for m in model_of_kind.modules() if hasattr(m, "weight") and m.weight.ndim == 2} <= {
         "KroneckerLinear",
         "KroneckerEmbedding",
@@ -89,8 +89,8 @@ def test_an_untied_head_stays_dense_unless_named(tiny_config):
 
 def test_classifier_without_a_language_model_head(tiny_config, ids):
     model = GPT2ForSequenceClassification(tiny_config).eval()
-    report = compress_(model, EVERYTHING)
-    assert "head" not in {row.name for row in report.rows}
+    table = compress_(model, EVERYTHING)
+    assert "head" not in {row.name for row in table.rows}
     assert model(ids).logits.shape == (2, 2)
 
 
@@ -98,8 +98,8 @@ def test_groups_reach_their_maps_and_mlp_is_mirrored_on_the_way_out(model_of_kin
     factors = FactorsConfig(
         layers=[1], qkv=FactorConfig([2, 1]), o=FactorConfig([1, 2]), mlp=FactorConfig([4, 1], layers=[2])
     )
-    report = compress_(model_of_kind, plan_from_config(factors, model_of_kind))
-    ends = {row.name: row.shape.partition("(x)")[2] for row in report.rows}
+    table = compress_(model_of_kind, plan_from_config(factors, model_of_kind))
+    ends = {row.name: row.shape.partition("(x)")[2] for row in table.rows}
     hidden = [name for name in ("gate", "up") if f"layers.2.mlp.{name}" in anatomy_of(model_of_kind).sites]
     assert ends == {
         **{f"layers.1.attn.{name}": "2x1" for name in "qkv"},
@@ -111,32 +111,32 @@ def test_groups_reach_their_maps_and_mlp_is_mirrored_on_the_way_out(model_of_kin
 
 def test_totals_of_every_kind(model_of_kind):
     before = unique_parameters(model_of_kind)
-    report = compress_(model_of_kind, EVERYTHING)
-    assert (report.parameters_before, report.parameters_after) == (before, unique_parameters(model_of_kind))
-    saved = sum(row.dense_parameters - row.parameters for row in report.rows)
-    assert saved == report.parameters_before - report.parameters_after > 0
+    table = compress_(model_of_kind, EVERYTHING)
+    assert (table.parameters_before, table.parameters_after) == (before, unique_parameters(model_of_kind))
+    saved = sum(row.dense_parameters - row.parameters for row in table.rows)
+    assert saved == table.parameters_before - table.parameters_after > 0
     # One token through every matrix, the head's too; a bias, a norm and a look-up cost none.
     positions = ("transformer.wpe.weight", "model.decoder.embed_positions.weight")
     matrices = [p.numel() for name, p in dense_twin(model_of_kind) if p.ndim == 2 and name not in positions]
     tied = anatomy_of(model_of_kind).tied
     embedding = 96 * 24
-    assert report.multiply_adds_before == sum(matrices) - (0 if tied else embedding)
+    assert table.multiply_adds_before == sum(matrices) - (0 if tied else embedding)
 
 
 def dense_twin(model):
     return list(type(model)(to_dense(model).config).named_parameters())
 
 
-def test_report_counts_what_the_model_has(tiny):
+def test_table_counts_what_the_model_has(tiny):
     before = unique_parameters(tiny)
     weight = tiny.transformer.h[0].mlp.c_fc.weight.detach().T.clone()
-    report = compress_(tiny, EVERYTHING)
-    assert report.parameters_before == before
-    assert report.parameters_after == unique_parameters(tiny) == sum(p.numel() for p in set(tiny.parameters()))
-    assert report.parameters_after < before
-    saved = sum(row.dense_parameters - row.parameters for row in report.rows)
-    assert saved == report.parameters_before - report.parameters_after
-    up = next(row for row in report.rows if row.name == "layers.0.mlp.up")
+    table = compress_(tiny, EVERYTHING)
+    assert table.parameters_before == before
+    assert table.parameters_after == unique_parameters(tiny) == sum(p.numel() for p in set(tiny.parameters()))
+    assert table.parameters_after < before
+    saved = sum(row.dense_parameters - row.parameters for row in table.rows)
+    assert saved == table.parameters_before - table.parameters_after
+    up = next(row for row in table.rows if row.name == "layers.0.mlp.up")
     assert (up.shape, up.parameters, up.dense_parameters) == ("48x24(x)2x1", 48 * 24 + 2, 96 * 24)
     assert (up.multiply_adds, up.dense_multiply_adds) == (48 * 24 + 96, 96 * 24)
     module = tiny.transformer.h[0].mlp.c_fc
@@ -144,32 +144,32 @@ def test_report_counts_what_the_model_has(tiny):
     assert up.error == pytest.approx(float((weight - formed).norm() / weight.norm()), rel=1e-4)
 
 
-def test_report_multiply_adds_of_the_whole_model(tiny):
+def test_table_multiply_adds_of_the_whole_model(tiny):
     """Before: every matrix once per token, the tied head too, the look-up free."""
-    report = compress_(tiny, Plan({"layers.1.mlp.up": HALF}))
-    assert report.multiply_adds_before == 3 * (4 * 24 * 24 + 2 * 24 * 96) + 96 * 24
-    assert report.multiply_adds_before - report.multiply_adds_after == 96 * 24 - (48 * 24 + 96)
+    table = compress_(tiny, Plan({"layers.1.mlp.up": HALF}))
+    assert table.multiply_adds_before == 3 * (4 * 24 * 24 + 2 * 24 * 96) + 96 * 24
+    assert table.multiply_adds_before - table.multiply_adds_after == 96 * 24 - (48 * 24 + 96)
 
 
 def test_tied_head_is_counted_once(tiny):
-    report = compress_(tiny, Plan({"embedding": RightFactor((1, 2))}))
-    rows = {row.name: row for row in report.rows}
+    table = compress_(tiny, Plan({"embedding": RightFactor((1, 2))}))
+    rows = {row.name: row for row in table.rows}
     assert rows["embedding"].parameters == 96 * 12 + 2
     assert rows["embedding"].dense_multiply_adds == 0
     assert rows["head"].parameters == rows["head"].dense_parameters == 0
     assert rows["head"].multiply_adds == 96 * 12 + 24
-    assert report.mean_error == rows["embedding"].error
+    assert table.mean_error == rows["embedding"].error
 
 
-def test_report_as_json_and_table(tiny):
-    report = compress_(tiny, EVERYTHING)
-    read = json.loads(report.as_json())
-    assert read["parameters_after"] == report.parameters_after
-    assert read["mean_error"] == pytest.approx(report.mean_error)
-    assert [row["name"] for row in read["rows"]] == [row.name for row in report.rows]
-    lines = report.table().splitlines()
-    assert len(lines) == len(report.rows) + 2
-    assert f"{report.parameters_after:,}" in lines[-1]
+def test_table_as_json_and_text(tiny):
+    table = compress_(tiny, EVERYTHING)
+    read = json.loads(table.as_json())
+    assert read["parameters_after"] == table.parameters_after
+    assert read["mean_error"] == pytest.approx(table.mean_error)
+    assert [row["name"] for row in read["rows"]] == [row.name for row in table.rows]
+    lines = table.text().splitlines()
+    assert len(lines) == len(table.rows) + 2
+    assert f"{table.parameters_after:,}" in lines[-1]
 
 
 def test_random_start_has_the_familys_std(tiny_config):
@@ -178,8 +178,8 @@ def test_random_start_has_the_familys_std(tiny_config):
     tiny_config.n_embd, tiny_config.vocab_size = 96, 400
     torch.manual_seed(0)
     model = GPT2LMHeadModel(tiny_config)
-    report = compress_(model, EVERYTHING, start="random")
-    assert report.mean_error is None
+    table = compress_(model, EVERYTHING, start="random")
+    assert table.mean_error is None
     block = model.transformer.h[1]
     residual = 0.02 / 6**0.5
     for module, std in [
@@ -245,17 +245,17 @@ def every_hybrid(model):
 def test_hybrids_of_every_start(model_of_kind, ids, text, start):
     dense = copy.deepcopy(model_of_kind)
     before = unique_parameters(dense)
-    report = compress_(model_of_kind, every_hybrid(dense), start, text=text)
-    rows = {row.name: row for row in report.rows}
+    table = compress_(model_of_kind, every_hybrid(dense), start, text=text)
+    rows = {row.name: row for row in table.rows}
     up, wide = rows["layers.1.mlp.up"], anatomy_of(dense).sites["layers.1.mlp.up"].out_features
     assert up.parameters == 2 * (wide + 24) + wide * 24 // 4 + 4
     assert up.shape == f"{wide}x1(x)1x24*2 + {wide // 2}x12(x)2x2"
-    assert before - report.parameters_after == sum(row.dense_parameters - row.parameters for row in report.rows)
-    assert report.parameters_after == unique_parameters(model_of_kind)
+    assert before - table.parameters_after == sum(row.dense_parameters - row.parameters for row in table.rows)
+    assert table.parameters_after == unique_parameters(model_of_kind)
     twin = to_dense(model_of_kind)
     torch.testing.assert_close(twin(ids).logits, model_of_kind(ids).logits, atol=1e-3, rtol=1e-4)
     if start == "random":
-        assert report.mean_error is None
+        assert table.mean_error is None
         return
     module = model_of_kind.base_model.get_submodule(anatomy_of(dense).sites["layers.1.mlp.up"].module)
     site = anatomy_of(dense).sites["layers.1.mlp.up"]
@@ -265,17 +265,17 @@ def test_hybrids_of_every_start(model_of_kind, ids, text, start):
 
 def test_calibration_helps_what_it_sees(model_of_kind, text):
     """Fewer errors on the calibration inputs, more in the weights."""
-    reports = {}
+    tables = {}
     for start in ("nearest", "calibrated"):
         model = copy.deepcopy(model_of_kind)
-        reports[start] = compress_(model, Plan({"layers.1.mlp.*": HALF}), start, text=text)
+        tables[start] = compress_(model, Plan({"layers.1.mlp.*": HALF}), start, text=text)
         with torch.no_grad():
             difference = model(text_ids(text)).logits - model_of_kind(text_ids(text)).logits
-        reports[start, "logits"] = float(difference.norm())
-    nearest, calibrated = reports["nearest"], reports["calibrated"]
+        tables[start, "logits"] = float(difference.norm())
+    nearest, calibrated = tables["nearest"], tables["calibrated"]
     assert nearest.weighted_error is None and 0 < calibrated.weighted_error < calibrated.mean_error
     assert nearest.mean_error < calibrated.mean_error
-    assert reports["calibrated", "logits"] < reports["nearest", "logits"]
+    assert tables["calibrated", "logits"] < tables["nearest", "logits"]
 
 
 def text_ids(text):
@@ -332,16 +332,16 @@ def test_a_start_that_reads_needs_text(tiny, start):
 
 @pytest.mark.parametrize("start", ["calibrated", "sequential"])
 def test_calibration_follows_the_dropped_layers(tiny, text, start):
-    report = compress_(tiny, EVERYTHING, start, layers=(0, 2), text=text)
-    assert report.layers == (0, 2) and 0 < report.weighted_error < 1
+    table = compress_(tiny, EVERYTHING, start, layers=(0, 2), text=text)
+    assert table.layers == (0, 2) and 0 < table.weighted_error < 1
     assert len(tiny.transformer.h) == 2
 
 
 @pytest.mark.parametrize("start", ["calibrated", "sequential"])
 def test_a_classifier_is_calibrated(tiny_config, ids, text, start):
     model = GPT2ForSequenceClassification(tiny_config).train()
-    report = compress_(model, EVERYTHING, start, text=text)
-    assert report.weighted_error is not None
+    table = compress_(model, EVERYTHING, start, text=text)
+    assert table.weighted_error is not None
     assert all(module.training for module in model.modules())
 
 

@@ -49,9 +49,9 @@ def test_agrees_with_the_real_thing(kind, plan, layers):
     told, found = predict(config, plan, layers), inspect_config(config, plan, layers)
     model = random_model(config_of(kind))
     made = compress_(model, plan, layers=layers)
-    for report in (told, found.report):
-        assert (report.parameters_before, report.parameters_after) == (made.parameters_before, made.parameters_after)
-        assert (report.multiply_adds_before, report.multiply_adds_after) == (
+    for table in (told, found.compression):
+        assert (table.parameters_before, table.parameters_after) == (made.parameters_before, made.parameters_after)
+        assert (table.multiply_adds_before, table.multiply_adds_after) == (
             made.multiply_adds_before,
             made.multiply_adds_after,
         )
@@ -102,8 +102,11 @@ def test_text_groups_equal_maps():
     assert "layers.17.mlp.up" in long and "layers.17.mlp.up" not in short
     for text in (short, long):
         assert "768x768(x)4x1" in text
-        assert f"{found.report.parameters_after:,} of {found.report.parameters_before:,}" in text
-        assert f"{4 * found.report.parameters_after:,}" in text and f"{2 * found.report.parameters_after:,}" in text
+        assert f"{found.compression.parameters_after:,} of {found.compression.parameters_before:,}" in text
+        assert (
+            f"{4 * found.compression.parameters_after:,}" in text
+            and f"{2 * found.compression.parameters_after:,}" in text
+        )
 
 
 def test_text_names_the_kept_layers():
@@ -128,9 +131,9 @@ def test_lists_of_numbers_are_short(numbers, text):
 
 
 def test_presets_that_do_not_fit_tell_why():
-    report = predict(GPT2Config(), Plan())
-    lines = preset_text({"dense": report, "odd": "factors.mlp.right=[5, 1]: 5 does not divide 3072"}).splitlines()
-    assert lines[1].split() == ["dense", "124,439,808", "100.0%", f"{report.multiply_adds_after:,}", "100.0%"]
+    table = predict(GPT2Config(), Plan())
+    lines = preset_text({"dense": table, "odd": "factors.mlp.right=[5, 1]: 5 does not divide 3072"}).splitlines()
+    assert lines[1].split() == ["dense", "124,439,808", "100.0%", f"{table.multiply_adds_after:,}", "100.0%"]
     assert lines[2].split(None, 1) == ["odd", "does not fit: factors.mlp.right=[5, 1]: 5 does not divide 3072"]
 
 

@@ -50,12 +50,12 @@ def test_blocks_come_nearer_on_unseen_text(kind, start, text):
     dense = random_model(config_of(kind))
     fitted, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
     compress_(fitted, PLAN, start, text=text)
-    report = compress_(repaired, PLAN, start, text=text, repair=REPAIR).repair
+    repair = compress_(repaired, PLAN, start, text=text, repair=REPAIR).repair
     held = split(text)[1].tokens[: 39 * 16]
-    assert report.before == pytest.approx(errors(dense, fitted, held)[1:], rel=0.05)  # a rest apart
-    assert report.after == pytest.approx(errors(dense, repaired, held)[1:], rel=0.05)
+    assert repair.before == pytest.approx(errors(dense, fitted, held)[1:], rel=0.05)  # a rest apart
+    assert repair.after == pytest.approx(errors(dense, repaired, held)[1:], rel=0.05)
     share = 0.8 if start == "nearest" else 0.97  # weights at random leave little to gain after the sequential fit
-    assert all(after < share * before for before, after in zip(report.before, report.after, strict=True))
+    assert all(after < share * before for before, after in zip(repair.before, repair.after, strict=True))
     other = np.random.default_rng(1).integers(2, 96, 1024)
     assert errors(dense, repaired, other)[2] < share * errors(dense, fitted, other)[2]
     before, after = fitted.state_dict(), repaired.state_dict()
@@ -87,8 +87,8 @@ def test_a_rate_that_tears_the_blocks_leaves_them_as_fitted(tiny, text, lr):
     fitted = copy.deepcopy(tiny)
     compress_(fitted, PLAN, "calibrated", text=text)
     settings = RepairConfig(passes=2, lr=lr)
-    report = compress_(tiny, PLAN, "calibrated", text=text, repair=settings).repair
-    assert report.after == report.before
+    repair = compress_(tiny, PLAN, "calibrated", text=text, repair=settings).repair
+    assert repair.after == repair.before
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), fitted.parameters(), strict=True))
 
 
@@ -107,11 +107,11 @@ def test_embedding_and_a_tied_head_stay_as_fitted(text):
     plan = Plan({"embedding": RightFactor((1, 2))})
     fitted = copy.deepcopy(tiny)
     compress_(fitted, plan, "nearest", text=text)
-    report = compress_(tiny, plan, "nearest", text=text, repair=REPAIR)
-    assert len(report.repair.before) == 3 and report.repair.after[0] < 0.95 * report.repair.before[0]
+    table = compress_(tiny, plan, "nearest", text=text, repair=REPAIR)
+    assert len(table.repair.before) == 3 and table.repair.after[0] < 0.95 * table.repair.before[0]
     assert torch.equal(tiny.transformer.wte.left, fitted.transformer.wte.left)
     assert tiny.lm_head.left is tiny.transformer.wte.left
-    assert report.parameters_after == unique_parameters(tiny)
+    assert table.parameters_after == unique_parameters(tiny)
 
 
 def test_progress_reaches_the_end_and_never_falls(tiny, text):

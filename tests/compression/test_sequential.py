@@ -67,10 +67,10 @@ def test_the_first_factored_input_is_fitted_as_if_alone(model_of_kind, text):
     """Before it both models are the same; GPT-2's Q, K and V are one module, Llama's three."""
     plan = Plan({"layers.1.attn.[qkv]": RightFactor((2, 2), 2)})
     models = {start: copy.deepcopy(model_of_kind) for start in ("calibrated", "sequential")}
-    reports = {start: compress_(model, plan, start, text=text) for start, model in models.items()}
+    tables = {start: compress_(model, plan, start, text=text) for start, model in models.items()}
     for name, weight in models["calibrated"].state_dict().items():
         torch.testing.assert_close(models["sequential"].state_dict()[name], weight, rtol=1e-3, atol=1e-4)
-    assert reports["sequential"].weighted_error == pytest.approx(reports["calibrated"].weighted_error, rel=1e-3)
+    assert tables["sequential"].weighted_error == pytest.approx(tables["calibrated"].weighted_error, rel=1e-3)
 
 
 def test_target_is_the_least_squares_map():
@@ -97,7 +97,7 @@ def test_target_is_the_least_squares_map():
 def test_inputs_are_those_that_the_maps_before_leave(tiny, text):
     """The last map's error against the dense outputs, measured on the finished model."""
     dense = copy.deepcopy(tiny)
-    report = compress_(tiny, LAYERS, "sequential", text=text, settings=FitConfig(bias=False))
+    table = compress_(tiny, LAYERS, "sequential", text=text, settings=FitConfig(bias=False))
     whole = torch.from_numpy(text.tokens[:1024]).view(-1, 16)
     seen = {}
     for name, model in (("dense", dense), ("student", tiny)):
@@ -107,7 +107,7 @@ def test_inputs_are_those_that_the_maps_before_leave(tiny, text):
             model(whole)
     bias = dense.transformer.h[2].mlp.c_proj.bias.detach()
     error = float((seen["student"] - seen["dense"]).norm() / (seen["dense"] - bias).norm())
-    row = next(row for row in report.rows if row.name == "layers.2.mlp.down")
+    row = next(row for row in table.rows if row.name == "layers.2.mlp.down")
     assert row.weighted == pytest.approx(error, rel=0.02)  # 6 tokens of the text are no whole block
 
 
@@ -122,8 +122,8 @@ def test_embedding_and_head_are_part_of_the_chain(kind, text):
     found = {}
     for start in ("calibrated", "sequential"):
         model = copy.deepcopy(dense)
-        report = compress_(model, Plan(entries), start, text=text)
-        assert all(row.weighted is not None for row in report.rows)
+        table = compress_(model, Plan(entries), start, text=text)
+        assert all(row.weighted is not None for row in table.rows)
         with torch.no_grad():
             found[start] = float((model(ids).logits - dense(ids).logits).norm())
     assert found["sequential"] < found["calibrated"]

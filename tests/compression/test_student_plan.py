@@ -91,13 +91,13 @@ def teacher():
 def test_student_and_teacher_layers(teacher):
     factors = FactorsConfig(depth=3, layers=[1], o=FactorConfig([1, 2]))
     plan = StudentPlan.of(factors, teacher.config)
-    student, report = make_student(teacher, plan, "nearest")
-    assert plan.layers == report.layers == (0, 2, 3)
+    student, table = make_student(teacher, plan, "nearest")
+    assert plan.layers == table.layers == (0, 2, 3)
     assert (student.config.n_layer, teacher.config.n_layer, len(teacher.transformer.h)) == (3, 4, 4)
     assert torch.equal(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[2].mlp.c_fc.weight)
-    assert [row.name for row in report.rows] == ["layers.1.attn.o"]
-    assert report.parameters_before == sum(p.numel() for p in teacher.parameters())
-    assert report.parameters_after == sum(p.numel() for p in student.parameters())
+    assert [row.name for row in table.rows] == ["layers.1.attn.o"]
+    assert table.parameters_before == sum(p.numel() for p in teacher.parameters())
+    assert table.parameters_after == sum(p.numel() for p in student.parameters())
     assert all(p.requires_grad for p in student.parameters())
     assert make_student(teacher, StudentPlan.of(FactorsConfig(), teacher.config), "nearest")[1].layers is None
 
@@ -105,7 +105,7 @@ def test_student_and_teacher_layers(teacher):
 def test_distilgpt2_has_its_published_size():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2)
-    report = factor_(model, StudentPlan.of(FactorsConfig(depth=0.5), GPT2), "nearest")
-    assert report.parameters_after == sum(p.numel() for p in model.parameters()) == 81_912_576
-    assert report.layers == (0, 2, 4, 7, 9, 11)
+    table = factor_(model, StudentPlan.of(FactorsConfig(depth=0.5), GPT2), "nearest")
+    assert table.parameters_after == sum(p.numel() for p in model.parameters()) == 81_912_576
+    assert table.layers == (0, 2, 4, 7, 9, 11)
     assert GPT2.n_layer == 12

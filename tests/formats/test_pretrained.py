@@ -429,10 +429,10 @@ def test_scalars_of_terms_survive_the_folder(tiny, ids, tmp_path, dtype):
     shapes["layers.2.mlp.down"] = "s*24x1(x)1x96*4 + 12x96(x)2x1"
     shapes = {name: parse_shape(text) for name, text in shapes.items()}
     predicted = predict(tiny.config, Plan(shapes))
-    report = compress_(tiny, Plan(shapes))
-    assert predicted.parameters_after == report.parameters_after
+    table = compress_(tiny, Plan(shapes))
+    assert predicted.parameters_after == table.parameters_after
     saved = sum(shape.dense_parameters - shape.parameters for shape in shapes.values())
-    assert report.parameters_after == unique_parameters(tiny) == before - saved
+    assert table.parameters_after == unique_parameters(tiny) == before - saved
     scales = {name: p for name, p in tiny.named_parameters() if name.endswith(".scale")}
     assert sorted(p.numel() for p in scales.values()) == [1, 2, 3, 4]
     with torch.no_grad():

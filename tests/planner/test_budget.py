@@ -29,7 +29,7 @@ from kncompress.kron import (
 from kncompress.planner.budget import HarmTable, MapHarms, Reference, advantage, knapsack, spend
 from kncompress.planner.candidates import Option, Spectrum, outer, ranks, sums
 from kncompress.planner.harm import HarmMeter, divergence, replaced
-from kncompress.planner.ladder import size_table
+from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import exponents, measure_harms
 
 SETTINGS = FitConfig(sweeps=2)
@@ -160,15 +160,15 @@ def test_plans_keep_to_the_budget_and_compress_to_what_they_say(llama, table):
         last = plan.kl
         student = copy.deepcopy(llama)
         factors = plan_from_config(FactorsConfig(maps=plan.maps), llama.config)
-        report = compress_(student, factors, "calibrated", text=text_of(800), settings=SETTINGS)
-        assert unique_parameters(student) == report.parameters_after == plan.parameters
-        assert report.multiply_adds_after == plan.multiply_adds
-        assert report.parameters_before == table.parameters and report.multiply_adds_before == table.multiply_adds
+        made = compress_(student, factors, "calibrated", text=text_of(800), settings=SETTINGS)
+        assert unique_parameters(student) == made.parameters_after == plan.parameters
+        assert made.multiply_adds_after == plan.multiply_adds
+        assert made.parameters_before == table.parameters and made.multiply_adds_before == table.multiply_adds
     assert spend(table, 1.0).kl == 0 and set(spend(table, 1.0).maps.values()) == {"keep"}
 
 
 def test_the_sizes_are_known_without_weights(llama, table):
-    sizes = size_table(anatomy_of(llama.config), table.parameters)
+    sizes = unmeasured_table(anatomy_of(llama.config), table.parameters)
     assert sizes.multiply_adds == table.multiply_adds
     for known, row in zip(sizes.maps, table.maps, strict=True):
         costs = {option.shape: (option.parameters, option.multiply_adds) for option in row.options}

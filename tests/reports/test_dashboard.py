@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboard)")
 
 from kncompress.config import ObjectiveConfig
-from kncompress.reports.dashboard import as_json, report, workspace
+from kncompress.reports.dashboard import as_json, wandb_report, workspace
 
 PARTS = ["Perplexity against parameters", "Loss terms", "Maps", "Sweep", "Samples"]
 
@@ -52,7 +52,7 @@ def test_the_workspace_has_every_part() -> None:
 
 
 def test_the_report_has_every_part() -> None:
-    view = json.loads(as_json(report("team", "shapes", "Compression")))
+    view = json.loads(as_json(wandb_report("team", "shapes", "Compression")))
     assert view["project"] == {"name": "shapes", "entityName": "team"} and view["displayName"] == "Compression"
     blocks = view["spec"]["blocks"]
     assert [block["children"][0]["text"] for block in blocks if block["type"] == "heading"] == PARTS

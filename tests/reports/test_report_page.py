@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
         )  # killed
         maps = [{"name": f"layers.{layer}.mlp.up", "shape": "8x4(x)2x2", "error": 0.1 * layer, "weighted": None}
                 for layer in (1, 2)]  # fmt: skip
-        (run / "report.json").write_text(json.dumps({"rows": maps}))
+        (run / "compression.json").write_text(json.dumps({"rows": maps}))
         (run / "config.yaml").write_text("data: {source: a <b> text, test: null}\ntrainer: {test_tokens: 512}\n")
         (run / "samples.json").write_text(json.dumps([SAMPLE | {"student": f"of run {name}"}]))
     measured = tmp_path / "sweep" / "rival <model>"

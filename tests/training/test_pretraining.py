@@ -103,8 +103,8 @@ class TestTraining:
         factors = dataclasses.replace(FACTORS, depth=[1, 2], qkv=FactorConfig(right=[2, 1]))
         if not tied:
             factors.maps = {"head": "32x16(x)2x1"}
-        student, report = make_student(teacher, StudentPlan.of(factors, teacher.config), "nearest")
-        layers = report.layers
+        student, table = make_student(teacher, StudentPlan.of(factors, teacher.config), "nearest")
+        layers = table.layers
         module = ILKDPretraining(student, teacher, ALL_TERMS, OptimizerConfig(lr=1e-2), steps=30, layers=layers)
         assert module.objective.layers == (1, 2)
         before = copy.deepcopy(student.state_dict())

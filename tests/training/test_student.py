@@ -137,11 +137,11 @@ def test_a_teacher_gets_the_students_order_of_the_residual() -> None:
     before = teacher(ids, output_hidden_states=True)
     factors = FactorsConfig(embedding=FactorConfig([1, 2]), mlp=FactorConfig([2, 1]), layers=[1])
     settings = FitConfig(symmetries=["hidden", "heads", "residual"])
-    student, report = make_student(
+    student, table = make_student(
         teacher, StudentPlan.of(factors, teacher.config), "nearest", FitOptions(settings=settings)
     )
-    assert report.arrangement is not None and report.arrangement.residual is not None
-    order = torch.tensor(report.arrangement.residual)
+    assert table.arrangement is not None and table.arrangement.residual is not None
+    order = torch.tensor(table.arrangement.residual)
     after = teacher(ids, output_hidden_states=True)
     torch.testing.assert_close(after.logits, before.logits)
     torch.testing.assert_close(after.hidden_states[1], before.hidden_states[1][..., order])

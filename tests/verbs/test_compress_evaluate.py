@@ -58,8 +58,8 @@ def test_a_calibrated_start_reads_text_and_tells_its_error(
     words += [f"calibration.moments={kept}"]
     code, out, err = command(*words, "run_dir=run")
     assert code == 0, err
-    metrics, report = read(Path("run"), "result.json")["metrics"], read(Path("run"), "report.json")
-    assert 0 < metrics["error/weighted"] < 1 and metrics["error/weighted"] == report["weighted_error"]
+    metrics, table = read(Path("run"), "result.json")["metrics"], read(Path("run"), "compression.json")
+    assert 0 < metrics["error/weighted"] < 1 and metrics["error/weighted"] == table["weighted_error"]
     assert metrics["calibration/tokens"] == 500
     assert 0 < metrics["seconds/moments"] < metrics["seconds/fit"]
     assert "on inputs" in out
@@ -67,7 +67,7 @@ def test_a_calibrated_start_reads_text_and_tells_its_error(
     assert (kept / "head.safetensors").exists()
     # What is kept is found again, and is not taken for that of another text.
     assert command(*words, "run_dir=again")[0] == 0
-    assert read(Path("again"), "report.json")["rows"] == report["rows"]
+    assert read(Path("again"), "compression.json")["rows"] == table["rows"]
     code, _, err = command(*words, "calibration.tokens=400", "run_dir=other")
     assert code == 2 and "of another text or model" in err and err.count("\n") == 1
 
@@ -118,7 +118,7 @@ def test_layerdrop_is_a_plain_shallower_model(command: Any, tiny: Path) -> None:
     metrics = read(Path("run"), "result.json")["metrics"]
     assert metrics["parameters/teacher"] == teacher.num_parameters()
     assert metrics["parameters/student"] == student.num_parameters()
-    assert read(Path("run"), "report.json")["layers"] == [1]
+    assert read(Path("run"), "compression.json")["layers"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_block_wise_repair_tells_what_it_did(command: Any, tiny: Path, text: Pat
     words = ["compress", f"model={tiny}", f"data.source={text}", "calibration.tokens=2000"]
     code, _, err = command(*words, "repair.passes=3", "factors.scalars=true", "run_dir=run")
     assert code == 0, err
-    metrics, report = read(Path("run"), "result.json")["metrics"], read(Path("run"), "report.json")
+    metrics, table = read(Path("run"), "result.json")["metrics"], read(Path("run"), "compression.json")
     assert 0 < metrics["blocks/after"] < 0.9 * metrics["blocks/before"] and metrics["seconds/repair"] > 0
-    assert metrics["blocks/after"] == pytest.approx(sum(report["repair"]["after"]) / 2)
+    assert metrics["blocks/after"] == pytest.approx(sum(table["repair"]["after"]) / 2)
     model = AutoModelForCausalLM.from_pretrained("run/model")
     scales = torch.cat([p for name, p in model.named_parameters() if name.endswith("scale")])
     assert len(scales) == 7 and not scales.eq(1).all()  # those of layer 1 were trained
@@ -208,7 +208,7 @@ def test_symmetries_lower_the_error_of_a_model_that_loads(command: Any, tiny: Pa
         assert code == 0, err
         errors.append(read(Path(f"run{symmetries[:1]}"), "result.json")["metrics"]["error/mean"])
     assert errors[1] < errors[0]
-    assert read(Path("runh"), "report.json")["arrangement"]["values"] == [1]
+    assert read(Path("runh"), "compression.json")["arrangement"]["values"] == [1]
     model = AutoModelForCausalLM.from_pretrained("runh/model")
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
     code, _, err = command("compress", f"model={tiny}", "fit.symmetries=[hidden,head]", "run_dir=bad")

@@ -53,8 +53,8 @@ def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[s
     ids = tokenizer(samples[0]["prompt"], return_tensors="pt")["input_ids"]
     written = student.generate(ids, max_length=32, do_sample=False, eos_token_id=0, pad_token_id=0)[0, ids.shape[1] :]
     assert samples[0]["student"] == tokenizer.decode(written, skip_special_tokens=True)
-    report = read(Path("run"), "report.json")
-    assert report["parameters_after"] == metrics["parameters/student"] and report["rows"]
+    table = read(Path("run"), "compression.json")
+    assert table["parameters_after"] == metrics["parameters/student"] and table["rows"]
     for word in ("teacher", "student at the start", "student, trained", "gap"):
         assert word in out
     assert "step 4/4" in err

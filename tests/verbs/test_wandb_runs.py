@@ -61,25 +61,25 @@ def test_every_field_of_the_jobs_of_a_sweep(command: Any, wandb_words: list[str]
         assert merged(log, "summary")["perplexity/student"] == result["perplexity/student"]
 
         (maps,) = [row for row in rows if "maps/path" in row]
-        report = read(folder, "report.json")["rows"]
+        fitted = read(folder, "compression.json")["rows"]
         table = _table(folder, maps["maps/path"])
         assert [(row["name"], row["shape"], row["error"]) for row in table] == [
-            (row["name"], row["shape"], row["error"]) for row in report
+            (row["name"], row["shape"], row["error"]) for row in fitted
         ]
         (picture,) = folder.glob(f"wandb/offline-run-*/files/{maps['maps_picture/path']}")
         drawn = [
             value for line in json.loads(picture.read_text())["data"][0]["z"] for value in line if value is not None
         ]
-        assert sorted(drawn) == sorted(row["error"] for row in report)
+        assert sorted(drawn) == sorted(row["error"] for row in fitted)
 
         (samples,) = [row for row in rows if "samples/path" in row]
         assert _table(folder, samples["samples/path"]) == read(folder, "samples.json")
 
         (artifact,) = [entry for entry in of_kind(log, "artifact") if entry.type == "model"]
         plan = json.loads(artifact.metadata)["plan"]
-        assert plan == {row["name"]: row["shape"] for row in report}
+        assert plan == {row["name"]: row["shape"] for row in fitted}
         names = {entry.path for entry in artifact.manifest.contents}
-        assert {"model.safetensors", "config.json", "tokenizer.json", "report.json"} <= names
+        assert {"model.safetensors", "config.json", "tokenizer.json", "compression.json"} <= names
         weights = next(entry for entry in artifact.manifest.contents if entry.path == "model.safetensors")
         assert Path(weights.local_path).samefile(folder / "model" / "model.safetensors")  # not copied
         assert [record.exit_code for record in of_kind(log, "exit")] == [0] and not of_kind(log, "alert")

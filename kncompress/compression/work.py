@@ -1,0 +1,70 @@
+"""How much work a fit is, in about multiply-adds, and how much of it is done."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kncompress.anatomy.sites import Site
+from kncompress.kron import HybridShape, Shape
+
+Progress = Callable[[str, float], None]
+"""Called with what is worked on, and the share of the whole work that is done."""
+
+
+@dataclass
+class Work:
+    """How much is done, in about multiply-adds, told to ``progress``."""
+
+    progress: Progress | None = None
+    total: float = field(default=0.0, init=False)
+    done: float = field(default=0.0, init=False)
+    seconds_moments: float = field(default=0.0, init=False)
+    """Time spent on moments."""
+
+    def begin(self, what: str) -> None:
+        """Tell what comes now."""
+        if self.progress is not None:
+            self.progress(what, min(1.0, self.done / self.total) if self.total else 0.0)
+
+    def expect(self, cost: float) -> None:
+        """There is more to be done."""
+        self.total += cost
+
+    @contextmanager
+    def moments(self) -> Iterator[None]:
+        """Count the time of this block as spent on moments."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_moments += time.perf_counter() - began
+
+    def finish(self, cost: float) -> None:
+        """Count what is done."""
+        self.done += cost
+
+
+def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int) -> float:
+    """About the multiply-adds of a fit, for the estimate of time."""
+    cost = 0.0
+    outputs, inputs = site.out_features, site.in_features
+    for part in shape.parts if isinstance(shape, HybridShape) else (shape,):
+        small = min(math.prod(part.left), math.prod(part.right))
+        cost += outputs * inputs * (small + 20.0)
+        if calibrated:
+            closed = 1 in (part.left[1], part.right[1])
+            cost += outputs * inputs**2 + (0 if closed else sweeps * 4 * part.terms * outputs * inputs)
+    return cost
+
+
+def moment_cost(sites: list[Site], tokens: int) -> float:
+    """About the multiply-adds of taking the moment of an input and preparing it."""
+    return sites[0].in_features ** 2 * (tokens + 4.0 * sites[0].in_features)
+
+
+def layer_cost(layer: Any, tokens: int) -> float:
+    """About the multiply-adds of one pass of a layer."""
+    return float(tokens * sum(parameter.numel() for parameter in layer.parameters()))
