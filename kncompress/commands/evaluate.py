@@ -18,10 +18,11 @@ from kncompress.data.sources import find_sources, sources_of
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
-from kncompress.evaluation import bits_per_byte, last_words, perplexity
-from kncompress.evaluation.harness import check_tasks, load_tasks, score_tasks
+from kncompress.evaluation import bits_per_byte, compare, last_words, perplexity
+from kncompress.evaluation.comparison import ANCHORS
+from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_tasks
 from kncompress.runs.record import RunRecord
-from kncompress.training.student import load_teacher, model_config, require_causal
+from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
 
 
 def check(config: EvaluateConfig) -> None:
@@ -38,12 +39,32 @@ def check(config: EvaluateConfig) -> None:
         sources_of(config.data, key)
     fields = model_config(config.model)
     require_causal(fields, "evaluate")
+    if config.compare is not None:
+        _check_alike(config)
     positions = fields.max_position_embeddings
     window = config.context or positions
     if window > positions:
         raise UserError(f"context={window}: the model has {positions} positions")
     if config.stride is not None and config.stride > window:
         raise UserError(f"stride={config.stride}: larger than the window of {window} tokens")
+
+
+def _check_alike(config: EvaluateConfig) -> None:
+    """The two models must read the same tokens, and the window must fit both."""
+    assert config.compare is not None
+    other = second_model(config.compare, "evaluate")
+    own, others = model_config(config.model), model_config(other)
+    if own.vocab_size != others.vocab_size:
+        raise UserError(
+            f"compare={config.compare}: has a vocabulary of {others.vocab_size:,} tokens, model={config.model.path} "
+            f"one of {own.vocab_size:,}; give the model that it was made from"
+        )
+    if tokenizer_of(config.model).get_vocab() != tokenizer_of(other).get_vocab():
+        raise UserError(f"compare={config.compare}: its tokenizer differs from that of model={config.model.path}")
+    if config.context is not None and config.context > others.max_position_embeddings:
+        raise UserError(
+            f"context={config.context}: compare={config.compare} has {others.max_position_embeddings} positions"
+        )
 
 
 def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
@@ -54,17 +75,24 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
         window = config.context or model.config.max_position_embeddings
+        other = None
+        if config.compare is not None:
+            other, _ = load_teacher(second_model(config.compare, "evaluate"))
+            if config.context is None:
+                window = min(window, other.config.max_position_embeddings)
         metrics: dict[str, float]
         if passages is not None:
             metrics = _last_words(config, passages, model, tokenizer, window)
             table = _task_table(config, metrics)
-        elif tasks is None:
+        elif tasks is not None:
+            metrics = _tasks(config, tasks, model, other, tokenizer, window)
+            table = _task_table(config, metrics)
+        elif other is not None:
+            metrics = _comparison(config, model, other, tokenizer, window)
+            table = _comparison_table(config, window, metrics)
+        else:
             metrics = _perplexity(config, model, tokenizer, window)
             table = _table(config, window, metrics)
-        else:
-            batch = max(1, config.batch_tokens // window)
-            metrics = score_tasks(model, tokenizer, tasks, window, batch, config.limit)
-            table = _task_table(config, metrics)
         metrics["parameters"] = unique_parameters(model)
         record.finish("finished", metrics)
         Console().print(table)
@@ -97,6 +125,42 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
     if config.tokens is None or config.tokens >= len(stream):
         # The few tokens that no window scores count as the mean of the others.
         metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
+    return metrics
+
+
+def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, window: int) -> dict[str, float]:
+    stream = token_stream(config.data, config.data.split, tokenizer)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("windows", total=None)
+        found = compare(
+            other,
+            model,
+            stream.tokens,
+            window,
+            batch_tokens=config.batch_tokens,
+            limit=config.tokens,
+            ignore=ignored_token(tokenizer),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {
+        "perplexity": found.student.perplexity,
+        "nll": found.student.nll,
+        "tokens": found.tokens,
+        "windows": found.student.windows,
+        "parameters": unique_parameters(model),
+        "compare/perplexity": found.teacher.perplexity,
+        "compare/parameters": unique_parameters(other),
+    } | found.metrics
+
+
+def _tasks(
+    config: EvaluateConfig, tasks: dict[str, Any], model: Any, other: Any | None, tokenizer: Any, window: int
+) -> dict[str, float]:
+    batch = max(1, config.batch_tokens // window)
+    metrics, items = score_tasks(model, tokenizer, tasks, window, batch, config.limit)
+    if other is not None:
+        others, other_items = score_tasks(other, tokenizer, tasks, window, batch, config.limit)
+        metrics |= {f"compare/{name}": value for name, value in others.items()} | flips(items, other_items)
     return metrics
 
 
@@ -140,6 +204,27 @@ def _last_words(
         "lambada/perplexity": score.perplexity,
         "lambada/items": float(score.passages),
     }
+
+
+def _comparison_table(config: EvaluateConfig, window: int, metrics: dict[str, float]) -> Table:
+    """The figures, and below them what rounding the weights of an 8B model costs."""
+    table = Table(title=f"{config.model.path} against {config.compare}", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_row("perplexity", f"{metrics['perplexity']:,.4f}")
+    table.add_row("perplexity of compare", f"{metrics['compare/perplexity']:,.4f}")
+    ratio, error = metrics["compare/log_ppl_ratio"], metrics["compare/log_ppl_ratio_error"]
+    table.add_row("ln of their ratio", f"{ratio:.4f} \u00b1 {error:.4f}")
+    for name, label in (("mean", "mean"), ("median", "median"), ("99", "99%"), ("999", "99.9%")):
+        table.add_row(f"KL per token, {label}", f"{metrics[f'compare/kl_{name}']:.4f}")
+    table.add_row("same top token", f"{metrics['compare/same_top']:.2f}%")
+    table.add_row("unique parameters", f"{metrics['parameters']:,.0f}")
+    table.add_row("unique parameters of compare", f"{metrics['compare/parameters']:,.0f}")
+    table.add_row("tokens scored", f"{metrics['tokens']:,.0f}")
+    table.add_row("window", f"{window:,}", end_section=True)
+    for name, kl, same_top in ANCHORS:
+        table.add_row(f"8B models in {name} (llama.cpp)", f"KL {kl:g}, same top {same_top:g}%")
+    return table
 
 
 def _task_table(config: EvaluateConfig, metrics: dict[str, float]) -> Table:

@@ -18,7 +18,7 @@ from kncompress.config import GenerateConfig, ModelConfig
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
 from kncompress.runs.record import RunRecord
-from kncompress.training.student import load_teacher, locate, model_config, require_causal, tokenizer_of
+from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
 
 
 def check(config: GenerateConfig) -> None:
@@ -28,10 +28,10 @@ def check(config: GenerateConfig) -> None:
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
     prompts = _prompts(config)
-    _check_model(config.model, prompts, "model")
+    require_causal(model_config(config.model), "generate")
+    _check_prompts(config.model, prompts, "model")
     if config.compare is not None:
-        locate(config.compare, key="compare")
-        _check_model(ModelConfig(path=config.compare), prompts, "compare")
+        _check_prompts(second_model(config.compare, "generate"), prompts, "compare")
 
 
 def run(config: GenerateConfig, run_dir: Path) -> dict[str, float]:
@@ -40,7 +40,7 @@ def run(config: GenerateConfig, run_dir: Path) -> dict[str, float]:
     with RunRecord.open(run_dir, "generate", asdict(config), config.seed) as record:
         writers = {"model": _writer(config.model, config.accelerator)}
         if config.compare is not None:
-            writers["compare"] = _writer(ModelConfig(path=config.compare), config.accelerator)
+            writers["compare"] = _writer(second_model(config.compare, "generate"), config.accelerator)
         seconds = dict.fromkeys(writers, 0.0)
         texts: list[dict[str, Any]] = []
         for prompt, sample in itertools.product(_prompts(config), range(config.samples)):
@@ -79,17 +79,8 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return found
 
 
-def _check_model(model: ModelConfig, prompts: list[str], key: str) -> None:
-    try:
-        fields = model_config(model)
-        require_causal(fields, "generate")
-        tokenizer = tokenizer_of(model)
-    except UserError as error:
-        if key == "model":
-            raise
-        subject, _, reason = str(error).partition(": ")  # it names model.path, which is another model here
-        reason = reason if subject.partition("=")[0] in ("model", "model.path") else str(error)
-        raise UserError(f"{key}={model.path}: {reason}") from error
+def _check_prompts(model: ModelConfig, prompts: list[str], key: str) -> None:
+    fields, tokenizer = model_config(model), tokenizer_of(model)
     for prompt in prompts:
         count, positions = len(prompt_ids(tokenizer, prompt)), fields.max_position_embeddings
         if count > positions:

@@ -29,6 +29,10 @@ class EvaluateConfig(RunConfig):
     jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""
     limit: int | None = None
     """Only the first items of each task, or passages; null: all."""
+    compare: str | None = None
+    """The model that this one was made from, as ``model.path``: tells how far apart both are on the text (KL per token,
+    share of equal likeliest tokens, ratio of the perplexities), or how many items of ``tasks`` flip from right to wrong
+    or back."""
     shots: int | None = None
     """Worked examples before each item of a task; null: as the task says."""
 
@@ -38,6 +42,10 @@ class EvaluateConfig(RunConfig):
         check_not_negative("shots", self.shots)
         if self.tasks and self.lambada is not None:
             raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
+        if self.compare is not None and self.lambada is not None:
+            raise UserError(f"compare={self.compare}: is for a text or tasks, not for lambada")
+        if self.compare is not None and self.stride is not None:
+            raise UserError(f"compare={self.compare}: compares windows that do not overlap; give no stride")
         if self.shots is not None and not self.tasks:
             raise UserError(f"shots={self.shots}: is for tasks; give tasks=[...]")
         if self.limit is not None and not self.tasks and self.lambada is None:

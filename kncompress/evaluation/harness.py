@@ -65,10 +65,14 @@ def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, 
     return loaded
 
 
+Items = dict[str, dict[tuple[Any, str], bool]]
+"""Of each task, whether the model was right: {(item, filter): right}; of metrics that are right or wrong alone."""
+
+
 def score_tasks(
     model: Any, tokenizer: Any, tasks: dict[str, Any], window: int, batch: int, limit: int | None
-) -> dict[str, float]:
-    """``{task/metric: value}`` with ``task/metric_stderr`` where the harness has one, and ``task/items``.
+) -> tuple[dict[str, float], Items]:
+    """``{task/metric: value}`` with ``task/metric_stderr`` where the harness has one, and ``task/items``; single items.
 
     Args:
         model: causal language model, in evaluation mode.
@@ -82,7 +86,7 @@ def score_tasks(
 
     with _quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=batch)
-        found = evaluate(lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+        found = evaluate(lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
     metrics: dict[str, float] = {}
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -91,7 +95,28 @@ def score_tasks(
                 metrics[f"{task}/{name}" if kept == "none" else f"{task}/{name}/{kept}"] = value
         if task in found["n-samples"]:
             metrics[f"{task}/items"] = found["n-samples"][task]["effective"]
-    return metrics
+    items = {task: dict(_right(samples)) for task, samples in found["samples"].items()}
+    return metrics, {task: found for task, found in items.items() if found}
+
+
+def _right(samples: list[dict[str, Any]]) -> Iterator[tuple[tuple[Any, str], bool]]:
+    """Of each item, whether the first metric of the harness's that is 0 or 1 is 1."""
+    for sample in samples:
+        scores = [sample.get(name) for name in sample["metrics"]]
+        right = next((score for score in scores if isinstance(score, int | float) and score in (0, 1)), None)
+        if right is not None:
+            yield (sample["doc_id"], sample["filter"]), bool(right)
+
+
+def flips(first: Items, second: Items) -> dict[str, float]:
+    """``{compare/task/flips: share}``: items that one model has right and the other has not, in percent."""
+    shares = {}
+    for task in first.keys() & second.keys():
+        both = first[task].keys() & second[task].keys()
+        if both:
+            flipped = sum(first[task][item] != second[task][item] for item in both)
+            shares[f"compare/{task}/flips"] = 100 * flipped / len(both)
+    return dict(sorted(shares.items()))
 
 
 @contextmanager

@@ -103,6 +103,29 @@ def model_config(config: ModelConfig) -> Any:
     return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
 
 
+def second_model(path: str, verb: str, key: str = "compare") -> ModelConfig:
+    """The model that ``key`` names beside ``model``, checked to be one that predicts the next token.
+
+    A folder without a ``config.json`` that holds one GGUF file is read from that.
+
+    Raises:
+        UserError: names ``key`` in the place of ``model.path``.
+    """
+    folder = locate(path, "config", key)
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{key}={path}: has {len(files)} GGUF files; give a folder with one")
+    config = ModelConfig(path=path, gguf_file=files[0].name if files else None)
+    try:
+        require_causal(model_config(config), verb)
+        tokenizer_of(config)
+    except UserError as error:
+        subject, _, reason = str(error).partition(": ")  # it names model.path, which is another model here
+        reason = reason if subject.partition("=")[0] in ("model", "model.path") else str(error)
+        raise UserError(f"{key}={path}: {reason}") from error
+    return config
+
+
 def require_causal(fields: Any, verb: str) -> None:
     """Raises UserError where the model of this config predicts no next token, which ``verb`` needs."""
     family = family_of(fields)
