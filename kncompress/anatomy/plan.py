@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.config import FactorConfig, FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import HybridShape, KroneckerShape, Shape, ShapeError, parse_shape, with_scalars
+from kncompress.kron import KroneckerShape, Shape, ShapeError, parse_shape, with_scalars
 
 Keep = Literal["keep"]
 
@@ -91,10 +91,10 @@ def _shape(pattern: str, entry: Entry, site: Site) -> Shape | None:
         return entry.fit(site)
     if entry == "keep":
         return None
-    if not isinstance(entry, (KroneckerShape, HybridShape)):
+    if not isinstance(entry, Shape):
         raise UserError(f"factors.maps.{pattern}={entry}: not a Kronecker shape or keep")
-    if site.group == "embedding" and isinstance(entry, HybridShape):
-        raise UserError(f"factors.maps.{pattern}={entry}: an embedding takes a single Kronecker shape, without +")
+    if site.group == "embedding" and not isinstance(entry, KroneckerShape):
+        raise UserError(f"factors.maps.{pattern}={entry}: an embedding takes a single Kronecker shape, without + or p*")
     if (entry.out_features, entry.in_features) != (site.out_features, site.in_features):
         raise UserError(
             f"factors.maps.{pattern}={entry}: makes {entry.out_features}x{entry.in_features}, "
@@ -151,7 +151,12 @@ def _scaled(entry: Entry) -> Entry:
     """The same with a learned scalar for each term."""
     if isinstance(entry, RightFactor):
         return replace(entry, scalars=True)
-    return entry if entry == "keep" else with_scalars(entry)
+    if entry == "keep":
+        return entry
+    try:
+        return with_scalars(entry)
+    except ShapeError as error:
+        raise UserError(f"factors.scalars=true: {error}") from error
 
 
 def _right(key: str, value: Any) -> tuple[int, int]:

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
-from kncompress.kron import HybridLinear, HybridShape, KroneckerEmbedding, KroneckerLinear, Shape
+from kncompress.kron import (
+    HybridLinear,
+    HybridShape,
+    KroneckerEmbedding,
+    KroneckerLinear,
+    PackedLinear,
+    PackedShape,
+    Shape,
+)
 
-FACTORED = (KroneckerLinear, HybridLinear, KroneckerEmbedding)
+FACTORED = (KroneckerLinear, HybridLinear, PackedLinear, KroneckerEmbedding)
 """Factored modules."""
 
 
@@ -21,7 +29,7 @@ class FusedMaps(nn.Module):
     """Several maps of one input, (..., N) -> (..., M1 + M2 + ...): their outputs side by side.
 
     Stands where a model has one dense module for several maps, such as GPT-2's ``c_attn`` for Q, K and V.
-    Each child is a ``KroneckerLinear``, a ``HybridLinear`` or, where the map stays dense, an ``nn.Linear``.
+    Each child is a factored map or, where the map stays dense, an ``nn.Linear``.
     With ``blocks`` above 1 the outputs are those of the first block of each map, then those of the second, ...:
     GPT-NeoX has a block for each head.
     """
@@ -53,7 +61,7 @@ class FusedMaps(nn.Module):
 def _widths(fused: FusedMaps) -> Iterator[tuple[int, int]]:
     """(N, M) of each map."""
     for child in fused.children():
-        assert isinstance(child, (nn.Linear, KroneckerLinear, HybridLinear))
+        assert isinstance(child, (nn.Linear, KroneckerLinear, HybridLinear, PackedLinear))
         yield child.in_features, child.out_features
 
 
@@ -131,6 +139,8 @@ def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Shape])
             return nn.Linear(site.in_features, site.out_features, bias, "meta", weight.dtype)
         if isinstance(shape, HybridShape):
             return HybridLinear(shape, bias, device="meta", dtype=weight.dtype)
+        if isinstance(shape, PackedShape):
+            return PackedLinear(shape, bias, device="meta", dtype=weight.dtype)
         if site.group == "embedding":
             padding_idx = getattr(old, "padding_idx", None)
             return KroneckerEmbedding(shape, padding_idx, device="meta", dtype=weight.dtype)

@@ -34,7 +34,7 @@ class Fitted:
     """Numbers for one factored map."""
 
     parts: tuple[Factors, ...]
-    """Factors; several of a hybrid."""
+    """Factors; several of a hybrid; of packed outer products as they are before they are packed."""
     bias: Tensor | None
     """(M,), corrected where that was asked for; None for a map without bias."""
     error: float
@@ -96,17 +96,17 @@ def fit_embedding(
 
 
 def nearest_parts(weight: Tensor, shape: Shape) -> tuple[Factors, ...]:
-    """Nearest factors of each part of a shape."""
+    """Nearest factors of each Kronecker sum of a shape."""
     if isinstance(shape, HybridShape):
         return tuple(nearest_hybrid(weight, shape))
-    return (nearest_factors(weight, shape),)
+    return (nearest_factors(weight, shape.sums[0]),)
 
 
 def calibrated_parts(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> tuple[Factors, ...]:
-    """Calibrated factors of each part of a shape."""
+    """Calibrated factors of each Kronecker sum of a shape."""
     if isinstance(shape, HybridShape):
         return tuple(calibrated_hybrid(weight, shape, moment))
-    return (calibrated_factors(weight, shape, moment, sweeps=sweeps),)
+    return (calibrated_factors(weight, shape.sums[0], moment, sweeps=sweeps),)
 
 
 def gauged(parts: tuple[Factors, ...], settings: FitConfig) -> tuple[Factors, ...]:

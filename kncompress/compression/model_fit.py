@@ -15,7 +15,7 @@ from kncompress.compression.moments import input_of, moments, token_frequencies
 from kncompress.compression.sequential import SequentialFit, sequential_cost
 from kncompress.compression.work import Work, fit_cost
 from kncompress.config import FitConfig
-from kncompress.kron import HybridLinear, KroneckerShape, Shape
+from kncompress.kron import HybridLinear, KroneckerShape, PackedLinear, Shape
 
 Start = Literal["nearest", "random", "calibrated", "sequential"]
 STARTS: tuple[Start, ...] = ("nearest", "random", "calibrated", "sequential")
@@ -149,12 +149,18 @@ def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, site: Site, fitt
         if not weight.is_meta:
             part.reset_parameters(site.std)
     else:
-        modules = part.parts if isinstance(part, HybridLinear) else [part]
-        for module, factors in zip(modules, fitted.parts, strict=True):
-            module.get_parameter("left").copy_(factors.left)
-            module.get_parameter("right").copy_(factors.right)
-            if module.scale is not None:
-                module.get_parameter("scale").fill_(1.0)
+        if isinstance(part, PackedLinear):
+            part.set_factors(*fitted.parts[0])
+        else:
+            _copy_factors(list(part.parts) if isinstance(part, HybridLinear) else [part], fitted)
         bias = fitted.bias
     if bias is not None:
         part.get_parameter("bias").copy_(bias)
+
+
+def _copy_factors(modules: list[Any], fitted: Fitted) -> None:
+    for module, factors in zip(modules, fitted.parts, strict=True):
+        module.left.copy_(factors.left)
+        module.right.copy_(factors.right)
+        if module.scale is not None:
+            module.scale.fill_(1.0)

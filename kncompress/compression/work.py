@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kncompress.anatomy.sites import Site
-from kncompress.kron import HybridShape, Shape
+from kncompress.kron import Shape
 
 Progress = Callable[[str, float], None]
 """Called with what is worked on, and the share of the whole work that is done."""
@@ -51,7 +51,7 @@ def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int) -> float:
     """About the multiply-adds of a fit, for the estimate of time."""
     cost = 0.0
     outputs, inputs = site.out_features, site.in_features
-    for part in shape.parts if isinstance(shape, HybridShape) else (shape,):
+    for part in shape.sums:
         small = min(math.prod(part.left), math.prod(part.right))
         cost += outputs * inputs * (small + 20.0)
         if calibrated:

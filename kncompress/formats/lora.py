@@ -27,7 +27,7 @@ def lora_layers() -> dict[type[nn.Module], type[nn.Module]]:
     from peft.tuners.lora.layer import Linear
 
     from kncompress.anatomy.swap import FusedMaps
-    from kncompress.kron import HybridLinear, KroneckerLinear
+    from kncompress.kron import HybridLinear, KroneckerLinear, PackedLinear
 
     class LoraKronecker(Linear):
         """y = W x + bias + scaling B A x, with W a Kronecker sum, several, or the fused maps of one module."""
@@ -57,7 +57,7 @@ def lora_layers() -> dict[type[nn.Module], type[nn.Module]]:
                 "kncompress.formats.pretrained.to_dense(model), and merge it there"
             )
 
-    return dict.fromkeys((KroneckerLinear, HybridLinear, FusedMaps), LoraKronecker)
+    return dict.fromkeys((KroneckerLinear, HybridLinear, PackedLinear, FusedMaps), LoraKronecker)
 
 
 def _register() -> None:

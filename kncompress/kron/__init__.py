@@ -1,6 +1,7 @@
 """The mathematics of Kronecker sums; needs torch alone."""
 
 from kncompress.kron.calibrated import calibrated_factors
+from kncompress.kron.compound import HybridShape, PackedShape, Shape, parse_shape, with_scalars
 from kncompress.kron.embeddings import calibrated_embedding
 from kncompress.kron.gauge import Gauge, regauge, step_scales
 from kncompress.kron.hybrid_linear import HybridLinear
@@ -8,8 +9,9 @@ from kncompress.kron.hybrids import calibrated_hybrid, nearest_hybrid
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
+from kncompress.kron.packed_linear import PackedLinear
 from kncompress.kron.product import kronecker_linear, kronecker_weight
-from kncompress.kron.shape import HybridShape, KroneckerShape, Shape, ShapeError, divisors, parse_shape, with_scalars
+from kncompress.kron.shape import KroneckerShape, ShapeError, divisors
 
 __all__ = [
     "Factors",
@@ -20,6 +22,8 @@ __all__ = [
     "KroneckerLinear",
     "KroneckerShape",
     "Moment",
+    "PackedLinear",
+    "PackedShape",
     "PreparedMoment",
     "Shape",
     "ShapeError",

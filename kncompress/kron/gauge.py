@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.nearest import Factors, balanced, sign_of
+from kncompress.kron.packed_linear import PackedLinear
 from kncompress.kron.shape import KroneckerShape
 
 Gauge = Literal["equal", "unit_right", "equal_rms"]
@@ -136,15 +137,29 @@ def factor_rates(model: nn.Module) -> dict[str, float]:
     """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales`` as they are.
 
     A step of rate h on the left factors moves the weight by h sqrt(R) b, b the root mean square of the right ones; one
-    on the scalars by h sqrt(R) a b.
+    on the scalars by h sqrt(R) a b. Of packed outer products, one on the pivots moves these by h, and the s others of n
+    rows by h sqrt(R) a, a the root mean square of what makes them of the pivots; one on a moves those by h sqrt(R) b.
     """
     rates: dict[str, float] = {}
     for name, module in model.named_modules():
+        moves: dict[str, float] = {}
         if isinstance(module, KroneckerLinear | KroneckerEmbedding):
             terms = math.sqrt(module.shape.terms)
-            a, b = (float(factors.detach().float().square().mean().sqrt()) for factors in module.scaled_factors())
+            a, b = map(_root_mean_square, module.scaled_factors())
             moves = {"left": terms * b, "right": terms * a}
             if module.scale is not None:
                 moves["scale"] = terms * a * b
-            rates |= {f"{name}.{side}".lstrip("."): 1 / size if size > 0 else 1.0 for side, size in moves.items()}
+        elif isinstance(module, PackedLinear):
+            rank, all_rows = module.shape.rank, len(module.order)
+            others = (all_rows - rank) / all_rows
+            a, b = map(_root_mean_square, (module.mix, module.kept))
+            moves = {
+                "kept": math.sqrt(1 - others + others * rank * a * a),
+                "mix": math.sqrt(others * rank) * b,
+            }
+        rates |= {f"{name}.{side}".lstrip("."): 1 / size if size > 0 else 1.0 for side, size in moves.items()}
     return rates
+
+
+def _root_mean_square(factors: Tensor) -> float:
+    return float(factors.detach().float().square().mean().sqrt())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kncompress.kron.compound import HybridShape
 from kncompress.kron.hybrids import nearest_hybrid
 from kncompress.kron.layers import KroneckerLinear, _LinearMap
 from kncompress.kron.nearest import Factors
-from kncompress.kron.shape import HybridShape
 
 
 class HybridLinear(_LinearMap):

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from kncompress.kron.calibrated import calibrated_factors
+from kncompress.kron.compound import HybridShape
 from kncompress.kron.moments import Moment, PreparedMoment, formed_rows, prepare, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.product import without_autocast
-from kncompress.kron.shape import HybridShape
 
 ROUNDS = 4
 _GAIN = 1e-3

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kncompress.kron.compound import Shape
 from kncompress.kron.nearest import nearest_factors
 from kncompress.kron.product import kronecker_linear, kronecker_weight, without_autocast
-from kncompress.kron.shape import KroneckerShape, Shape, ShapeError
+from kncompress.kron.shape import KroneckerShape, ShapeError
 
 
 class _Factored(nn.Module):

@@ -1,7 +1,7 @@
-"""The shape of a Kronecker sum, or of several: a checked value that knows its size and its cost."""
+"""The shape of a Kronecker sum: a checked value that knows its size and its cost."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 Order = Literal["right", "left"]
@@ -115,6 +115,11 @@ class KroneckerShape:
         return f"s*{product}" if self.scalars else product
 
     @property
+    def sums(self) -> tuple["KroneckerShape", ...]:
+        """Kronecker sums whose factors a fit has to find: this one."""
+        return (self,)
+
+    @property
     def out_features(self) -> int:
         """M = m1 m2."""
         return self.left[0] * self.right[0]
@@ -153,97 +158,3 @@ class KroneckerShape:
     def numbers_written(self) -> int:
         """Numbers written between the two products for one input vector, in the cheaper order."""
         return product_cost(self.left, self.right, self.terms, self.order)[1]
-
-
-@dataclass(frozen=True)
-class HybridShape:
-    """Several Kronecker sums of different factor shapes, added up; a map of (M, N) = (out, in).
-
-    Prints as ``576x1(x)1x1536*8 + 288x1536(x)2x1`` and parses the same text.
-
-    Raises:
-        ShapeError: fewer than two parts, parts of different outer size, or two of the same factor shapes.
-    """
-
-    parts: tuple[KroneckerShape, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
-        if len(self.parts) < 2:
-            raise ShapeError(f"parts={len(self.parts)}: a hybrid has two parts or more")
-        first = self.parts[0]
-        for part in self.parts:
-            if (part.out_features, part.in_features) != (first.out_features, first.in_features):
-                raise ShapeError(
-                    f"{part}: makes {part.out_features}x{part.in_features}, "
-                    f"but {first} makes {first.out_features}x{first.in_features}"
-                )
-        for i, part in enumerate(self.parts):
-            if any((part.left, part.right) == (other.left, other.right) for other in self.parts[:i]):
-                raise ShapeError(f"{part}: stands twice; give one part more terms")
-
-    @classmethod
-    def parse(cls, text: str) -> "HybridShape":
-        """Read parts joined by ``+``; the inverse of ``str``.
-
-        Raises:
-            ShapeError: a part is not a Kronecker shape, or they make no hybrid.
-        """
-        return cls(tuple(KroneckerShape.parse(part) for part in text.split("+")))
-
-    def __str__(self) -> str:
-        return " + ".join(map(str, self.parts))
-
-    @property
-    def out_features(self) -> int:
-        """M."""
-        return self.parts[0].out_features
-
-    @property
-    def in_features(self) -> int:
-        """N."""
-        return self.parts[0].in_features
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all factors of all parts."""
-        return sum(part.parameters for part in self.parts)
-
-    @property
-    def dense_parameters(self) -> int:
-        """Numbers in the dense map: M N."""
-        return self.parts[0].dense_parameters
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds for one input vector, each part in its cheaper order."""
-        return sum(part.multiply_adds for part in self.parts)
-
-    @property
-    def dense_multiply_adds(self) -> int:
-        """Multiply-adds of the dense map for one input vector: M N."""
-        return self.parts[0].dense_multiply_adds
-
-    @property
-    def numbers_written(self) -> int:
-        """Numbers written between the two products of each part for one input vector."""
-        return sum(part.numbers_written for part in self.parts)
-
-
-Shape = KroneckerShape | HybridShape
-
-
-def with_scalars(shape: Shape) -> Shape:
-    """The same shape with a learned scalar for each term, of every part of a hybrid."""
-    if isinstance(shape, HybridShape):
-        return HybridShape(tuple(replace(part, scalars=True) for part in shape.parts))
-    return replace(shape, scalars=True)
-
-
-def parse_shape(text: str) -> Shape:
-    """A hybrid where ``text`` joins parts by ``+``, else a single Kronecker shape; the inverse of ``str``.
-
-    Raises:
-        ShapeError: neither.
-    """
-    return HybridShape.parse(text) if "+" in text else KroneckerShape.parse(text)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kncompress.errors import UserError
-from kncompress.kron import HybridShape, Shape, parse_shape
+from kncompress.kron import Shape, parse_shape
 from kncompress.planner.candidates import Option
 
 FORMAT = "kncompress harms 1"
@@ -179,10 +179,9 @@ def _fast(row: MapHarms, option: Option) -> bool:
 
 def advantage(shape: Shape) -> float:
     """Dense multiply-adds over those of ``shape`` from which on its product is surely no slower than the dense one."""
-    parts = shape.parts if isinstance(shape, HybridShape) else (shape,)
-    if any(min(part.right) > 1 for part in parts):
+    if any(min(part.right) > 1 for part in shape.sums):
         return FASTER_MIXING
-    return FASTER if all(part.left[1] == part.right[0] == 1 for part in parts) else FASTER_SINGLE
+    return FASTER if all(part.left[1] == part.right[0] == 1 for part in shape.sums) else FASTER_SINGLE
 
 
 def budget_count(budget: float, parameters: int) -> int:

@@ -147,7 +147,7 @@ def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) 
     if isinstance(shape, HybridShape):
         calibrated_hybrid(weight, shape, moment, rounds=2, history=history)
     else:
-        calibrated_factors(weight, shape, moment, sweeps=sweeps, history=history)
+        calibrated_factors(weight, shape.sums[0], moment, sweeps=sweeps, history=history)
     return min(history, default=0.0)
 
 

@@ -16,12 +16,13 @@ from kncompress.kron import parse_shape
 peft = pytest.importorskip("peft")
 
 PLANS = {
-    # A fused module with a map that stays dense, outer products beside a sum, and maps that stay dense.
+    # A fused module with a map that stays dense, outer products beside a sum or packed, and maps that stay dense.
     "gpt2": {
         "embedding": RightFactor((1, 2)),
         "layers.*.attn.[qv]": RightFactor((1, 2)),
         "layers.1.mlp.up": parse_shape("96x1(x)1x24*2 + 48x12(x)2x2"),
-        "layers.[02].mlp.up": RightFactor((2, 1)),
+        "layers.0.mlp.up": RightFactor((2, 1)),
+        "layers.2.mlp.up": parse_shape("p*96x1(x)1x24*5"),
     },
     "llama.bias": {"layers.*": RightFactor((2, 1)), "layers.1.attn.q": "keep"},
     "gpt_neox": {"layers.*": RightFactor((2, 1))},
@@ -104,4 +105,4 @@ def test_layers_are_registered_where_peft_came_first():
 import peft.tuners.lora.config, kncompress
 print(sorted(kind.__name__ for kind in peft.LoraConfig()._custom_modules))
 """
-    assert run_python(code) == "['FusedMaps', 'HybridLinear', 'KroneckerLinear']"
+    assert run_python(code) == "['FusedMaps', 'HybridLinear', 'KroneckerLinear', 'PackedLinear']"

@@ -312,6 +312,25 @@ def test_a_weight_beyond_float16_is_found_in_what_was_written(
     assert command(*words, "dtype=bfloat16", "run_dir=other")[0] == 0
 
 
+def test_packed_maps_are_exported(command: Any, tmp_path: Path) -> None:
+    """As an ONNX graph with the numbers that the model has, and as the plain dense model."""
+    model = random_model(config_of("llama"))
+    maps = {"attn.q": "p*32x1(x)1x24*6", "mlp.up": "p*48x1(x)1x24*9", "mlp.down": "p*24x1(x)1x48*9"}
+    compress_(model, Plan({f"layers.*.{name}": parse_shape(text) for name, text in maps.items()}))
+    save_model(model, tmp_path / "packed")
+    assert command("export", f"model={tmp_path / 'packed'}", "format=onnx", "run_dir=run")[0] == 0
+    session = onnxruntime.InferenceSession("run/model/model.onnx", providers=["CPUExecutionProvider"])
+    for ids in (IDS % 96, IDS[:1, :1] % 96, IDS.repeat(3, 3) % 96):
+        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        (found,) = session.run(["logits"], feed)
+        torch.testing.assert_close(torch.from_numpy(found), logits_of(model, ids), rtol=1e-4, atol=2e-3)
+    sizes = {math.prod(tensor.dims) for tensor in onnx.load("run/model/model.onnx").graph.initializer}
+    assert sizes >= {32 * 6, 6 * 18, 48 * 9, 9 * 15} and 48 * 24 not in sizes
+    assert command("export", f"model={tmp_path / 'packed'}", "format=dense", "run_dir=dense")[0] == 0
+    dense = AutoModelForCausalLM.from_pretrained("dense/model")
+    torch.testing.assert_close(logits_of(dense, IDS % 96), logits_of(model, IDS % 96), rtol=1e-4, atol=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.untied.window", "qwen3", "opt", "opt.narrow", "gpt_neox"])
 def test_onnx_of_every_family(command: Any, tmp_path: Path, kind: str) -> None:
