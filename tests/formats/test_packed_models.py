@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import FURTHER, KINDS, RARE, config_of, random_model
 
+from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.plan import Plan, RightFactor, plan_from_config
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.compress import compress_, unique_parameters

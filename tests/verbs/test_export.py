@@ -315,7 +315,7 @@ def test_a_weight_beyond_float16_is_found_in_what_was_written(
 def test_packed_maps_are_exported(command: Any, tmp_path: Path) -> None:
     """As an ONNX graph with the numbers that the model has, and as the plain dense model."""
     model = random_model(config_of("llama"))
-    maps = {"attn.q": "p*32x1(x)1x24*6", "mlp.up": "p*48x1(x)1x24*9", "mlp.down": "p*24x1(x)1x48*9"}
+    maps = {"attn.q": "p*32x1(x)1x24*6", "mlp.[gu]*": "p*48x1(x)1x24*9", "mlp.down": "p*24x1(x)1x48*9"}
     compress_(model, Plan({f"layers.*.{name}": parse_shape(text) for name, text in maps.items()}))
     save_model(model, tmp_path / "packed")
     assert command("export", f"model={tmp_path / 'packed'}", "format=onnx", "run_dir=run")[0] == 0
