@@ -4,153 +4,75 @@ A family is one ``Family`` in ``FAMILIES``: where its maps live, which are fused
 rest of this package reads the table.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from kncompress.anatomy.family import LANGUAGE_MODELS, Family, MapRow
+from kncompress.anatomy.sizes import (
+    bert_sizes,
+    bloom_sizes,
+    by_head,
+    falcon_sizes,
+    gpt2_sizes,
+    gpt2_std,
+    gptj_sizes,
+    llama_sizes,
+    one_std,
+    opt_sizes,
+)
+
+__all__ = ["FAMILIES", "LANGUAGE_MODELS", "Family", "MapRow"]
+
+_SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_FUSED = ("self_attn.qkv_proj",) * 3 + ("mlp.gate_up_proj",) * 2
 
 
-@dataclass(frozen=True)
-class MapRow:
-    """One linear map of a layer. Rows that name the same module are fused in it, in table order."""
-
-    name: str
-    """Canonical name within the layer, e.g. ``attn.q``."""
-    group: str
-    """Group of ``FactorsConfig`` that it belongs to: ``qkv``, ``o`` or ``mlp``."""
-    module: str
-    """Path of the module within the layer."""
-    outputs: str
-    """Size (a key of ``Family.sizes``) of the output."""
-    inputs: str
-    """Size of the input."""
-    mirrored: bool = False
-    """Map out of the hidden layer: the group's right factor is transposed."""
-    residual: bool = False
-    """Writes to the residual stream."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Table of one ``model_type``.
-
-    Paths are relative to the base model, those of modules in a layer to the layer, those of the head to the
-    whole model.
-    """
-
-    model_type: str
-    embedding: str
-    layers: str
-    attention: str
-    """Module of a layer that calls transformers' attention interface."""
-    feed_forward: str
-    """Module of a layer whose output joins the residual stream."""
-    before_head: tuple[str, ...]
-    """What the last layer's output passes before the head, in order; a model may lack some."""
-    head: str
-    rows: tuple[MapRow, ...]
-    sizes: Callable[[Any], dict[str, int]]
-    """Config -> ``vocabulary``, ``width`` (residual stream), ``layers``, ``head``, and the sizes that the rows name.
-    ``embedding`` too where it is not as wide as the residual stream."""
-    std: Callable[[Any, bool], float]
-    """(config, residual) -> standard deviation of a fresh weight."""
-    conv1d: bool = False
-    """Weights of the layers' maps lie (in, out), as in transformers' ``Conv1D``."""
-    by_head: bool = False
-    """The rows of fused maps lie by head: those of the first head of each map, then those of the second, ..."""
-    task: str = "causal-lm"
-    """What its language models are for: a key of ``LANGUAGE_MODELS``."""
-    rotary: bool = False
-    """Queries and keys are turned by their positions within each head."""
-    by_layer: tuple[str, ...] = ("layer_types",)
-    """Config fields that hold a list with one entry a layer, where the config has them."""
-    in_heads: tuple[str, ...] = ()
-    """Modules of a layer with parameters of the size of a head, not of the residual stream."""
-    head_reads_residual: bool = True
-    """Between the last layer and the head are only norms of the residual stream."""
-    optional: tuple[str, ...] = ()
-    """Modules of the base model that some tasks have and others have not."""
-
-
-LANGUAGE_MODELS = {"causal-lm": "AutoModelForCausalLM", "masked-lm": "AutoModelForMaskedLM"}
-"""Task -> auto class of transformers."""
-
-
-def _gpt2_sizes(config: Any) -> dict[str, int]:
-    return {
-        "vocabulary": config.vocab_size,
-        "width": config.n_embd,
-        "head": config.n_embd // config.n_head,
-        "hidden": config.n_inner or 4 * config.n_embd,
-        "layers": config.n_layer,
-    }
-
-
-def _gpt2_std(config: Any, residual: bool) -> float:
-    return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
-
-
-def _llama_sizes(config: Any) -> dict[str, int]:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "head": head,
-        "hidden": config.intermediate_size,
-        "queries": config.num_attention_heads * head,
-        "keys": (config.num_key_value_heads or config.num_attention_heads) * head,
-        "layers": config.num_hidden_layers,
-    }
-
-
-def _opt_sizes(config: Any) -> dict[str, int]:
-    return {
-        "vocabulary": config.vocab_size,
-        "embedding": config.word_embed_proj_dim,
-        "width": config.hidden_size,
-        "head": config.hidden_size // config.num_attention_heads,
-        "hidden": config.ffn_dim,
-        "layers": config.num_hidden_layers,
-    }
-
-
-def _bert_sizes(config: Any) -> dict[str, int]:
-    """Of the families whose heads together are as wide as the residual stream."""
-    return {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "head": config.hidden_size // config.num_attention_heads,
-        "hidden": config.intermediate_size,
-        "layers": config.num_hidden_layers,
-    }
-
-
-def _one_std(config: Any, residual: bool) -> float:
-    return config.init_std if config.model_type == "opt" else config.initializer_range
-
-
-def _llama_like(model_type: str, in_heads: tuple[str, ...] = ()) -> Family:
+def _llama_like(
+    model_type: str,
+    in_heads: tuple[str, ...] = (),
+    feed_forward: str = "mlp",
+    reading: tuple[str, ...] = _SPLIT,
+    by_layer: tuple[str, ...] = ("layer_types",),
+) -> Family:
+    """A family whose layers have Llama's maps; ``reading``: modules of those that read the residual stream."""
+    q, k, v, gate, up = reading
     return Family(
         model_type=model_type,
         embedding="embed_tokens",
         layers="layers",
         attention="self_attn",
-        feed_forward="mlp",
+        feed_forward=feed_forward,
         before_head=("model.norm",),
         head="lm_head",
         rows=(
-            MapRow("attn.q", "qkv", "self_attn.q_proj", "queries", "width"),
-            MapRow("attn.k", "qkv", "self_attn.k_proj", "keys", "width"),
-            MapRow("attn.v", "qkv", "self_attn.v_proj", "keys", "width"),
+            MapRow("attn.q", "qkv", q, "queries", "width"),
+            MapRow("attn.k", "qkv", k, "keys", "width"),
+            MapRow("attn.v", "qkv", v, "keys", "width"),
             MapRow("attn.o", "o", "self_attn.o_proj", "width", "queries", residual=True),
-            MapRow("mlp.gate", "mlp", "mlp.gate_proj", "hidden", "width"),
-            MapRow("mlp.up", "mlp", "mlp.up_proj", "hidden", "width"),
+            MapRow("mlp.gate", "mlp", gate, "hidden", "width"),
+            MapRow("mlp.up", "mlp", up, "hidden", "width"),
             MapRow("mlp.down", "mlp", "mlp.down_proj", "width", "hidden", mirrored=True, residual=True),
         ),
-        sizes=_llama_sizes,
-        std=_one_std,
+        sizes=llama_sizes,
+        std=one_std,
         rotary=True,
         in_heads=in_heads,
+        by_layer=by_layer,
+    )
+
+
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_AFTER = "post_feedforward_layernorm"
+"""Where the feed-forward part has a norm behind it."""
+
+
+def _attention_then_mlp(names: tuple[str, ...], keys: str = "width", queries: str = "width") -> tuple[MapRow, ...]:
+    """Rows of a layer whose feed-forward part has two maps: the modules of q, k, v, o, up and down."""
+    q, k, v, o, up, down = names
+    return (
+        MapRow("attn.q", "qkv", q, queries, "width"),
+        MapRow("attn.k", "qkv", k, keys, "width"),
+        MapRow("attn.v", "qkv", v, keys, "width"),
+        MapRow("attn.o", "o", o, "width", queries, residual=True),
+        MapRow("mlp.up", "mlp", up, "hidden", "width"),
+        MapRow("mlp.down", "mlp", down, "width", "hidden", mirrored=True, residual=True),
     )
 
 
@@ -172,12 +94,21 @@ _TABLE = (
             MapRow("mlp.up", "mlp", "mlp.c_fc", "hidden", "width"),
             MapRow("mlp.down", "mlp", "mlp.c_proj", "width", "hidden", mirrored=True, residual=True),
         ),
-        sizes=_gpt2_sizes,
-        std=_gpt2_std,
+        sizes=gpt2_sizes,
+        std=gpt2_std,
     ),
     _llama_like("llama"),
     _llama_like("qwen2"),
-    _llama_like("qwen3", in_heads=("self_attn.q_norm", "self_attn.k_norm")),
+    _llama_like("qwen3", in_heads=_HEAD_NORMS),
+    _llama_like("mistral"),
+    _llama_like("smollm3", by_layer=("layer_types", "no_rope_layers")),
+    _llama_like("granite"),
+    _llama_like("gemma"),
+    _llama_like("gemma2", feed_forward=_AFTER),
+    _llama_like("gemma3_text", in_heads=_HEAD_NORMS, feed_forward=_AFTER),
+    _llama_like("olmo2", in_heads=_HEAD_NORMS, feed_forward=_AFTER),
+    _llama_like("phi3", reading=_FUSED),
+    _llama_like("stablelm", in_heads=("self_attn.q_layernorm", "self_attn.k_layernorm")),
     Family(
         model_type="opt",
         embedding="decoder.embed_tokens",
@@ -194,8 +125,8 @@ _TABLE = (
             MapRow("mlp.up", "mlp", "fc1", "hidden", "width"),
             MapRow("mlp.down", "mlp", "fc2", "width", "hidden", mirrored=True, residual=True),
         ),
-        sizes=_opt_sizes,
-        std=_one_std,
+        sizes=opt_sizes,
+        std=one_std,
     ),
     Family(  # Pythia
         model_type="gpt_neox",
@@ -213,10 +144,100 @@ _TABLE = (
             MapRow("mlp.up", "mlp", "mlp.dense_h_to_4h", "hidden", "width"),
             MapRow("mlp.down", "mlp", "mlp.dense_4h_to_h", "width", "hidden", mirrored=True, residual=True),
         ),
-        sizes=_bert_sizes,
-        std=_one_std,
-        by_head=True,
+        sizes=by_head,
+        std=one_std,
         rotary=True,
+    ),
+    Family(
+        model_type="gptj",
+        embedding="wte",
+        layers="h",
+        attention="attn",
+        feed_forward="mlp",
+        before_head=("transformer.ln_f",),
+        head="lm_head",
+        rows=_attention_then_mlp(
+            ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
+        ),
+        sizes=gptj_sizes,
+        std=one_std,
+        rotary=True,
+    ),
+    Family(
+        model_type="gpt_neo",
+        embedding="wte",
+        layers="h",
+        attention="attn.attention",
+        feed_forward="mlp",
+        before_head=("transformer.ln_f",),
+        head="lm_head",
+        rows=_attention_then_mlp(
+            (
+                "attn.attention.q_proj",
+                "attn.attention.k_proj",
+                "attn.attention.v_proj",
+                "attn.attention.out_proj",
+                "mlp.c_fc",
+                "mlp.c_proj",
+            )
+        ),
+        sizes=gptj_sizes,
+        std=one_std,
+        by_layer=("attention_layers",),
+    ),
+    Family(
+        model_type="bloom",
+        embedding="word_embeddings",
+        layers="h",
+        attention="self_attention",
+        feed_forward="mlp.dense_4h_to_h",
+        before_head=("transformer.ln_f",),
+        head="lm_head",
+        rows=_attention_then_mlp(
+            (
+                *["self_attention.query_key_value"] * 3,
+                "self_attention.dense",
+                "mlp.dense_h_to_4h",
+                "mlp.dense_4h_to_h",
+            )
+        ),
+        sizes=bloom_sizes,
+        std=one_std,
+    ),
+    Family(
+        model_type="mpt",
+        embedding="wte",
+        layers="blocks",
+        attention="attn",
+        feed_forward="ffn.down_proj",
+        before_head=("transformer.norm_f",),
+        head="lm_head",
+        rows=_attention_then_mlp((*["attn.Wqkv"] * 3, "attn.out_proj", "ffn.up_proj", "ffn.down_proj")),
+        sizes=gptj_sizes,
+        std=one_std,
+    ),
+    Family(
+        model_type="falcon",
+        embedding="word_embeddings",
+        layers="h",
+        attention="self_attention",
+        feed_forward="mlp",
+        before_head=("transformer.ln_f",),
+        head="lm_head",
+        rows=_attention_then_mlp(
+            (
+                *["self_attention.query_key_value"] * 3,
+                "self_attention.dense",
+                "mlp.dense_h_to_4h",
+                "mlp.dense_4h_to_h",
+            ),
+            keys="keys",
+            queries="queries",
+        ),
+        sizes=falcon_sizes,
+        std=one_std,
+        rotary=True,
+        adds_in_place=True,
     ),
     Family(
         model_type="bert",
@@ -234,8 +255,8 @@ _TABLE = (
             MapRow("mlp.up", "mlp", "intermediate.dense", "hidden", "width"),
             MapRow("mlp.down", "mlp", "output.dense", "width", "hidden", mirrored=True, residual=True),
         ),
-        sizes=_bert_sizes,
-        std=_one_std,
+        sizes=bert_sizes,
+        std=one_std,
         task="masked-lm",
         head_reads_residual=False,
         optional=("pooler",),

@@ -43,6 +43,8 @@ def config_of_layers(config: Any, layers: Sequence[int]) -> Any:
         entries = getattr(config, name, None)
         if entries is not None:
             setattr(kept, name, [entries[layer] for layer in chosen])
+    if hasattr(config, "attention_types"):  # GPT-Neo reads its list anew from this one: [[kinds], how often]
+        kept.attention_types = [[kept.attention_layers, 1]]
     kept.num_hidden_layers = len(chosen)
     return kept
 
@@ -68,8 +70,9 @@ def keep_layers_(model: Any, layers: Sequence[int]) -> None:
     module: Any
     for number, layer in enumerate(new):
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):  # where the key-value cache keeps its keys
-                module.layer_idx = number
+            for name in ("layer_idx", "layer_id"):  # where the key-value cache keeps its keys
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, number)
     old_config = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old_config:

@@ -94,6 +94,34 @@ def family_of(source: Any, config: Any = None) -> Family:
     )
 
 
+def language_task(config: Any) -> str:
+    """What the language models of this config are for, a key of ``LANGUAGE_MODELS``; no table is needed.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = getattr(config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].task
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal-lm"
+    raise UserError(f"model_type={model_type}: transformers has no model of it that predicts the next token")
+
+
+def positions_of(config: Any) -> int:
+    """Tokens that a model of this config reads at once: what it says under any name, or 2,048 where it says nothing.
+
+    Biases that grow with the distance (ALiBi) and states that go from token to token set no limit of their own.
+    """
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx"))
+    try:
+        return next((value for value in named if isinstance(value, int)), 2048)
+    except NotImplementedError as error:  # XLNet's config takes no number
+        raise UserError(f"model_type={config.model_type}: {error}") from error
+
+
 def _has(model: Any, path: str) -> bool:
     for name in path.split("."):
         model = getattr(model, name, None)
@@ -128,7 +156,7 @@ def _layer_sites(family: Family, config: Any, sizes: dict[str, int], layer: int)
     fused = Counter(row.module for row in family.rows)
     start: Counter[str] = Counter()
     for row in family.rows:
-        blocks = sizes[row.outputs] // sizes["head"] if family.by_head and fused[row.module] > 1 else 1
+        blocks = sizes.get("blocks", 1) if fused[row.module] > 1 else 1
         yield Site(
             name=f"layers.{layer}.{row.name}",
             group=row.group,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.families import FAMILIES
+from kncompress.anatomy.scaled import embedding_like
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.kron import (
     HybridLinear,
@@ -92,6 +94,17 @@ def site_path(model: Any, site: Site) -> str:
     return f"{base}{site.module}" + (f".{site.part}" if site.part else "")
 
 
+def map_names(model: Any) -> dict[str, str]:
+    """{path of a module in the whole model: the names of its maps}; nothing for a family without a table."""
+    if model.config.model_type not in FAMILIES:
+        return {}
+    found = {}
+    for _, sites in anatomy_of(model).modules():
+        path = site_path(model, sites[0]).removesuffix(f".{sites[0].part}")
+        found[path] = ", ".join(site.name for site in sites)
+    return found
+
+
 def dense_weight(module: nn.Module, site: Site) -> Tensor:
     """The weight of one map of a dense module, (out, in); a view where the map's rows lie together, else a copy."""
     return _rows(_out_by_in(module, site), site).reshape(site.out_features, site.in_features)
@@ -142,8 +155,7 @@ def empty_module(old: nn.Module, sites: list[Site], shapes: Mapping[str, Shape])
         if isinstance(shape, PackedShape):
             return PackedLinear(shape, bias, device="meta", dtype=weight.dtype)
         if site.group == "embedding":
-            padding_idx = getattr(old, "padding_idx", None)
-            return KroneckerEmbedding(shape, padding_idx, device="meta", dtype=weight.dtype)
+            return embedding_like(old, shape)
         return KroneckerLinear(shape, bias, device="meta", dtype=weight.dtype)
 
     if sites[0].part is None:

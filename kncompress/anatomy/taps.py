@@ -5,8 +5,10 @@ forward pass keeps its fused kernel and no attention map is formed (``output_att
 tuple under sdpa without a word).
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,12 +17,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kncompress.anatomy.own_attention import own_implementation, tap_own
 from kncompress.anatomy.sites import anatomy_of
 
 NAMES = ("embedding", "attention", "hidden", "feed_forward")
 """What can be tapped."""
 
-_IMPLEMENTATION = "kncompress_tapped_sdpa"
+_SDPA, _EAGER = "kncompress_tapped_sdpa", "kncompress_tapped_eager"
 
 
 class AttentionTap(NamedTuple):
@@ -35,6 +38,10 @@ class AttentionTap(NamedTuple):
     """A query sees no later key."""
     window: int | None = None
     """Keys that it sees at most, its own position's among them; None: all that are not later."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap)."""
+    bias: Tensor | None = None
+    """(1 or B, H, 1 or T, S), added to the scores: how far a key is away (ALiBi)."""
 
 
 @dataclass
@@ -51,7 +58,7 @@ class Taps:
     """Taps on one model: hooks from construction to ``close()``, or as a context manager.
 
     Each forward pass starts new ``records``; those of earlier passes stay valid for who holds them. While the
-    taps are open the model computes attention by sdpa.
+    taps are open the model computes attention by sdpa, or by its own code where sdpa cannot.
 
     Args:
         model: transformers model, dense or compressed, of a family with an anatomy.
@@ -75,12 +82,12 @@ class Taps:
         family = anatomy_of(model).family
         layers = list(model.base_model.get_submodule(family.layers))
         self.layers = len(layers)
+        self._adds_in_place = family.adds_in_place
+        self._handles: list[Any] = []
         if "attention" in self.names:
             self._tap_attention([layer.get_submodule(family.attention) for layer in layers])
-        self._handles = [
-            model.base_model.register_forward_pre_hook(self._start),
-            model.base_model.register_forward_hook(self._check),
-        ]
+        self._handles.append(model.base_model.register_forward_pre_hook(self._start))
+        self._handles.append(model.base_model.register_forward_hook(self._check))
         self._handles.append(layers[0].register_forward_pre_hook(self._enter, with_kwargs=True))
         if "hidden" in self.names:
             self._tap_outputs(layers, "hidden")
@@ -121,7 +128,7 @@ class Taps:
         if self._implementation is not None:
             for module in self._attention_modules:
                 _TAPPED.pop(module, None)
-            self._model.set_attn_implementation(self._implementation)
+            self._attend_by(self._implementation)
             self._implementation = None
 
     def __enter__(self) -> "Taps":
@@ -160,6 +167,8 @@ class Taps:
                 tensor = output[0] if isinstance(output, tuple) else output
                 if tensor.ndim == 2:  # OPT's feed-forward part works on a list of tokens
                     tensor = tensor.unflatten(0, self._batch)
+                if self._adds_in_place and name == "feed_forward":
+                    tensor = tensor.clone()
                 getattr(self.records, name)[number] = tensor
 
             self._handles.append(module.register_forward_hook(record))
@@ -169,9 +178,22 @@ class Taps:
             raise RuntimeError("taps: this model's attention is tapped already; close those taps first")
         self._attention_modules = modules
         self._implementation = self._model.config._attn_implementation
-        self._model.set_attn_implementation(_IMPLEMENTATION)
+        own = own_implementation(modules[0])
+        self._has_own = own is not None
+        self._attend_by(own or (_SDPA if self._model._supports_sdpa else _EAGER))
         for number, module in enumerate(modules):
             _TAPPED[module] = (self, number)
+            if own is not None:
+                self._handles.append(tap_own(module, partial(self._note_attention, number)))
+
+    def _attend_by(self, implementation: str) -> None:
+        if self._has_own:  # set_attn_implementation knows only those that go through the interface
+            self._model.config._attn_implementation = implementation
+        else:
+            self._model.set_attn_implementation(implementation)
+
+    def _note_attention(self, number: int, *found: Any) -> None:
+        self.records.attention[number] = AttentionTap(*found)
 
 
 _TAPPED: "WeakKeyDictionary[nn.Module, tuple[Taps, int]]" = WeakKeyDictionary()
@@ -182,17 +204,29 @@ def _tapped_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """sdpa attention that first records queries and keys."""
+    _note(module, query, key, kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _tapped_eager(module: nn.Module, query: Tensor, key: Tensor, *others: Any, **kwargs: Any) -> Any:
+    """The attention of the model's own file, for those that sdpa cannot do (Gemma 2 caps its scores)."""
+    _note(module, query, key, kwargs)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, *others, **kwargs)
+
+
+def _note(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
     if module in _TAPPED:
         taps, number = _TAPPED[module]
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         causal, window = getattr(module, "is_causal", True), kwargs.get("sliding_window")
-        taps.records.attention[number] = AttentionTap(query, key, scaling, causal, window)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        taps.records.attention[number] = AttentionTap(query, key, scaling, causal, window, kwargs.get("softcap"))
 
 
-ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _tapped_sdpa)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+ALL_ATTENTION_FUNCTIONS.register(_SDPA, _tapped_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+ALL_ATTENTION_FUNCTIONS.register(_EAGER, _tapped_eager)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 def capture(model: Any, names: Iterable[str] = NAMES) -> Taps:

@@ -14,6 +14,8 @@ from kncompress.anatomy.sites import anatomy_of
 from kncompress.errors import UserError
 from kncompress.kron.product import without_autocast
 
+Options = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer, without the states."""
 Inputs = dict[str, Tensor]
 """{path of a module within its layer: what it was called with, (..., N)}"""
 
@@ -58,36 +60,52 @@ class HiddenStates:
         text: what it reads.
 
     Raises:
-        UserError: the layers attend to different spans of the text.
+        UserError: the text has no tokens.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, text: CalibrationText) -> None:
         family = anatomy_of(model).family
-        _check_attention(model.config, text.context)
+        self.layer = 0
+        """Number of the layer that the states enter."""
         self.device = next(model.parameters()).device
         self.chunks: list[Tensor] = []
         """(B, T, D) each"""
         self._shapes: list[torch.Size] = []
-        # All layers get the same mask and positions, which depend on the shape of the batch alone.
-        self._options: dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # Masks and positions depend on the shape of the batch alone, and on the layer where some see less than others.
+        self._options: dict[tuple[torch.Size, int], Options] = {}
+        layers = model.base_model.get_submodule(family.layers)
+        differ = len(set(getattr(model.config, "layer_types", None) or ())) > 1
+        self._kinds = len(layers) if differ else 1
 
-        def catch(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def catch(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            options = dict(options)
             hidden = args[0] if args else options.pop("hidden_states")
             self.chunks.append(hidden.cpu())
             self._shapes.append(hidden.shape)
-            self._options[hidden.shape] = args[1:], options
-            raise _Caught
+            if self._kinds == 1 or (hidden.shape, 0) in self._options:
+                self._options[hidden.shape, 0] = args[1:], options
+                raise _Caught
 
-        first = model.base_model.get_submodule(family.layers)[0]
-        handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+        def note(number: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            options = dict(options)
+            hidden = args[0] if args else options.pop("hidden_states")
+            self._options[hidden.shape, number] = args[1:], options
+
+        handles = [layers[0].register_forward_pre_hook(lambda _, *given: catch(*given), with_kwargs=True)]
+        if differ:  # one pass through all layers for each shape
+            handles += [
+                layer.register_forward_pre_hook(lambda _, *given, n=number: note(n, *given), with_kwargs=True)
+                for number, layer in enumerate(layers)
+            ]
         try:
             with without_autocast(self.device):
                 for ids in text.batches():
                     with suppress(_Caught):
                         model.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def copy(self) -> "HiddenStates":
         """The same states, to be moved on independently."""
@@ -106,11 +124,15 @@ class HiddenStates:
         return self.output(layer, number)
 
     def output(self, layer: nn.Module, number: int) -> Tensor:
-        """The output of ``layer`` for batch ``number``, (B, T, D), on its device."""
-        args, options = self._options[self._shapes[number]]
+        """The output of ``layer``, or of one in its place, for batch ``number``, (B, T, D), on its device."""
+        args, options = self.options(number, self.layer)
         with without_autocast(self.device):
             output = layer(self.chunks[number].to(self.device), *args, **options)
         return output[0] if isinstance(output, tuple) else output
+
+    def options(self, number: int, layer: int) -> "Options":
+        """What a layer is called with for batch ``number``, beside the states."""
+        return self._options[self._shapes[number], min(layer, self._kinds - 1)]
 
     def advance(self, layer: nn.Module, watch: Callable[[int], None] | None = None) -> None:
         """Replace the states by the layer's outputs. ``watch`` is called with each batch's number after it."""
@@ -118,6 +140,7 @@ class HiddenStates:
             self.chunks[number] = self.call(layer, number).cpu()
             if watch is not None:
                 watch(number)
+        self.layer += 1
 
     def apply(self, module: nn.Module, number: int) -> Tensor:
         """A module that takes hidden states alone, such as the final norm, on batch ``number``."""
@@ -140,14 +163,6 @@ def before_head(model: Any) -> nn.Module:
         if module is not None:
             modules.append(module)
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-
-
-def _check_attention(config: Any, context: int) -> None:
-    """All layers are given the mask of the first one: right unless some see less of a block than others."""
-    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
-    if len(kinds) > 1 and (window is None or context > window):
-        most = "" if window is None else f"; calibration.context must be at most {window}, their window"
-        raise UserError(f"model: its layers attend differently ({', '.join(sorted(kinds))}){most}")
 
 
 @contextmanager

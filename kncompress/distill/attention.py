@@ -3,7 +3,8 @@
 Fused attention kernels return no maps, so they are formed again here:
 scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i; of a layer with a
 ``window`` of w tokens, keys i - w + 1..i; or, where the student's layer has a ``causal`` that is false (an encoder's),
-every key. The arithmetic is float32 whatever the inputs and autocast are (float64 for float64 inputs). Blocks of
+every key. A layer may add a ``bias`` to its scores (ALiBi), or cap them: ``softcap`` * tanh(s / ``softcap``). The
+arithmetic is float32 whatever the inputs and autocast are (float64 for float64 inputs). Blocks of
 queries are compared with the keys that they may see and hardly any others: about half of the square where attention
 is causal, never a whole (B, H, T, T) tensor.
 """
@@ -101,9 +102,14 @@ def _compare(
         for rows, queries, keys in _blocks(query, span):
             hide, visible = _visibility(queries, keys, span, None if mask is None else mask[rows], query.device)
             part, seen = query[rows, :, queries], key[rows, :, keys]
+            where = rows, queries, keys
             scores_of_teacher = _scores(query_of_teacher[rows, :, queries], key_of_teacher[rows, :, keys])
-            value, gradient = divergence(_scores(part, seen), scores_of_teacher, hide)
+            scores_of_teacher, _ = _changed(scores_of_teacher, teacher, where)
+            scores, slope = _changed(_scores(part, seen), student, where)
+            value, gradient = divergence(scores, scores_of_teacher, hide)
             total += value
+            if slope is not None:
+                gradient *= slope
             scored = visible.any(-1) if per_query else visible
             count += scored.sum() * (part.shape[0] * part.shape[1] // visible.shape[0])
             if wanted:
@@ -168,6 +174,19 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     """(B, H, Tq, hd), scaled, x (B, Hkv, Tk, hd) -> (B, H, Tq, Tk); consecutive query heads share a key head."""
     batch, heads, queries, _ = query.shape
     return (_grouped(query, key.shape[1]) @ key.mT).view(batch, heads, queries, key.shape[2])
+
+
+def _changed(scores: Tensor, side: QueryKey, where: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, H, Tq, Tk) with the layer's bias and cap, and the derivative by those without where it is not 1."""
+    bias, softcap = getattr(side, "bias", None), getattr(side, "softcap", None)
+    if bias is not None:
+        rows, queries, keys = where
+        bias = bias if bias.shape[0] == 1 else bias[rows]
+        scores += (bias if bias.shape[2] == 1 else bias[:, :, queries])[..., keys].to(scores)
+    if softcap is None:
+        return scores, None
+    bent = torch.tanh(scores / softcap)
+    return bent * softcap, 1 - bent.square()
 
 
 def _grouped(tensor: Tensor, key_heads: int) -> Tensor:

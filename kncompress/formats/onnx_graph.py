@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -53,7 +54,7 @@ def write_onnx(model: Any, file: Path) -> None:
     was_training = model.training
     wrapped = _Logits(model).eval()
     # Sizes of 1 would be taken for constants.
-    ids = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.long)
+    ids = torch.zeros(2, min(8, positions_of(model.config)), dtype=torch.long)
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with _quiet(), torch.no_grad():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.sites import positions_of
+
 
 class OnnxModel(nn.Module):
     """``input_ids`` (B, T), ``attention_mask`` (B, T) or None -> ``.logits``, (B, T, V); no gradients, no cache.
@@ -47,8 +49,9 @@ def largest_difference(model: Any, other: Any, seed: int = 0) -> float:
     config = model.config
     random = torch.Generator().manual_seed(seed)
     worst, largest = torch.zeros(2)
-    for rows, tokens in ((1, 1), (3, 5), (2, config.max_position_embeddings)):
-        tokens = min(tokens, config.max_position_embeddings, 256)
+    most = min(positions_of(config), 256)
+    for rows, tokens in ((1, 1), (3, 5), (2, most)):
+        tokens = min(tokens, most)
         ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=random)
         mask = torch.ones_like(ids)
         mask[0, max(1, tokens - 2) :] = 0

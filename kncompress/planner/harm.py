@@ -28,9 +28,9 @@ _NUMBERS = 1 << 25
 class _Layers(HiddenStates):
     """Hidden states that are moved on under autocast; the residual stream stays float32."""
 
-    def move(self, layer: nn.Module, number: int, states: Tensor, bf16: bool) -> Tensor:
-        """The output of ``layer`` for ``states`` (B, T, D) in the place of batch ``number``."""
-        args, options = self._options[self._shapes[number]]
+    def move(self, layer: nn.Module, at: int, number: int, states: Tensor, bf16: bool) -> Tensor:
+        """The output of ``layer``, the ``at``-th, for ``states`` (B, T, D) in the place of batch ``number``."""
+        args, options = self.options(number, at)
         # No cache of cast weights: they change in place.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             output = layer(states.to(self.device), *args, **options)
@@ -57,14 +57,17 @@ class HarmMeter:
         self.layers = model.base_model.get_submodule(family.layers)
         self.norm = before_head(model)
         self.head = model.get_submodule(family.head)
+        # What some families do to the logits of their head: Granite divides them, Gemma 2 caps them.
+        self.scale = 1 / getattr(model.config, "logits_scaling", 1.0)
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.type = torch.bfloat16 if bf16 else torch.float32
         with evaluating(model):
             self.states = _Layers(model, text)
             self.inputs = [list(self.states.chunks)]
             """Per layer, and after the last one: the states of each batch, (B, T, D)."""
-            for layer in self.layers:
+            for at, layer in enumerate(self.layers):
                 before = self.inputs[-1]
-                self.inputs.append([self.states.move(layer, i, x, bf16).cpu() for i, x in enumerate(before)])
+                self.inputs.append([self.states.move(layer, at, i, x, bf16).cpu() for i, x in enumerate(before)])
             self.dense_head = self.head.weight.detach().clone()
             self.normed = [self.norm(x.to(self.states.device)).flatten(0, -2) for x in self.inputs[-1]]
             """(tokens, D) of each batch: what the dense head reads."""
@@ -86,8 +89,8 @@ class HarmMeter:
                 first, start = 0, _Layers(self.model, self.text).chunks
             total = 0.0
             for number, states in enumerate(start):
-                for layer in self.layers[first:]:
-                    states = self.states.move(layer, number, states, self.bf16)
+                for at, layer in enumerate(self.layers[first:], first):
+                    states = self.states.move(layer, at, number, states, self.bf16)
                 total += self._batch(number, states)
         return total / self.tokens
 
@@ -100,24 +103,41 @@ class HarmMeter:
     def _batch(self, number: int, states: Tensor) -> float:
         """Sum of the KL over the tokens of a batch, from what the last layer gives."""
         dense = self.normed[number]
-        change = self.norm(states.to(self.states.device)).flatten(0, -2) - dense
+        moves = self.norm(states.to(self.states.device)).flatten(0, -2) - dense
         head = self.head.weight.detach()
         moved = None if torch.equal(head, self.dense_head) else (head - self.dense_head).to(self.type)
         head = head.to(self.type)
         total = 0.0
-        for p, x, d in zip(self.dense[number], self._split(dense), self._split(change), strict=True):
-            logits = F.linear(d.to(self.type), head).float()
+        for p, x, d in zip(self.dense[number], self._split(dense), self._split(moves), strict=True):
+            change = F.linear(d.to(self.type), head).float()
             if moved is not None:
-                logits += F.linear(x.to(self.type), moved)
-            total += divergence(p, logits)
+                change += F.linear(x.to(self.type), moved)
+            total += divergence(p, self._changed(x, change))
         return total
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(max(1, _NUMBERS // self.head.weight.shape[0]))
 
     def _softmax(self, rows: Tensor) -> Tensor:
+        logits = self._logits(rows)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.softmax(-1)
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Of the dense head, before any cap."""
         logits = F.linear(rows.to(self.type), self.dense_head.to(self.type)).float()
-        return (logits if self.head.bias is None else logits + self.head.bias).softmax(-1)
+        return (logits if self.head.bias is None else logits + self.head.bias) * self.scale
+
+    def _changed(self, rows: Tensor, change: Tensor) -> Tensor:
+        """How far the model's logits move where its head's, at ``rows``, move by ``change``."""
+        if self.scale != 1:
+            change = change * self.scale
+        if self.softcap is None:
+            return change
+        before = self._logits(rows)
+        capped = [self.softcap * torch.tanh(logits / self.softcap) for logits in (before + change, before)]
+        return capped[0] - capped[1]
 
 
 def divergence(p: Tensor, change: Tensor) -> float:

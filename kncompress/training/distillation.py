@@ -113,6 +113,10 @@ def teacher_layers(student: Any, teacher: Any, layers: Sequence[int] | None = No
     return layer_mapping(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
 
 
+_SHARES = ("attention_dropout", "attn_dropout_p", "dropout", "hidden_dropout", "layerdrop")
+"""Shares that are dropped, as modules hold them that have no ``nn.Dropout``: Llama's attention, OPT's layers, ..."""
+
+
 def switch_off_dropout(model: nn.Module) -> None:
     """Sets every dropout of ``model`` to 0; the model's config keeps its values."""
     module: Any
@@ -120,6 +124,6 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
             continue
-        for name in ("attention_dropout", "dropout", "layerdrop"):  # Llama's attention and OPT's layers: numbers
+        for name in _SHARES:
             if isinstance(getattr(module, name, None), float | int):
                 setattr(module, name, 0.0)

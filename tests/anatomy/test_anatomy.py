@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny_models import config_of
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2ForSequenceClassification, LlamaConfig, T5Config
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    T5Config,
+)
 
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
@@ -46,16 +53,19 @@ def test_inner_size_comes_from_the_config(tiny_config):
 
 @pytest.mark.parametrize("source", ["config", "model"])
 def test_unknown_family_is_named_with_its_modules(source):
-    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CohereConfig(vocab_size=32, pad_token_id=0, **sizes)
     with pytest.raises(UserError) as caught:
-        anatomy_of(config if source == "config" else BloomForCausalLM(config))
+        anatomy_of(config if source == "config" else CohereForCausalLM(config))
     text = str(caught.value)
-    assert text.startswith("model_type=bloom: no table of its maps; it has 1 Embedding, 5 Linear; known: bert, gpt2, ")
-    assert "qwen3; a new family is one entry of the table in kncompress/anatomy/families.py" in text
+    assert text.startswith(
+        "model_type=cohere: no table of its maps; it has 1 Embedding, 8 Linear; known: bert, bloom, "
+    )
+    assert "stablelm; a new family is one entry of the table in kncompress/anatomy/families.py" in text
 
 
 def test_unknown_family_without_a_language_model_is_named():
-    with pytest.raises(UserError, match="model_type=t5: no table of its maps; known: bert, gpt2, gpt_neox"):
+    with pytest.raises(UserError, match="model_type=t5: no table of its maps; known: bert, bloom, falcon"):
         anatomy_of(T5Config())
 
 
