@@ -1,5 +1,6 @@
 """A model goes on with a text, one token after the other; several models can do so in step."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from kncompress.anatomy.sites import positions_of
 from kncompress.config import GenerateConfig
 
 
@@ -86,11 +88,15 @@ def _tokens(model: Any, start: list[int], config: GenerateConfig, seed: int) -> 
     process = _processors(config)
     generator = torch.Generator().manual_seed(seed)
     ids, cache = torch.tensor([start], device=model.device), None
-    while ids.shape[1] <= model.config.max_position_embeddings:
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    if "past_key_values" in known:  # models without such a cache read everything anew
+        options["use_cache"] = True
+    while ids.shape[1] <= positions_of(model.config):
         with torch.inference_mode():
-            read = ids if cache is None else ids[:, -1:]
-            output = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            earlier: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            output = model(input_ids=ids if cache is None else ids[:, -1:], **options, **earlier)
+            cache = getattr(output, "past_key_values", None) if "past_key_values" in known else None
             scores = process(ids, output.logits[:, -1].float())
         token = _drawn(scores[0].cpu(), config.temperature, generator)
         yield token

@@ -85,20 +85,24 @@ def _check_keys(model: Any, adjust: Any, loading: Any) -> None:
 def check_keys(model: Any, missing: set[str], unexpected: set[str], path: str) -> None:
     """Fail on weights that a folder lacks or has too many.
 
-    A new head of another task (``score`` of a classifier), the folder's own head where the class has none, and what
-    only some tasks of a family have (BERT's pooler), are no errors.
+    A new head of another task (``score`` of a classifier), the folder's own head where the class has none, what only
+    some tasks of a family have (BERT's pooler), and constants that older versions wrote are no errors.
 
     Raises:
         UserError: names the first few keys.
     """
+    from kncompress.anatomy.families import FAMILIES
     from kncompress.anatomy.sites import anatomy_of
+    from kncompress.formats.stored import CONSTANT
 
-    anatomy = anatomy_of(model)
+    has_head, optional = True, set[str]()
+    if model.config.model_type in FAMILIES:
+        anatomy = anatomy_of(model)
+        has_head, optional = anatomy.has_head, set(anatomy.family.optional)
     inner = set(dict(model.base_model.named_children())) | {model.base_model_prefix}
-    optional = set(anatomy.family.optional)
     missing, unexpected = ({k for k in keys if not optional & set(k.split(".")[:2])} for keys in (missing, unexpected))
-    inside = [key for key in missing if anatomy.has_head or key.partition(".")[0] in inner]
-    surplus = [key for key in unexpected if key.partition(".")[0] in inner]
+    inside = [key for key in missing if has_head or key.partition(".")[0] in inner]
+    surplus = [key for key in unexpected if key.partition(".")[0] in inner and not CONSTANT.search(key)]
     for label, keys in (("lacks", inside), ("has unknown", surplus)):
         if keys:
             names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

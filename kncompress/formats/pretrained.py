@@ -1,7 +1,6 @@
 """Model folders: save, load, and give back a plain dense model."""
 
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,13 +12,15 @@ import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
 from kncompress.anatomy.mark import factored_maps
-from kncompress.anatomy.sites import family_of
+from kncompress.anatomy.sites import language_task
 from kncompress.anatomy.swap import unswap_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text
 from kncompress.formats.plugin import check_keys, register
-from kncompress.hub import local_folder, missing_weights, only_pickled
+from kncompress.formats.stored import check_config, check_weights, reason_of, settle
+from kncompress.formats.verified import check_finite, check_folder
+from kncompress.hub import local_folder
 
 __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
@@ -47,7 +48,8 @@ def save_model(
         facts: what README.md, the model card, tells beside what the model itself shows.
 
     Raises:
-        UserError: ``folder`` exists and is neither empty nor a model folder.
+        UserError: ``folder`` exists and is neither empty nor a model folder, or a number is too large for ``dtype``.
+        CheckFailed: what was written does not load as the model that it was made of; nothing is kept.
     """
     folder = Path(folder)
     taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
@@ -56,6 +58,8 @@ def save_model(
     target = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     if any(p.dtype != target for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).to(target)
+        subject = f"dtype={str(target).removeprefix('torch.')}"
+        check_finite(model, subject, "is too large for it; take bfloat16 or float32")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
         fresh, stale = Path(parent) / "new", Path(parent) / "old"
@@ -63,6 +67,7 @@ def save_model(
             model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        check_folder(model, fresh, load_model)
         (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
         if folder.exists():
             folder.replace(stale)
@@ -98,10 +103,13 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "config": gguf.read_config(folder, gguf_file)}
     else:
-        _check_config(folder, path)
-        _check_weights(folder, path)
-        options["use_safetensors"] = True
-    auto = getattr(transformers, TASKS[task or family_of(load_config(folder, gguf_file)).task])
+        check_weights(folder, path)
+        config = load_config(folder)
+        # Given by hand, a config takes the fields that transformers would have set in one of its own.
+        for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
+            setattr(config, name, options.pop(name))
+        options |= {"config": config, "use_safetensors": True}
+    auto = getattr(transformers, TASKS[task or language_task(options["config"])])
     try:
         with _no_bars(), _no_report():
             model, loading = auto.from_pretrained(
@@ -115,12 +123,13 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
     except _BAD_FILES as error:
         if gguf_file is not None:
             raise gguf.damaged(folder, gguf_file, error) from error
-        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+        raise UserError(f"model.path={path}: {reason_of(error)}") from error
     if gguf_file is not None:
         gguf.as_ordinary_(model)
     for name, found, wanted in sorted(loading["mismatched_keys"])[:1]:
         raise UserError(f"model.path={path}: {name} is {list(found)} in the weights and {list(wanted)} in config.json")
     check_keys(model, loading["missing_keys"], loading["unexpected_keys"], str(path))
+    check_finite(model, f"model.path={path}", "is not a finite number")
     return model
 
 
@@ -135,52 +144,13 @@ def load_config(path: str | Path, gguf_file: str | None = None) -> Any:
     folder = local_folder(path, gguf_file or "config")
     if gguf_file is not None:
         return gguf.read_config(folder, gguf_file)
-    _check_config(folder, path)
+    check_config(folder, path)
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class has checks of its own
-        raise UserError(f"model.path={path}: no model there ({_first_line(error)})") from error
-
-
-def _check_config(folder: Path, path: str | Path) -> None:
-    file = folder / "config.json"
-    if not file.is_file():
-        others = ", ".join(sorted(f.name for f in folder.glob("*.gguf")))
-        hint = f"; it has {others}: name it by model.gguf_file" if others else ""
-        raise UserError(f"model.path={path}: no model there (no config.json){hint}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: config.json is not JSON ({_first_line(error)})") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"model.path={path}: config.json holds no fields but a {type(fields).__name__}")
-
-
-def _check_weights(folder: Path, path: str | Path) -> None:
-    """Reads the header of each safetensors file, which also tells its length. Raises UserError."""
-    from safetensors import SafetensorError, safe_open
-
-    missing = missing_weights(folder)
-    if missing and only_pickled([file.name for file in folder.iterdir()]):
-        raise UserError(
-            f"model.path={path}: no safetensors, only weights that must be unpickled, which is never done; "
-            "convert them to model.safetensors"
-        )
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"model.path={path}: the folder lacks its weights: {missing[0]}{more}")
-    single = folder / "model.safetensors"
-    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"model.path={path}: {file.name} is damaged ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise UserError(f"model.path={path}: no model there ({reason_of(error)})") from error
+    settle(config, folder, path)
+    return config
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from kncompress.anatomy.sites import family_of
+from kncompress.anatomy.sites import language_task, positions_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.layerwise import CalibrationText
@@ -96,9 +96,11 @@ def model_config(config: ModelConfig) -> Any:
         values = dict(config.architecture)
         kind = values.pop("model_type", None)
         try:
-            return AutoConfig.for_model(kind, **values)
+            fields = AutoConfig.for_model(kind, **values)
         except ValueError as error:
             raise UserError(f"model.architecture.model_type={kind}: {str(error).splitlines()[0]}") from error
+        fields.max_position_embeddings = positions_of(fields)
+        return fields
     assert config.path is not None
     return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
 
@@ -127,11 +129,10 @@ def second_model(path: str, verb: str, key: str = "compare") -> ModelConfig:
 
 
 def require_causal(fields: Any, verb: str) -> None:
-    """Raises UserError where the model of this config predicts no next token, which ``verb`` needs."""
-    family = family_of(fields)
-    if family.task != "causal-lm":
+    """Raises UserError where the model of this config predicts no next token, which ``verb`` needs; no table is."""
+    if language_task(fields) != "causal-lm":
         raise UserError(
-            f"model: a {family.model_type} fills in masked tokens, and {verb} needs one that predicts the next token; "
+            f"model: a {fields.model_type} fills in masked tokens, and {verb} needs one that predicts the next token; "
             "compress and inspect take it, and kncompress.distill has the losses of its distillation"
         )
 

@@ -1,0 +1,167 @@
+"""What a model folder holds, told by its small files and the headers of its weights, before a model is made of it.
+
+Where config.json and the weights contradict each other, the weights are right: they were trained, it was written.
+"""
+
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kncompress.anatomy.families import FAMILIES
+from kncompress.anatomy.mark import METHOD
+from kncompress.anatomy.sites import positions_of
+from kncompress.errors import UserError
+from kncompress.hub import missing_weights, only_pickled
+
+ADAPTER = "adapter_config.json"
+CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
+"""Buffers that older versions of transformers wrote beside the weights: causal masks, their fill, positions."""
+_LONGEST = 240
+"""Characters of a reason of transformers' own that are shown."""
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+"""What families call theirs."""
+_INSTALLED = ("eager", "sdpa", "flex_attention")
+"""Implementations of attention that need no package but torch."""
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's text in one line: transformers' checks tell what is wrong in the second or third."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def check_config(folder: Path, path: str | Path) -> dict[str, Any]:
+    """The fields of config.json. Raises UserError where they are not those of a model in plain numbers."""
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / ADAPTER).is_file():
+            base = _fields(folder / ADAPTER, path).get("base_model_name_or_path") or "an unnamed model"
+            raise UserError(
+                f"model.path={path}: a LoRA adapter of {base}, not a model; merge it into that model (peft: "
+                "merge_and_unload, save_pretrained) and give that folder"
+            )
+        others = ", ".join(sorted(f.name for f in folder.glob("*.gguf")))
+        hint = f"; it has {others}: name it by model.gguf_file" if others else ""
+        raise UserError(f"model.path={path}: no model there (no config.json){hint}")
+    fields = _fields(file, path)
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"model.path={path}: the folder holds an adapter beside the model; merge it (peft: merge_and_unload, "
+            f"save_pretrained into another folder), or take {ADAPTER} out to have the model alone"
+        )
+    quantised = fields.get("quantization_config") or fields.get("compression_config")
+    method = quantised.get("quant_method", "bitsandbytes") if isinstance(quantised, dict) else None
+    if method not in (None, METHOD):
+        raise UserError(
+            f"model.path={path}: its weights are quantised ({method}); give the model that they were made of, in "
+            "floating point, or save it dequantised (transformers: model.dequantize())"
+        )
+    return fields
+
+
+def _fields(file: Path, path: str | Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={path}: {file.name} is not JSON ({reason_of(error)})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"model.path={path}: {file.name} holds no fields but a {type(fields).__name__}")
+    return fields
+
+
+def check_weights(folder: Path, path: str | Path) -> None:
+    """Reads the header of each safetensors file, which also tells its length. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = missing_weights(folder)
+    if missing and only_pickled([file.name for file in folder.iterdir()]):
+        raise UserError(
+            f"model.path={path}: no safetensors, only weights that must be unpickled, which is never done; "
+            "convert them to model.safetensors"
+        )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model.path={path}: the folder lacks its weights: {missing[0]}{more}")
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"model.path={path}: {file.name} is damaged ({reason_of(error)})") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("model*.safetensors"))
+
+
+def settle(config: Any, folder: Path, path: str | Path) -> None:
+    """Has a transformers config say what the folder's weights and this machine's packages make of it, in place.
+
+    Families that name their positions otherwise, or not at all, have them under the common name afterwards.
+    """
+    if getattr(config, "tie_word_embeddings", False) and _has_other_head(config, folder):
+        config.tie_word_embeddings = False
+        says = "config.json says tie_word_embeddings=true, and the folder has a head of its own; kept"
+        tell(f"model.path={path}: {says}")
+    config.max_position_embeddings = positions_of(config)  # what every verb asks
+    wanted = getattr(config, "_attn_implementation", None)
+    if wanted is not None and wanted not in _INSTALLED and not _available(wanted):
+        config._attn_implementation = None
+        tell(f"model.path={path}: attn_implementation={wanted} is not installed; sdpa is used")
+
+
+def _available(attention: str) -> bool:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    needs = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    return needs[attention]() if attention in needs else attention in ALL_ATTENTION_FUNCTIONS
+
+
+def _has_other_head(config: Any, folder: Path) -> bool:
+    """Whether the files hold a head, and an embedding that it is not equal to."""
+    family = FAMILIES.get(config.model_type)
+    head = f"{family.head if family else 'lm_head'}.weight"
+    places = _places(folder)
+    if head not in places:
+        return False
+    names = (family.embedding,) if family else _EMBEDDINGS
+    table = next((place for place in places if f".{place}".endswith(tuple(f".{name}.weight" for name in names))), None)
+    return table is not None and not _equal(*((str(places[n]), places[n].stat().st_mtime_ns, n) for n in (head, table)))
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """{tensor: its file}."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Path] = {}
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except (SafetensorError, OSError, ValueError):  # told when the weights are wanted
+            return {}
+    return found
+
+
+@cache
+def _equal(one: tuple[str, int, str], other: tuple[str, int, str]) -> bool:
+    """Whether two tensors, each a file, its time of change and a name, hold the same numbers."""
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    for file, _, name in (one, other):
+        with safe_open(file, framework="pt") as opened:
+            found.append(opened.get_tensor(name))
+    return torch.equal(*found)
+
+
+@cache
+def tell(text: str) -> None:
+    """Say something on standard error, once in a process."""
+    print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)
