@@ -18,13 +18,14 @@ from kncompress.bench.timing import alternate, once
 from kncompress.compression.compress import compress_
 from kncompress.config import FactorsConfig
 from kncompress.errors import UserError
-from kncompress.kron import HybridLinear, KroneckerLinear, Shape
+from kncompress.kron import HybridLinear, KroneckerLinear, PackedLinear, Shape
 from kncompress.planner.budget import advantage
-from kncompress.planner.candidates import outer, sums
+from kncompress.planner.candidates import outer, packed, packed_rank, sums
 
 DENSE, LINEAR = "dense", "nn.Linear"
-OUTER, SPEEDY = "outer", "speed"
-"""Not presets but shapes: outer products of half the parameters; all that a planner may choose under ``speed``."""
+OUTER, PACKED, SPEEDY = "outer", "packed", "speed"
+"""Not presets but shapes: outer products of half the parameters; the same, packed; all that a planner may choose under
+``speed``."""
 _HOPELESS, _SECONDS = 50, 0.5
 """A rival that takes so many times as long and so many seconds, for an eighth of the tokens, is named and not timed."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -79,14 +80,14 @@ def measure_products(setting: Setting, presets: Mapping[str, FactorsConfig]) -> 
 
 def _plans(name: str, presets: Mapping[str, FactorsConfig], fields: Any) -> Iterator[tuple[str, Plan]]:
     """Label and plan: one of a preset, many of the shapes under ``speed``."""
-    if name not in (OUTER, SPEEDY):
+    if name not in (OUTER, PACKED, SPEEDY):
         yield name, plan_from_config(presets[name], fields)
         return
     sites = [site for site in anatomy_of(fields).sites.values() if site.layer == 0]
     kinds = {site.name: _shapes(name, site) for site in sites}
     for number in range(max(map(len, kinds.values()))):
         entries = [(site, shapes[number]) for site, shapes in kinds.items() if number < len(shapes)]
-        label = name if name == OUTER else f"{name}/{number}"
+        label = f"{name}/{number}" if name == SPEEDY else name
         yield label, Plan(entries)
 
 
@@ -95,9 +96,17 @@ def _shapes(name: str, site: Site) -> list[Shape]:
     half = outputs * inputs // (outputs + inputs) // 2
     if name == OUTER:
         return [outer(outputs, inputs, max(1, half))]
+    if name == PACKED:
+        return [_packed(outputs, inputs, 0.5)]
     found: list[Shape] = [outer(outputs, inputs, max(1, rank)) for rank in (half // 4, half, int(1.5 * half))]
+    found += [_packed(outputs, inputs, share) for share in (0.125, 0.5, 0.75, 0.9)]
     found += [shape for kind in sums(outputs, inputs) for shape in kind]
     return [shape for shape in found if advantage(shape) * shape.multiply_adds <= outputs * inputs]
+
+
+def _packed(outputs: int, inputs: int, share: float) -> Shape:
+    """Packed outer products of this share of the dense map's parameters."""
+    return packed(outputs, inputs, max(1, int(packed_rank(outputs, inputs, share * outputs * inputs))))
 
 
 def _cases(label: str, plan: Plan, dense: Any) -> Iterator[Case]:
@@ -196,6 +205,8 @@ def rival_of(ours: nn.Module, build: Callable[[KroneckerLinear], nn.Module]) -> 
         return FusedMaps({name: rival_of(child, build) for name, child in ours.named_children()}, ours.blocks)
     if isinstance(ours, HybridLinear):
         raise Unavailable("no sums of several shapes")
+    if isinstance(ours, PackedLinear):
+        raise Unavailable("no packed outer products")
     return build(ours) if isinstance(ours, KroneckerLinear) else ours
 
 

@@ -16,7 +16,7 @@ from kncompress.bench.fit import measure_fit
 from kncompress.bench.generate import measure_generation
 from kncompress.bench.measurement import Measurement
 from kncompress.bench.memory import measure_memory
-from kncompress.bench.product import OUTER, SPEEDY, measure_products
+from kncompress.bench.product import OUTER, PACKED, SPEEDY, measure_products
 from kncompress.bench.setting import Setting, setting_of
 from kncompress.bench.startup import measure_startup
 from kncompress.bench.step import measure_step
@@ -43,7 +43,7 @@ def check(config: BenchConfig) -> None:
     require_causal(setting.fields, "bench")
     StudentPlan.of(config.factors, setting.fields)
     for name in config.presets:
-        known = [*options("factors"), OUTER, SPEEDY]
+        known = [*options("factors"), OUTER, PACKED, SPEEDY]
         if name not in known:
             raise UserError(f"presets={name}: no such factors; {choices_hint(name, known)}")
     most = setting.fields.max_position_embeddings
@@ -95,7 +95,7 @@ def _keep(run_dir: Path, setting: Setting, measured: list[Measurement]) -> str:
 
 def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
     plan = StudentPlan.of(setting.config.factors, setting.fields).maps
-    presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, SPEEDY)}
+    presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, PACKED, SPEEDY)}
     return {
         "product": lambda: measure_products(setting, presets),
         "step": lambda: measure_step(setting, plan),

@@ -65,9 +65,9 @@ class BenchConfig(RunConfig):
     size: str = "full"
     """``full``: the maps of ``model``, 2,048 tokens; ``small``: a GPT-2 of two layers 48 wide, for a look at the verb;
     its figures mean nothing."""
-    presets: list[str] = field(default_factory=lambda: ["kngpt2", "kronypt_81m", "kronypt_80m", "outer"])
-    """Of ``product``: presets of factors; ``outer``: outer products of half the parameters; ``speed``: shapes that
-    ``plan speed=true`` may choose."""
+    presets: list[str] = field(default_factory=lambda: ["kngpt2", "kronypt_81m", "kronypt_80m", "outer", "packed"])
+    """Of ``product``: presets of factors; ``outer``: outer products of half the parameters; ``packed``: the same,
+    packed, of more rank; ``speed``: shapes that ``plan speed=true`` may choose."""
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     """Of the student in the other parts."""
     precision: str = "auto"

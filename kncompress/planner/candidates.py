@@ -1,8 +1,8 @@
 """Shapes that one map may take, and the weighted error of each, without a fit where that can be had.
 
-Outer products need none: one eigendecomposition tells the error of every rank (whitened SVD). Kronecker sums are
-fitted, so their kinds are tried on few layers first, and only those that beat the outer products of their size there
-are fitted on all.
+Outer products need none: one eigendecomposition tells the error of every rank (whitened SVD). They are packed, which
+takes fewer numbers and multiply-adds and changes nothing else. Kronecker sums are fitted, so their kinds are tried on
+few layers first, and only those that beat the packed outer products of their size there are fitted on all.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from kncompress.kron import (
     HybridShape,
     KroneckerShape,
+    PackedShape,
     PreparedMoment,
     Shape,
     ShapeError,
@@ -24,7 +25,7 @@ from kncompress.kron import (
 from kncompress.kron.product import without_autocast
 
 STEPS = 32
-"""Ranks in the ladder of outer products, evenly spread up to where they have as many numbers as the dense map."""
+"""Ranks in the ladder of outer products, whose numbers are evenly spread up to those of the dense map."""
 SIDES = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 4))
 """Right factors of Kronecker sums, besides (2, k) with k of ``LONG``."""
 LONG = (16, 32)
@@ -87,8 +88,8 @@ class Spectrum:
         return (max(0.0, left) / total) ** 0.5
 
     def error_at(self, parameters: int) -> float:
-        """Error of the outer products with so many numbers."""
-        return self.error(parameters / sum(self.weight.shape))
+        """Error of the packed outer products with so many numbers."""
+        return self.error(packed_rank(*self.weight.shape, parameters))
 
     @torch.no_grad()
     def best(self, rank: int) -> Tensor:
@@ -104,16 +105,33 @@ class Spectrum:
         return made.to(self.weight.dtype)
 
 
-def ranks(outputs: int, inputs: int, steps: int = STEPS) -> list[int]:
-    """Ranks with fewer numbers than the dense map, evenly spread, smallest first."""
+def outer_ranks(outputs: int, inputs: int, steps: int = STEPS) -> list[int]:
+    """Ranks of outer products with fewer numbers than the dense map, evenly spread, smallest first."""
     most = outputs * inputs / (outputs + inputs)
     found = {max(1, round(most * step / steps)) for step in range(1, steps)}
     return sorted(rank for rank in found if rank * (outputs + inputs) < outputs * inputs)
 
 
+def ranks(outputs: int, inputs: int, steps: int = STEPS) -> list[int]:
+    """Ranks of packed outer products whose numbers are evenly spread, smallest first."""
+    found = {max(1, round(packed_rank(outputs, inputs, step / steps * outputs * inputs))) for step in range(1, steps)}
+    return sorted(rank for rank in found if rank < min(outputs, inputs))
+
+
+def packed_rank(outputs: int, inputs: int, numbers: float) -> float:
+    """Rank, between whole ones, of the packed outer products with so many numbers: r (M + N) - r^2 of them."""
+    whole = outputs + inputs
+    return min(min(outputs, inputs), (whole - math.sqrt(max(0.0, whole**2 - 4 * numbers))) / 2)
+
+
 def outer(outputs: int, inputs: int, rank: int) -> KroneckerShape:
     """Outer products: a low-rank map."""
     return KroneckerShape((outputs, 1), (1, inputs), rank)
+
+
+def packed(outputs: int, inputs: int, rank: int) -> PackedShape:
+    """The same, packed."""
+    return PackedShape.of_rank(outputs, inputs, rank)
 
 
 def sums(outputs: int, inputs: int) -> Iterator[list[KroneckerShape]]:
@@ -142,7 +160,7 @@ def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
 
 
 def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> float:
-    """Error of a fitted shape by the ridged moment."""
+    """Error of a fitted shape by the ridged moment; of packed outer products that of them unpacked."""
     history: list[float] = []
     if isinstance(shape, HybridShape):
         calibrated_hybrid(weight, shape, moment, rounds=2, history=history)
@@ -152,8 +170,8 @@ def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) 
 
 
 def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
-    """Kinds of shapes whose middle one beats the outer products of its size on this map by ``MARGIN``: the best, and
-    the best of those that take as few multiply-adds as parameters.
+    """Kinds of shapes whose middle one beats the packed outer products of its size on this map by ``MARGIN``: the best,
+    and the best of those that take as few multiply-adds as parameters.
 
     Hybrids are tried for the kinds that come near.
     """
@@ -171,7 +189,7 @@ def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
 
 
 def _against(weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, spectrum: Spectrum) -> float:
-    """Error of the middle one of a kind, relative to that of the outer products of its size."""
+    """Error of the middle one of a kind, relative to that of the packed outer products of its size."""
     dense = weight.numel()
     middle = min(shapes, key=lambda shape: abs(shape.parameters / dense - SCREEN_SHARE))
     known = spectrum.error_at(middle.parameters)

@@ -3,7 +3,7 @@
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.kron import KroneckerShape, ShapeError
 from kncompress.planner.budget import HarmTable, MapHarms
-from kncompress.planner.candidates import Option, outer, ranks
+from kncompress.planner.candidates import Option, outer, outer_ranks, packed, ranks
 
 EMBEDDING_STEPS = 8
 """Ranks of an embedding: its fits take long, so the ladder is short, and begins at ``EMBEDDING_FROM`` steps."""
@@ -28,9 +28,9 @@ def sizes(anatomy: Anatomy, site: Site) -> MapHarms:
     size = site.out_features, site.in_features
     dense = site.out_features * site.in_features
     if site.group != "embedding":
-        shapes = [Option.of(outer(*size, rank), 0.0) for rank in ranks(*size)]
+        shapes = [Option.of(packed(*size, rank), 0.0) for rank in ranks(*size)]
         return MapHarms(site.name, dense, dense, (keep(site), *shapes), ())
-    made = [outer(*size, rank) for rank in ranks(*size, EMBEDDING_STEPS)[EMBEDDING_FROM - 1 :]]
+    made = [outer(*size, rank) for rank in outer_ranks(*size, EMBEDDING_STEPS)[EMBEDDING_FROM - 1 :]]
     made += [shape for right in EMBEDDING_SIDES if (shape := _fitting(*size, right)) is not None]
     head = anatomy.tied and anatomy.has_head
     adds = dense if head else 0

@@ -27,12 +27,12 @@ from kncompress.kron import (
     kronecker_weight,
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference
-from kncompress.planner.candidates import Option, Spectrum, error_of, kind_of, outer, ranks, screened
+from kncompress.planner.candidates import Option, Spectrum, error_of, kind_of, packed, packed_rank, ranks, screened
 from kncompress.planner.harm import HarmMeter
 from kncompress.planner.ladder import dense_adds, keep, sizes
 
 REFERENCE_SHARE = 0.5
-"""Share of the parameters of the outer products whose KL is measured for every map."""
+"""Share of the parameters of the packed outer products whose KL is measured for every map."""
 FAR_SHARE = 0.2
 """That of a second reference, for the maps of every third layer: it measures the exponent."""
 FAR_EVERY = 3
@@ -200,7 +200,7 @@ def _map(
     spectrum = Spectrum(weight, prepared)
     options = [keep(site)]
     for rank in ranks(*weight.shape):
-        options.append(Option.of(outer(site.out_features, site.in_features, rank), spectrum.error(rank)))
+        options.append(Option.of(packed(*weight.shape, rank), spectrum.error(rank)))
     for shapes in kinds:
         options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS)) for shape in shapes]
     shares = [REFERENCE_SHARE]
@@ -221,7 +221,7 @@ def _map(
 
 def _rank(weight: Tensor, share: float) -> int:
     outputs, inputs = weight.shape
-    return max(1, round(share * outputs * inputs / (outputs + inputs)))
+    return max(1, round(packed_rank(outputs, inputs, share * outputs * inputs)))
 
 
 def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from kncompress.kron import (
     weighted_error,
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference, advantage, knapsack, spend
-from kncompress.planner.candidates import Option, Spectrum, outer, ranks, sums
+from kncompress.planner.candidates import Option, Spectrum, outer, outer_ranks, packed, packed_rank, ranks, sums
 from kncompress.planner.harm import HarmMeter, divergence, replaced
 from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import exponents, measure_harms
@@ -144,10 +145,25 @@ def test_the_spectrum_knows_error_and_weight_of_every_rank(size):
 
 def test_candidates_are_smaller_than_the_dense_map():
     for size in ((24, 48), (192, 576), (7, 13), (1, 8)):
-        assert all(rank * sum(size) < size[0] * size[1] for rank in ranks(*size))
+        assert all(packed(*size, rank).parameters < size[0] * size[1] for rank in ranks(*size))
+        assert all(rank * sum(size) < size[0] * size[1] for rank in outer_ranks(*size))
         for shapes in sums(*size):
             assert len({s.parameters for s in shapes}) == len(shapes)
             assert all((s.out_features, s.in_features) == size and s.parameters < size[0] * size[1] for s in shapes)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.floats(0, 1))
+def test_a_packed_rank_has_so_many_numbers(outputs, inputs, share):
+    rank = packed_rank(outputs, inputs, share * outputs * inputs)
+    assert 0 <= rank <= min(outputs, inputs)
+    assert rank * (outputs + inputs) - rank**2 == pytest.approx(share * outputs * inputs, rel=1e-6, abs=1e-6)
+
+
+def test_low_rank_is_packed(table):
+    """Fewer numbers at the same rank, so the other form is never worth choosing."""
+    shapes = {o.shape for row in table.maps if row.name.startswith("layers.") for o in row.options}
+    assert sum(shape.startswith("p*") for shape in shapes) > 20
+    assert not any(re.fullmatch(r"\d+x1\(x\)1x\d+(\*\d+)?", shape) for shape in shapes)
 
 
 def test_plans_keep_to_the_budget_and_compress_to_what_they_say(llama, table):

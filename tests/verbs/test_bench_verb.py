@@ -14,7 +14,7 @@ from kncompress.config import BenchConfig, ModelConfig
 
 
 def test_product_and_fit(command: Any) -> None:
-    words = ["size=small", "parts=[product,fit]", "presets=[kngpt2,outer]", "precision=fp32", "accelerator=cpu"]
+    words = ["size=small", "parts=[product,fit]", "presets=[kngpt2,outer,packed]", "precision=fp32", "accelerator=cpu"]
     code, _, err = command("bench", *words, "profile=true", "run_dir=run")
     assert code == 0, err
     metrics = read(Path("run"), "result.json")["metrics"]
@@ -24,6 +24,7 @@ def test_product_and_fit(command: Any) -> None:
                 prefix = f"product/{preset}/{name}/{kind}"
                 assert metrics[f"{prefix}/speedup"] > 0 and metrics[f"{prefix}/share_of_bound"] > 0
                 assert metrics[f"{prefix}/speedup_over_torch_kron"] > 0
+    assert metrics["product/packed/mlp.down/step/speedup"] > 0
     values = {row["name"]: row for row in read(Path("run"), "bench.json")["measurements"]}
     # By half the multiply-adds, and a few on the smaller factor: 24 of the 48 outputs, from 48 inputs.
     up = values["product/kngpt2/mlp.up/forward"]
