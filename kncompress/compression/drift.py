@@ -58,14 +58,17 @@ class PairFit:
         self.moment = InputMoment(factored)
 
     @torch.no_grad()
-    def fit(self, weight: Tensor, bias: Tensor | None, shape: Shape) -> Fitted:
-        """Factors for W (M, N) and its bias (M,); the weighted error is that against the dense model's outputs."""
+    def fit(self, weight: Tensor, bias: Tensor | None, shape: Shape, outputs: Moment | None = None) -> Fitted:
+        """Factors for W (M, N) and its bias (M,); the weighted error is that against the dense model's outputs.
+
+        ``outputs``: moment of the loss's gradients at the dense map's outputs, where the fit weighs both sides.
+        """
         correct = bias is not None and self.settings.bias
         prepared = self.moment.prepared(correct)
         with without_autocast(weight.device):
             cross, gap = self._centred(prepared.centred)
             target = weight if cross is None else _target(weight, cross, prepared)
-            parts = gauged(calibrated_parts(target, shape, prepared, self.settings.sweeps), self.settings)
+            parts = gauged(calibrated_parts(target, shape, prepared, self.settings, outputs), self.settings)
             if bias is not None and correct:
                 shift = (weight - target).double() @ self.factored.mean.double()
                 if self.drift is not None:

@@ -20,7 +20,9 @@ from kncompress.kron import (
     corrected_bias,
     nearest_factors,
     nearest_hybrid,
+    prepare_outputs,
     regauge,
+    two_sided_factors,
     weighted_error,
 )
 from kncompress.kron.moments import formed_rows
@@ -69,12 +71,20 @@ def fit_nearest(weight: Tensor, bias: Tensor | None, shape: Shape, settings: Fit
 
 @torch.no_grad()
 def fit_calibrated(
-    weight: Tensor, bias: Tensor | None, shape: Shape, moment: InputMoment, settings: FitConfig
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    moment: InputMoment,
+    settings: FitConfig,
+    outputs: Moment | None = None,
 ) -> Fitted:
-    """Factors of ``weight`` (M, N) with the least error on the inputs; the bias (M,) takes the mean of what is left."""
+    """Factors of ``weight`` (M, N) with the least error on the inputs; the bias (M,) takes the mean of what is left.
+
+    ``outputs``: moment of the loss's gradients at the outputs, (M, M), where the fit weighs both sides.
+    """
     correct = bias is not None and settings.bias
     prepared = moment.prepared(correct)
-    parts = gauged(calibrated_parts(weight, shape, prepared, settings.sweeps), settings)
+    parts = gauged(calibrated_parts(weight, shape, prepared, settings, outputs), settings)
     if correct:
         bias = corrected_bias(bias, weight, parts, moment.moment.mean)
     return Fitted(parts, bias, frobenius_error(weight, parts), weighted_error(weight, parts, prepared))
@@ -102,11 +112,16 @@ def nearest_parts(weight: Tensor, shape: Shape) -> tuple[Factors, ...]:
     return (nearest_factors(weight, shape.sums[0]),)
 
 
-def calibrated_parts(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> tuple[Factors, ...]:
+def calibrated_parts(
+    weight: Tensor, shape: Shape, moment: PreparedMoment, settings: FitConfig, outputs: Moment | None = None
+) -> tuple[Factors, ...]:
     """Calibrated factors of each Kronecker sum of a shape."""
+    feels = None if outputs is None else prepare_outputs(outputs.second, outputs.count, settings.output_ridge)
     if isinstance(shape, HybridShape):
-        return tuple(calibrated_hybrid(weight, shape, moment))
-    return (calibrated_factors(weight, shape.sums[0], moment, sweeps=sweeps),)
+        return tuple(calibrated_hybrid(weight, shape, moment, outputs=feels))
+    if feels is not None:
+        return (two_sided_factors(weight, shape.sums[0], moment, feels, sweeps=settings.sweeps),)
+    return (calibrated_factors(weight, shape.sums[0], moment, sweeps=settings.sweeps),)
 
 
 def gauged(parts: tuple[Factors, ...], settings: FitConfig) -> tuple[Factors, ...]:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import FACTORED, dense_bias, dense_weight, empty_module, module_at, put_module
+from kncompress.compression.gradients import output_moments
 from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.map_fit import Fitted, InputMoment, fit_calibrated, fit_embedding, fit_nearest
 from kncompress.compression.moments import input_of, moments, token_frequencies
 from kncompress.compression.sequential import SequentialFit, sequential_cost
 from kncompress.compression.work import Work, fit_cost
 from kncompress.config import FitConfig
-from kncompress.kron import HybridLinear, KroneckerShape, PackedLinear, Shape
+from kncompress.kron import HybridLinear, KroneckerShape, Moment, PackedLinear, Shape
 
 Start = Literal["nearest", "random", "calibrated", "sequential"]
 STARTS: tuple[Start, ...] = ("nearest", "random", "calibrated", "sequential")
@@ -30,6 +31,7 @@ class ModelFit:
         self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: FitConfig, work: Work
     ) -> None:
         self.model, self.anatomy, self.shapes, self.settings, self.work = model, anatomy, shapes, settings, work
+        self.outputs: dict[str, Moment] = {}
 
     def run(self, start: Start, text: CalibrationText | None) -> dict[str, Fitted]:
         """What was fitted, by map; nothing for random factors and for a model on the meta device."""
@@ -62,6 +64,7 @@ class ModelFit:
             readers.setdefault("head", []).append(self.anatomy.sites["embedding"])
         fits: dict[str, Fitted] = {}
         self.work.expect(sum(self._cost(name, True) for name in self.shapes))
+        self.outputs = self._gradients(text)
         if "embedding" in self.shapes and not self._ties_head:
             fits["embedding"] = self._embedding(text, None)
         for name, found in moments(self.model, text, list(readers), self.work):
@@ -84,9 +87,16 @@ class ModelFit:
         if moment is None:
             fitted = fit_nearest(weight, bias, shape, self.settings)
         else:
-            fitted = fit_calibrated(weight, bias, shape, moment, self.settings)
+            outputs = self.outputs.pop(site.name, None)
+            fitted = fit_calibrated(weight, bias, shape, moment, self.settings, outputs)
         self.work.finish(self._cost(site.name, moment is not None))
         return fitted
+
+    def _gradients(self, text: CalibrationText) -> dict[str, Moment]:
+        """Moments of the gradients at the maps' outputs, where the fit asks for them."""
+        if self.settings.sides == "inputs":
+            return {}
+        return output_moments(self.model, text, list(self.shapes), self.work)
 
     @property
     def _ties_head(self) -> bool:
@@ -105,6 +115,7 @@ class ModelFit:
         fits: dict[str, Fitted] = {}
         layers = list(self.model.base_model.get_submodule(self.anatomy.family.layers))
         self.work.expect(sequential_cost(self.anatomy, layers, self.shapes, len(text.tokens), self.settings.sweeps))
+        self.outputs = self._gradients(text)
         if "embedding" in self.shapes:
             moment = None
             if self._ties_head:
@@ -123,6 +134,7 @@ class ModelFit:
             self._place,
             self.work,
             embed if "embedding" in self.shapes else None,
+            self.outputs,
         )
         return fits | fit.run()
 

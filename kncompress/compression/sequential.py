@@ -78,6 +78,7 @@ class SequentialFit:
         place: puts fitted maps into the model.
         work: is told what is being done.
         embed: puts the factored embedding into the model, where there is one.
+        outputs: moments of the dense model's gradients at the outputs of the maps, where the fit weighs both sides.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class SequentialFit:
         place: Place,
         work: Work,
         embed: Callable[[], None] | None = None,
+        outputs: Mapping[str, Moment] | None = None,
     ) -> None:
+        self.outputs = outputs or {}
         self.model, self.shapes, self.settings, self.place, self.work = model, shapes, settings, place, work
         self.anatomy = anatomy_of(model)
         self.fits: dict[str, Fitted] = {}
@@ -162,7 +165,7 @@ class SequentialFit:
             if site.name in self.shapes:
                 self.work.begin(site.name)
                 old, shape = module_at(self.model, site), self.shapes[site.name]
-                self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape)
+                self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape, self.outputs.get(site.name))
                 self.work.finish(fit_cost(site, shape, True, self.settings.sweeps))
         self.place(sites, self.fits)
 

@@ -72,6 +72,11 @@ class FitConfig:
     gauge: str = "equal"
     """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
     (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
+    sides: str = "inputs"
+    """What a calibrated or sequential fit weighs errors by: ``inputs`` of each map, or ``both``: inputs and the gradients
+    of the loss at its outputs, so that errors count as the logits feel them."""
+    output_ridge: float = 0.1
+    """Ridge of the moments of those gradients, as a share of their mean square."""
     sweeps: int = 20
     """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
     bias: bool = True
@@ -83,6 +88,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_positive("fit.sweeps", self.sweeps)
+        check_positive("fit.output_ridge", self.output_ridge)
+        check_choice("fit.sides", self.sides, ("inputs", "both"))
         check_choice("fit.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
         for name in self.symmetries:
             check_choice("fit.symmetries", name, ("hidden", "heads", "residual"))

@@ -11,4 +11,39 @@ from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weig
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
 from kncompress.kron.packed_linear import PackedLinear
 from kncompress.kron.product import kronecker_linear, kronecker_weight
+from kncompress.kron.shape import KroneckerShape, ShapeError, divisors
 from kncompress.kron.two_sided import prepare_outputs, two_sided_error, two_sided_factors
+
+__all__ = [
+    "Factors",
+    "Gauge",
+    "HybridLinear",
+    "HybridShape",
+    "KroneckerEmbedding",
+    "KroneckerLinear",
+    "KroneckerShape",
+    "Moment",
+    "PackedLinear",
+    "PackedShape",
+    "PreparedMoment",
+    "Shape",
+    "ShapeError",
+    "calibrated_embedding",
+    "calibrated_factors",
+    "calibrated_hybrid",
+    "corrected_bias",
+    "divisors",
+    "kronecker_linear",
+    "kronecker_weight",
+    "nearest_factors",
+    "nearest_hybrid",
+    "parse_shape",
+    "prepare_outputs",
+    "regauge",
+    "relative_error",
+    "step_scales",
+    "two_sided_error",
+    "two_sided_factors",
+    "weighted_error",
+    "with_scalars",
+]

@@ -8,6 +8,7 @@ from kncompress.kron.compound import HybridShape
 from kncompress.kron.moments import Moment, PreparedMoment, formed_rows, prepare, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.product import without_autocast
+from kncompress.kron.two_sided import two_sided_error, two_sided_factors
 
 ROUNDS = 4
 _GAIN = 1e-3
@@ -42,6 +43,7 @@ def calibrated_hybrid(
     moment: Moment | PreparedMoment,
     rounds: int = ROUNDS,
     history: list[float] | None = None,
+    outputs: PreparedMoment | None = None,
 ) -> list[Factors]:
     """Factors of each part of ``shape``, back-fitted to the inputs that ``moment`` describes.
 
@@ -54,6 +56,8 @@ def calibrated_hybrid(
         rounds: most rounds over the parts, 1 or more; fewer where a round gains little.
         history: gets the weighted error by the ridged moment, relative to the weight's, after each part's fit;
             it never rises.
+        outputs: of the loss's gradients at the outputs, (M, M), of ``prepare_outputs``; None: errors of all outputs
+            count alike.
 
     Returns:
         Factors of the weight's type and device, in the order of the parts.
@@ -64,24 +68,34 @@ def calibrated_hybrid(
     """
     prepared = prepare(moment)
     errors: list[float] = []
-    fitted = _back_fitted(weight, shape, prepared, rounds, errors)
+    fitted = _back_fitted(weight, shape, prepared, rounds, errors, outputs)
     if history is not None:
         history.extend(errors)
     nearest = nearest_hybrid(weight, shape, rounds)
-    if weighted_error(weight, nearest, prepared) < weighted_error(weight, fitted, prepared):
-        return nearest
-    return fitted
+
+    def error(factors: list[Factors]) -> float:
+        if outputs is not None:
+            return two_sided_error(weight, factors, prepared, outputs)
+        return weighted_error(weight, factors, prepared)
+
+    return nearest if error(nearest) < error(fitted) else fitted
 
 
 def _back_fitted(
-    weight: Tensor, shape: HybridShape, moment: PreparedMoment | None, rounds: int, history: list[float]
+    weight: Tensor,
+    shape: HybridShape,
+    moment: PreparedMoment | None,
+    rounds: int,
+    history: list[float],
+    outputs: PreparedMoment | None = None,
 ) -> list[Factors]:
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: must be 1 or more")
     target = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     metric = None if moment is None else moment.matrix.to(target)
     fitted: list[Factors | None] = [None] * len(shape.parts)
-    total = _squared(target, metric)
+    feels = None if outputs is None else (outputs.matrix / (outputs.scale or 1.0)).to(target)
+    total = _squared(target, metric, feels)
     residual = target.clone()
     with without_autocast(weight.device):
         error = total
@@ -93,10 +107,12 @@ def _back_fitted(
                     _add(residual, old, 1)
                 if moment is None:
                     new = nearest_factors(residual, part)
+                elif outputs is not None:
+                    new = two_sided_factors(residual, part, moment, outputs)
                 else:
                     new = calibrated_factors(residual, part, moment, start=old)
                 _add(residual, new, -1)
-                left = _squared(residual, metric)
+                left = _squared(residual, metric, feels)
                 if left > error and old is not None:  # rounding
                     _add(residual, new, 1)
                     _add(residual, old, -1)
@@ -115,8 +131,11 @@ def _add(matrix: Tensor, factors: Factors, sign: int) -> None:
         matrix[rows].add_(formed, alpha=sign)
 
 
-def _squared(matrix: Tensor, metric: Tensor | None) -> float:
-    """tr(X metric X^T); the squared Frobenius norm without one."""
+def _squared(matrix: Tensor, metric: Tensor | None, feels: Tensor | None = None) -> float:
+    """tr(feels X metric X^T); the squared Frobenius norm without either."""
     if metric is None:
         return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    return float(((matrix @ metric) * matrix).sum(dim=1).double().sum())
+    product = matrix @ metric
+    if feels is not None:
+        product = feels @ product
+    return float((product * matrix).sum(dim=1).double().sum())
