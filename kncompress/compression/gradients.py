@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Site, anatomy_of
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating
-from kncompress.compression.moments import MomentFolder, MomentSum, finite, fingerprint, path_in_layer
+from kncompress.compression.moments import MomentFolder, MomentSum, fingerprint, finite, path_in_layer
 from kncompress.compression.work import Work, layer_cost
+from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.product import without_autocast
 
@@ -110,6 +111,8 @@ def _at_the_end(model: Any, hidden: HiddenStates, path: str, seed: int) -> list[
         with torch.enable_grad(), without_autocast(hidden.device):
             logits = head(norm(x))
         error = logits.detach().float().softmax(-1)
+        if not torch.isfinite(error).all():
+            raise UserError("model: its logits are not finite on the calibration text; it cannot be fitted")
         labels = torch.multinomial(error, 1, generator=generator)
         error.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=error.dtype))
         (gradient,) = torch.autograd.grad(logits, x, error.to(logits.dtype))

@@ -165,7 +165,9 @@ class SequentialFit:
             if site.name in self.shapes:
                 self.work.begin(site.name)
                 old, shape = module_at(self.model, site), self.shapes[site.name]
-                self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape, self.outputs.get(site.name))
+                self.fits[site.name] = fit.fit(
+                    dense_weight(old, site), dense_bias(old, site), shape, self.outputs.get(site.name)
+                )
                 self.work.finish(fit_cost(site, shape, True, self.settings.sweeps))
         self.place(sites, self.fits)
 

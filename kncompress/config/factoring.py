@@ -73,8 +73,8 @@ class FitConfig:
     """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
     (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
     sides: str = "inputs"
-    """What a calibrated or sequential fit weighs errors by: ``inputs`` of each map, or ``both``: inputs and the gradients
-    of the loss at its outputs, so that errors count as the logits feel them."""
+    """What a calibrated or sequential fit weighs errors by: the ``inputs`` of each map, or ``both``: inputs and the
+    gradients of the loss at its outputs, so that errors count as the logits feel them."""
     output_ridge: float = 0.1
     """Ridge of the moments of those gradients, as a share of their mean square."""
     sweeps: int = 20

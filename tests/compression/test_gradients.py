@@ -1,0 +1,130 @@
+"""Moments of output gradients, against one backward pass through the whole model, for every kind of model."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import config_of, random_model
+
+from kncompress.anatomy.plan import Plan
+from kncompress.anatomy.sites import anatomy_of
+from kncompress.anatomy.swap import module_at
+from kncompress.compression.compress import compress_
+from kncompress.compression.gradients import output_moments
+from kncompress.compression.layerwise import CalibrationText
+from kncompress.config import FitConfig
+from kncompress.errors import UserError
+from kncompress.kron import parse_shape
+
+SHAPES = {"up": "96x1(x)1x24*4", "down": "p*24x1(x)1x96*4"}
+TOKENS = np.random.default_rng(0).integers(2, 96, 45)
+
+
+def by_one_pass(model, labels):
+    """{module: (tokens, all M)} gradients at its outputs, of the cross-entropy of these labels."""
+    anatomy, found, handles = anatomy_of(model), {}, []
+    for _, sites in anatomy.modules():
+        if sites[0].layer is None:
+            continue
+
+        def hook(_, __, output, sites=sites):
+            output.register_hook(lambda gradient: found.setdefault(sites[0].module, []).append(gradient.flatten(0, -2)))
+
+        handles.append(module_at(model, sites[0]).register_forward_hook(hook))
+    blocks = [TOKENS[i : i + 32] for i in range(0, len(TOKENS), 32)]
+    for ids, wanted in zip(blocks, torch.tensor(labels).split([len(b) for b in blocks]), strict=True):
+        logits = model(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0]
+        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return {module: torch.cat(parts) for module, parts in found.items()}
+
+
+def test_moments_are_those_of_one_pass_through_the_model(model_of_kind, monkeypatch):
+    model, drawn = model_of_kind, []
+    draw = torch.multinomial
+
+    def remembered(*args, **options):
+        labels = draw(*args, **options)
+        drawn.append(labels.flatten())
+        return labels
+
+    monkeypatch.setattr(torch, "multinomial", remembered)
+    names = [name for name, site in anatomy_of(model).sites.items() if site.layer is not None]
+    found = output_moments(model, CalibrationText(TOKENS, 32), names)
+    labels = torch.cat(drawn).tolist()
+    assert len(labels) == len(TOKENS) and set(found) == set(names)
+    gradients = by_one_pass(model, labels)
+    anatomy = anatomy_of(model)
+    for module, sites in anatomy.modules():
+        if sites[0].layer is None:
+            continue
+        g = gradients[module].double()
+        for site in sites:
+            rows = torch.arange(g.shape[1]).unflatten(0, (site.blocks, -1))
+            size = site.out_features // site.blocks
+            own = g[:, rows[:, site.start : site.start + size].flatten()]
+            expected = own.T @ own / len(TOKENS)
+            torch.testing.assert_close(
+                found[site.name].second.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())
+            )
+            assert found[site.name].count == len(TOKENS)
+
+
+def test_a_step_along_a_map_changes_the_kl_by_half_of_the_error(tiny, ids):
+    """The reason for it all: KL(dense || changed) is about tr(G D C D^T) / 2, here for a rank-1 change of one map."""
+    from kncompress.compression.moments import moments
+
+    text = CalibrationText(np.random.default_rng(1).integers(2, 96, 4096), 32)
+    site = anatomy_of(tiny).sites["layers.1.mlp.up"]
+    output = output_moments(tiny, text, [site.name])[site.name]
+    (_, inputs), *_ = moments(tiny, text, ["layers.1.mlp"])
+    change = 1e-2 * torch.randn(site.out_features, site.in_features, generator=torch.Generator().manual_seed(0))
+    predicted = float(((output.second @ change @ inputs.second) * change).sum()) / 2
+    weight = module_at(tiny, site).weight
+    with torch.no_grad():
+        before = [tiny(input_ids=batch, use_cache=False).logits.log_softmax(-1) for batch in text.batches()]
+        weight += change.T if site.conv1d else change
+        after = [tiny(input_ids=batch, use_cache=False).logits.log_softmax(-1) for batch in text.batches()]
+    kl = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)) / 4096
+    assert predicted == pytest.approx(kl, rel=0.25)
+
+
+def test_moments_are_kept_and_found_again(tiny, tmp_path):
+    text = CalibrationText(TOKENS, 32, moments=tmp_path / "kept")
+    names = ["layers.0.mlp.up", "layers.2.attn.o"]
+    first = output_moments(tiny, text, names[:1])
+    both = output_moments(tiny, text, names)
+    assert torch.equal(first[names[0]].second, both[names[0]].second)
+    assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == [f"{name}.gradient.safetensors" for name in names]
+    with torch.no_grad():
+        tiny.transformer.h[0].mlp.c_fc.weight += 1
+    with pytest.raises(UserError, match="of another text or model"):
+        output_moments(tiny, text, names)
+
+
+def test_a_model_that_gives_no_numbers_is_told(tiny):
+    with torch.no_grad():
+        tiny.transformer.h[2].ln_2.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="its logits are not finite"):
+        output_moments(tiny, CalibrationText(TOKENS, 32), ["layers.1.mlp.up"])
+
+
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_fits_to_both_sides_do_less_harm(start):
+    """The feed-forward maps at rank 4 of 24, packed and not: KL to the dense model on the text of the fit."""
+    text = CalibrationText(np.random.default_rng(1).integers(2, 96, 4096), 32)
+    model = random_model(config_of("gpt2"))
+    plan = Plan({f"layers.*.mlp.{name}": parse_shape(text) for name, text in SHAPES.items()})
+    with torch.no_grad():
+        dense = [model(input_ids=batch, use_cache=False).logits.log_softmax(-1) for batch in text.batches()]
+    harms = {}
+    for sides in ("inputs", "both"):
+        student = copy.deepcopy(model)
+        table = compress_(student, plan, start, text=text, settings=FitConfig(sides=sides))
+        assert all(row.weighted is not None for row in table.rows)
+        with torch.no_grad():
+            logs = [student(input_ids=batch, use_cache=False).logits.log_softmax(-1) for batch in text.batches()]
+        harms[sides] = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(dense, logs, strict=True)) / 4096
+    assert 0 < harms["both"] < 0.97 * harms["inputs"], harms
