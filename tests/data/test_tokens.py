@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kncompress.config import DataConfig
 from kncompress.data import sources
@@ -188,10 +190,11 @@ def test_sampler_shuffles_differently_by_epoch_and_seed() -> None:
     assert EndlessSampler(50, 0).order(0) != EndlessSampler(50, 1).order(0)
 
 
-def test_ranks_share_the_blocks() -> None:
-    whole = list(itertools.islice(EndlessSampler(7, 0), 14))
-    ranks = [list(itertools.islice(EndlessSampler(7, 0, rank=r, ranks=2), 7)) for r in range(2)]
-    assert [block for pair in zip(*ranks, strict=True) for block in pair] == whole
+@given(ranks=st.integers(1, 4), consumed=st.integers(0, 30), blocks=st.integers(1, 9))
+def test_ranks_share_the_blocks_from_where_the_run_stopped(ranks: int, consumed: int, blocks: int) -> None:
+    whole = list(itertools.islice(EndlessSampler(blocks, 0), consumed + 5 * ranks))
+    shares = [list(itertools.islice(EndlessSampler(blocks, 0, consumed, r, ranks), 5)) for r in range(ranks)]
+    assert [block for turn in zip(*shares, strict=True) for block in turn] == whole[consumed:]
 
 
 def test_datamodule_resumes_where_the_steps_ended(config: DataConfig, tokenizer: Any) -> None:
@@ -202,6 +205,28 @@ def test_datamodule_resumes_where_the_steps_ended(config: DataConfig, tokenizer:
     resumed = module()
     resumed.load_state_dict(json.loads(json.dumps({"consumed": 3 * 2, "seed": 0})))
     assert torch.equal(next(iter(resumed.train_dataloader()))["input_ids"], batches[6])
+
+
+def test_datamodules_of_several_processes_resume_where_the_steps_ended(config: DataConfig, tokenizer: Any) -> None:
+    """Two processes of one block a batch: what they read together is what one process would have read."""
+
+    def module(rank: int = 0, ranks: int = 1, step: int = 0) -> TextDataModule:
+        module = TextDataModule(config, tokenizer, context=16, micro_batch=1, step_blocks=2, seed=4)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, global_step=step)
+        return module
+
+    def batches(module: TextDataModule, count: int) -> list[Tensor]:
+        return [batch["input_ids"] for batch in itertools.islice(module.train_dataloader(), count)]
+
+    state = module(rank=1, ranks=2, step=3).state_dict()
+    assert state["consumed"] == 3 * 2
+    shares = []
+    for rank in range(2):
+        resumed = module(rank, ranks=2)
+        resumed.load_state_dict(state)
+        shares.append(batches(resumed, 3))
+    together = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert torch.equal(torch.cat(together), torch.cat(batches(module(), 12)[6:]))
 
 
 def test_blocks_are_the_stream_in_order() -> None:
