@@ -125,6 +125,16 @@ def test_a_run_at_work_is_not_resumed_by_another(command, monkeypatch):
     assert changed <= {"train.log"} and len(list(Path("runs").iterdir())) == 2
 
 
+def test_auto_resumes_the_newest_of_the_unfinished_runs(command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    names = [f"runs/train-mini-kngpt2-2026010{day}-000000" for day in (1, 3, 2)]
+    for name in names:
+        assert command("train", "logger.project=flaky", f"run_dir={name}")[0] == 1
+    assert command("train", "logger.project=flaky", "resume=auto")[0] == 0
+    resumed = [name for name in names if json.loads(Path(name, "run.json").read_text())["resumes"]]
+    assert resumed == ["runs/train-mini-kngpt2-20260103-000000"] and len(list(Path("runs").iterdir())) == 3
+
+
 def test_what_fails_after_the_record_is_closed_is_in_it_all_the_same(command, monkeypatch):
     monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
     code, _, err = command("train", "logger.project=late", "run_dir=run")
