@@ -48,6 +48,23 @@ def test_only_matrices_decay() -> None:
     assert names(model, kept["params"]) == set(dict(model.named_parameters())) - {"map.weight"}
 
 
+def test_adamw_takes_every_value_of_its_configuration() -> None:
+    """Three steps of one number, against the update rule written out: gradients differ, so every beta matters."""
+    config = OptimizerConfig(lr=0.1, beta1=0.7, beta2=0.8, weight_decay=0.5)
+    layer = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(layer.weight, 2.0)
+    optimizer = build_optimizer(layer, config)
+    value, first, second = 2.0, 0.0, 0.0
+    for step, gradient in enumerate([1.0, -3.0, 0.5], 1):
+        layer.weight.grad = torch.full_like(layer.weight, gradient)
+        optimizer.step()
+        first = 0.7 * first + 0.3 * gradient
+        second = 0.8 * second + 0.2 * gradient**2
+        value -= 0.1 * 0.5 * value
+        value -= 0.1 * (first / (1 - 0.7**step)) / math.sqrt(second / (1 - 0.8**step))
+        assert layer.weight.item() == pytest.approx(value, rel=1e-6)
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     model = Model()
     pair = build_optimizer(model, OptimizerConfig(name="muon"))
