@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import config_of, random_model
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.repair import HELD_SHARE, split
+from kncompress.compression.repair import HELD_SHARE, rate_at, split
 from kncompress.config import CompressConfig, RepairConfig
 from kncompress.errors import UserError
+from kncompress.kron.gauge import factor_rates
 
 PLAN = Plan({"layers.1.*": RightFactor((2, 2), 2)})
 REPAIR = RepairConfig(passes=3)
@@ -80,6 +82,37 @@ def test_it_is_deterministic_and_leaves_gradients_and_modes_alone(tiny, text):
     flags = {name: p.requires_grad for name, p in tiny.named_parameters()}
     assert [name for name, wanted in flags.items() if not wanted] == ["transformer.wpe.weight"]
     assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_the_rate_rises_over_a_tenth_and_falls_to_nothing():
+    assert [rate_at(step, 40) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rate_at(22, 40) == pytest.approx(0.5) and rate_at(40, 40) == rate_at(50, 40) == 0
+    falling = [rate_at(step, 40) for step in range(4, 41)]
+    assert falling == sorted(falling, reverse=True) and rate_at(0, 1) == rate_at(1, 3) == 1.0
+
+
+def test_every_step_takes_the_rate_of_its_time_and_of_its_parameter(tiny, text):
+    rates, steps = {}, {}
+
+    def note(optimizer, *_):
+        numbers = {id(p): number for number, layer in enumerate(tiny.transformer.h) for p in layer.parameters()}
+        number = numbers[id(optimizer.param_groups[0]["params"][0])]
+        rates.setdefault(number, factor_rates(tiny.transformer.h[number]))
+        given = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        named = tiny.transformer.h[number].named_parameters()
+        steps.setdefault(number, []).append({name: given[id(p)] for name, p in named})
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        compress_(tiny, PLAN, "nearest", text=text, repair=REPAIR)
+    finally:
+        handle.remove()
+    assert list(steps) == [1, 2] and rates[2] == {}
+    assert len(rates[1]) == 2 * 6 and all(abs(rate - 1) > 0.1 for rate in rates[1].values())
+    for number, taken in steps.items():
+        for step, found in enumerate(taken):
+            rate = REPAIR.lr * rate_at(step, len(taken))
+            assert found == pytest.approx({name: rate * rates[number].get(name, 1.0) for name in found})
 
 
 @pytest.mark.parametrize("lr", [10.0, 1e30])
