@@ -99,6 +99,13 @@ def test_the_knapsack_keeps_to_budgets_of_real_size():
         assert sum(row[i] for row, i in zip(sizes, picked, strict=True)) <= budget
 
 
+@pytest.mark.parametrize("over", [1, 100, 900])
+def test_the_knapsack_takes_back_what_the_solver_s_tolerance_let_through(over):
+    """HiGHS allows a millionth of the largest option, here a thousand parameters: the budget is exact all the same."""
+    budget = 2 * 10**9 - over
+    assert sorted(knapsack([[10**9, 10**6]] * 2, [[0.0, 1.0]] * 2, budget)) == [0, 1]
+
+
 def test_divergence_is_the_kl_of_the_changed_distribution():
     logits, change = torch.randn(5, 40), torch.randn(5, 40)
     expected = torch.nn.functional.kl_div(
@@ -254,6 +261,26 @@ def test_measured_exponents_are_near_two(table):
     slopes = exponents(table.maps)
     assert len(slopes) == 7  # every third layer of three
     assert 1.5 < table.exponent < 2.5
+
+
+def table_of(*together):
+    return HarmTable("", "", 9, 9, (), together)
+
+
+def test_the_kl_of_a_plan_follows_what_maps_were_measured_to_do_together():
+    """A power law through the measured points, between them and beyond."""
+    table = table_of((0.1, 0.3), (0.4, 0.6))  # slope 1/2
+    found = [table.predicted(total) for total in (0.1, 0.2, 0.4, 1.6)]
+    assert found == pytest.approx([0.3, 0.3 * 2**0.5, 0.6, 1.2])
+    steep = table_of((0.4, 0.16), (0.1, 0.01))  # slope 2, in any order
+    assert [steep.predicted(total) for total in (0.05, 0.2)] == pytest.approx([0.0025, 0.04])
+
+
+def test_few_or_odd_measurements_still_predict():
+    assert table_of().predicted(0.7) == 0.7 and table_of((0.1, 0.3)).predicted(0) == 0
+    assert table_of((0.1, 0.3)).predicted(0.2) == pytest.approx(0.6)  # one point: its factor
+    assert table_of((0.1, 0.3), (0.2, 0.3)).predicted(0.4) == pytest.approx(0.6)  # slope 0, taken as 1/2
+    assert table_of((0.1, 0.1), (0.2, 0.9)).predicted(0.4) == pytest.approx(1.6)  # slope 3.2, taken as 2
 
 
 def test_harm_goes_through_its_references():
