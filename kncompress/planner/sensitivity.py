@@ -248,8 +248,8 @@ def _embedding(
         made = kronecker_weight(
             *calibrated_embedding(weight, shape, frequencies, prepared, sweeps=EMBEDDING_SWEEPS, history=history)
         )
-        references.append(Reference(min(history), max(meter.kl({site.name: made}), _LEAST_KL)))
-        options.append(replace(option, error=min(history)))
+        references.append(Reference(min(history, default=0.0), max(meter.kl({site.name: made}), _LEAST_KL)))
+        options.append(replace(option, error=min(history, default=0.0)))
     found.maps[site.name] = MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))
 
 
