@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kncompress.config.checks import check_choice, check_positive
 from kncompress.config.factoring import FactorsConfig, FittingConfig
 from kncompress.config.run import RunConfig
+from kncompress.errors import UserError
 
 
 @dataclass
@@ -22,6 +23,9 @@ class PlanConfig(FittingConfig):
     1 / 1.9 where right factors have one row or column, 1 / 24 where they have several. The other maps stay dense."""
     harm: str | None = None
     """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
+    harms: str = "measured"
+    """How the harm of a candidate is known: ``measured``: the KL of the logits with one low-rank reference in the place
+    of each map; ``gradients``: half of its two-sided error, without a forward pass a map (needs ``fit.sides=both``)."""
     harm_tokens: int = 1024
     """Tokens on which the harm of each map is measured."""
     measure: bool | None = None
@@ -39,6 +43,9 @@ class PlanConfig(FittingConfig):
             check_positive(name, getattr(self, name))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         check_choice("start", self.start, ("calibrated", "sequential"))
+        check_choice("harms", self.harms, ("measured", "gradients"))
+        if self.harms == "gradients" and self.fit.sides != "both":
+            raise UserError("harms=gradients: needs fit.sides=both, which takes the gradients")
 
     @property
     def measures(self) -> bool:

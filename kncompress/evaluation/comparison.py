@@ -68,7 +68,7 @@ class Comparison:
         """What ``to_json`` gave."""
         models = {name: Perplexity(**values[name]) for name in ("teacher", "student")}
         numbers = {field.name: values[field.name] for field in fields(cls) if field.name not in models}
-        return cls(**numbers, **models)
+        return cls(**numbers, **models)  # type: ignore[arg-type]
 
 
 ANCHORS = (("8 bits", 0.0002, 99.2), ("5 bits", 0.005, 96.5), ("3 bits", 0.1, 86.0))

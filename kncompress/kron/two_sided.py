@@ -83,8 +83,10 @@ def two_sided_factors(
             if 1 not in (shape.left[1], shape.right[1]):  # no closed form: from the fit to the inputs alone
                 first = calibrated_factors(exact, shape, inputs, sweeps=sweeps, tolerance=tolerance)
                 start = Factors(first.left, upper @ first.right) if right else Factors(upper @ first.left, first.right)
-            options = {"sweeps": sweeps, "tolerance": tolerance, "start": start, "history": history}
-            found = _turned_back(calibrated_factors(upper @ exact, shape, inputs, **options), upper, right)
+            found = calibrated_factors(
+                upper @ exact, shape, inputs, sweeps=sweeps, tolerance=tolerance, start=start, history=history
+            )
+            found = _turned_back(found, upper, right)
         else:
             found = _alternated(exact, shape, inputs, outputs, sweeps, tolerance, history)
     return Factors(found.left.to(weight.dtype), found.right.to(weight.dtype))

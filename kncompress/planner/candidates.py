@@ -21,6 +21,7 @@ from kncompress.kron import (
     ShapeError,
     calibrated_factors,
     calibrated_hybrid,
+    two_sided_factors,
 )
 from kncompress.kron.product import without_autocast
 
@@ -54,17 +55,21 @@ class Option:
 
 
 class Spectrum:
-    """Whitened singular values of a weight W (M, N): errors of all ranks at once, and the best weight of each.
+    """Singular values of a weight W (M, N) between its metrics: errors of all ranks, and the best weight of each.
 
-    With C = L L^T the ridged moment: where M <= N from the eigenvectors U of W C W^T, the best weight of rank r being
-    U_r U_r^T W; else from those of L^T W^T W L.
+    With C = L L^T the ridged moment of the inputs: where M <= N from the eigenvectors U of W C W^T, the best weight of
+    rank r being U_r U_r^T W; else from those of L^T W^T W L. With G = K K^T the ridged moment of the gradients at the
+    outputs, K^T W takes the place of W.
     """
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor, moment: PreparedMoment) -> None:
-        self.weight, self.moment = weight, moment
+    def __init__(self, weight: Tensor, moment: PreparedMoment, outputs: PreparedMoment | None = None) -> None:
+        self.moment, self.type, self.size = moment, weight.dtype, (weight.shape[0], weight.shape[1])
+        self.upper = None if outputs is None else outputs.cholesky.T
         with without_autocast(weight.device):
-            exact = weight.double()
+            exact = weight.double() if self.upper is None else self.upper @ weight.double()
+            self.weight = exact
+            """W, or K^T W, float64."""
             self.wide = weight.shape[0] <= weight.shape[1]
             if self.wide:
                 gram = exact @ moment.matrix @ exact.T
@@ -74,7 +79,7 @@ class Spectrum:
             values, vectors = torch.linalg.eigh(gram)
         self.vectors = vectors.flip(1)
         self.values = values.flip(0).clamp(min=0)
-        """Squared singular values, largest first."""
+        """Squared singular values, largest first: what each direction is worth in tr(G W C W^T)."""
 
     def error(self, rank: float) -> float:
         """Error of the best weight of a rank; between whole ranks the squared error is interpolated."""
@@ -89,20 +94,22 @@ class Spectrum:
 
     def error_at(self, parameters: int) -> float:
         """Error of the packed outer products with so many numbers."""
-        return self.error(packed_rank(*self.weight.shape, parameters))
+        return self.error(packed_rank(*self.size, parameters))
 
     @torch.no_grad()
     def best(self, rank: int) -> Tensor:
         """The weight of that rank with the least error, (M, N)."""
         with without_autocast(self.weight.device):
-            kept, exact = self.vectors[:, :rank], self.weight.double()
+            kept, exact = self.vectors[:, :rank], self.weight
             if self.wide:
                 made = kept @ (kept.T @ exact)
             else:
                 lower = self.moment.cholesky
                 right = torch.linalg.solve_triangular(lower, kept.T, upper=False, left=False)
                 made = (exact @ (lower @ kept)) @ right
-        return made.to(self.weight.dtype)
+            if self.upper is not None:
+                made = torch.linalg.solve_triangular(self.upper, made, upper=True)
+        return made.to(self.type)
 
 
 def outer_ranks(outputs: int, inputs: int, steps: int = STEPS) -> list[int]:
@@ -159,41 +166,51 @@ def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
     return found
 
 
-def error_of(weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int) -> float:
-    """Error of a fitted shape by the ridged moment; of packed outer products that of them unpacked."""
+def error_of(
+    weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int, outputs: PreparedMoment | None = None
+) -> float:
+    """Error of a fitted shape by the ridged moments; of packed outer products that of them unpacked."""
     history: list[float] = []
     if isinstance(shape, HybridShape):
-        calibrated_hybrid(weight, shape, moment, rounds=2, history=history)
+        calibrated_hybrid(weight, shape, moment, rounds=2, history=history, outputs=outputs)
+    elif outputs is not None:
+        two_sided_factors(weight, shape.sums[0], moment, outputs, sweeps=sweeps, history=history)
     else:
         calibrated_factors(weight, shape.sums[0], moment, sweeps=sweeps, history=history)
     return min(history, default=0.0)
 
 
-def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
+def screened(weight: Tensor, moment: PreparedMoment, outputs: PreparedMoment | None = None) -> list[list[Shape]]:
     """Kinds of shapes whose middle one beats the packed outer products of its size on this map by ``MARGIN``: the best,
     and the best of those that take as few multiply-adds as parameters.
 
     Hybrids are tried for the kinds that come near.
     """
-    spectrum = Spectrum(weight, moment)
+    spectrum = Spectrum(weight, moment, outputs)
     won: list[tuple[float, list[Shape]]] = []
     for shapes in sums(*weight.shape):
-        ratio = _against(weight, shapes, moment, spectrum)
+        ratio = _against(weight, shapes, moment, outputs, spectrum)
         won.append((ratio, list(shapes)))
         if ratio < 1 + MARGIN and (mixed := hybrids(shapes)):
-            won.append((_against(weight, mixed, moment, spectrum), mixed))
+            won.append((_against(weight, mixed, moment, outputs, spectrum), mixed))
     better = sorted((kind for kind in won if kind[0] < 1 - MARGIN), key=lambda kind: kind[0])
     kinds = [shapes for _, shapes in better]
     lean = next((shapes for shapes in kinds if shapes[0].multiply_adds <= 1.1 * shapes[0].parameters), None)
     return kinds[:1] if lean is None or lean is kinds[0] else [kinds[0], lean]
 
 
-def _against(weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, spectrum: Spectrum) -> float:
+def _against(
+    weight: Tensor,
+    shapes: Sequence[Shape],
+    moment: PreparedMoment,
+    outputs: PreparedMoment | None,
+    spectrum: Spectrum,
+) -> float:
     """Error of the middle one of a kind, relative to that of the packed outer products of its size."""
     dense = weight.numel()
     middle = min(shapes, key=lambda shape: abs(shape.parameters / dense - SCREEN_SHARE))
     known = spectrum.error_at(middle.parameters)
-    return error_of(weight, middle, moment, SCREEN_SWEEPS) / known if known > 0 else math.inf
+    return error_of(weight, middle, moment, SCREEN_SWEEPS, outputs) / known if known > 0 else math.inf
 
 
 def kind_of(name: str) -> str:

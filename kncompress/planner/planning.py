@@ -77,7 +77,8 @@ def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: Ca
     bf16 = precision(TrainerConfig(accelerator="cpu", precision=config.precision)) == "bf16-mixed"
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
-        return measure_harms(model, text, harm_text, config.fit, bf16, (str(config.model.path), words), progress)
+        facts = str(config.model.path), words
+        return measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, progress)
 
 
 def fit_and_score(

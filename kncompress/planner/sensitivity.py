@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
+from kncompress.compression.gradients import output_moments
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import InputMoment
 from kncompress.compression.moments import input_of, moments, token_frequencies
@@ -22,9 +23,12 @@ from kncompress.config import FitConfig
 from kncompress.errors import UserError
 from kncompress.kron import (
     KroneckerShape,
+    Moment,
+    PreparedMoment,
     Shape,
     calibrated_embedding,
     kronecker_weight,
+    prepare_outputs,
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference
 from kncompress.planner.candidates import Option, Spectrum, error_of, kind_of, packed, packed_rank, ranks, screened
@@ -62,6 +66,7 @@ def measure_harms(
     settings: FitConfig,
     bf16: bool = False,
     facts: tuple[str, str] = ("", ""),
+    harms: str = "measured",
     progress: Progress | None = None,
 ) -> HarmTable:
     """The harms of a dense model, which is as it was afterwards.
@@ -73,6 +78,8 @@ def measure_harms(
         settings: of the fits.
         bf16: of ``HarmMeter``.
         facts: what model and text are called in the table.
+        harms: ``measured``: the KL of a reference shape in the place of each map; ``gradients``: half of tr(G D C D^T),
+            for which ``settings`` must weigh both sides. The embedding's are measured either way.
         progress: called with what is worked on, and the share that is done.
 
     Raises:
@@ -87,7 +94,8 @@ def measure_harms(
     costs = {site.name: _cost(anatomy, site, meter) for site in anatomy.sites.values()}
     screening = sum(_screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy))
     work.expect(sum(costs.values()) + screening)
-    kinds = _screen(model, anatomy, text, settings, work)
+    felt = _felt(model, anatomy, text, settings, work)
+    kinds = _screen(model, anatomy, text, settings, work, felt)
     found = _Found()
     readers = _readers(anatomy)
     if not anatomy.tied:
@@ -99,10 +107,10 @@ def measure_harms(
             if site.group == "embedding":
                 _embedding(model, anatomy, text, shared, meter, found)
             else:
-                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found)
+                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms)
             work.finish(costs[site.name])
     slopes = exponents(tuple(found.maps.values()))
-    exponent = median(slopes) if slopes else 2.0
+    exponent = median(slopes) if slopes and harms == "measured" else 2.0
     return HarmTable(
         *facts,
         sum(parameter.numel() for parameter in model.parameters()),
@@ -143,8 +151,25 @@ def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
     return 30.0 * site.in_features * smaller**2 + once * (1 + (site.layer is None or site.layer % FAR_EVERY == 0))
 
 
+class _Felt:
+    """Moments of the gradients at the outputs of the maps, prepared one at a time; empty where inputs alone count."""
+
+    def __init__(self, found: dict[str, Moment], ridge: float) -> None:
+        self.found, self.ridge = found, ridge
+
+    def __call__(self, site: Site) -> PreparedMoment | None:
+        moment = self.found.get(site.name)
+        return None if moment is None else prepare_outputs(moment.second, moment.count, self.ridge)
+
+
+def _felt(model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work) -> _Felt:
+    names = [site.name for site in anatomy.sites.values() if site.layer is not None]
+    found = output_moments(model, text, names, work) if settings.sides == "both" else {}
+    return _Felt(found, settings.output_ridge)
+
+
 def _screen(
-    model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work
+    model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work, felt: _Felt
 ) -> dict[str, list[list[Shape]]]:
     """{map: kinds of shapes that beat outer products in the screened layer nearest to it}."""
     chosen = _screened_layers(anatomy)
@@ -161,7 +186,7 @@ def _screen(
             weight, bias = _weight(model, site)
             prepared = shared.prepared(bias and settings.bias)
             assert site.layer is not None
-            winners[site.layer, kind_of(site.name)] = screened(weight, prepared)
+            winners[site.layer, kind_of(site.name)] = screened(weight, prepared, felt(site))
             work.finish(_screen_cost(site))
     return {
         site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], kind_of(site.name)]
@@ -193,16 +218,33 @@ def _map(
     meter: HarmMeter,
     kinds: Sequence[Sequence[Shape]],
     found: _Found,
+    felt: _Felt,
+    harms: str,
 ) -> None:
     """Errors of all candidates of one map, and the KL of its references."""
     weight, bias = _weight(model, site)
     prepared = moment.prepared(bias and settings.bias)
-    spectrum = Spectrum(weight, prepared)
+    outputs = felt(site)
+    spectrum = Spectrum(weight, prepared, outputs)
     options = [keep(site)]
-    for rank in ranks(*weight.shape):
-        options.append(Option.of(packed(*weight.shape, rank), spectrum.error(rank)))
+    for rank in ranks(*spectrum.size):
+        options.append(Option.of(packed(*spectrum.size, rank), spectrum.error(rank)))
     for shapes in kinds:
-        options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS)) for shape in shapes]
+        options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS, outputs)) for shape in shapes]
+    if harms == "gradients" and outputs is not None:
+        references = [Reference(1.0, max(float(spectrum.values.sum()) / 2, _LEAST_KL))]
+    else:
+        references = _measured(site, weight, spectrum, meter)
+    if site.layer is not None:
+        for share, weights in found.together.items():
+            rank = _rank(weight, share)
+            weights[site.name] = spectrum.best(rank).to(meter.type)
+            found.errors[share, site.name] = spectrum.error(rank)
+    found.maps[site.name] = MapHarms(site.name, weight.numel(), weight.numel(), tuple(options), _rising(references))
+
+
+def _measured(site: Site, weight: Tensor, spectrum: Spectrum, meter: HarmMeter) -> list[Reference]:
+    """KL that a low-rank map of half of the parameters does, and in every third layer one of a fifth."""
     shares = [REFERENCE_SHARE]
     if site.layer is not None and site.layer % FAR_EVERY == 0:
         shares.append(FAR_SHARE)
@@ -211,12 +253,7 @@ def _map(
         rank = _rank(weight, share)
         kl = meter.kl({site.name: spectrum.best(rank)})
         references.append(Reference(spectrum.error(rank), max(kl, _LEAST_KL)))
-    if site.layer is not None:
-        for share, weights in found.together.items():
-            rank = _rank(weight, share)
-            weights[site.name] = spectrum.best(rank).to(meter.type)
-            found.errors[share, site.name] = spectrum.error(rank)
-    found.maps[site.name] = MapHarms(site.name, weight.numel(), weight.numel(), tuple(options), _rising(references))
+    return references
 
 
 def _rank(weight: Tensor, share: float) -> int:

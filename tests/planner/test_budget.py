@@ -25,6 +25,9 @@ from kncompress.kron import (
     calibrated_factors,
     kronecker_weight,
     parse_shape,
+    prepare_outputs,
+    two_sided_error,
+    two_sided_factors,
     weighted_error,
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference, advantage, knapsack, spend
@@ -148,6 +151,36 @@ def test_the_spectrum_knows_error_and_weight_of_every_rank(size):
             weighted_error(weight, calibrated_factors(weight, outer(*size, rank), moment), moment), rel=1e-2, abs=1e-4
         )
         torch.testing.assert_close(spectrum.best(rank), fitted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [(24, 48), (48, 24)])
+def test_the_spectrum_between_two_metrics(size):
+    inputs, gradients = torch.randn(200, size[1]), torch.randn(200, size[0]) * torch.logspace(-2, 0, size[0])
+    moment = PreparedMoment(Moment(inputs.T @ inputs / 200, inputs.mean(0), 200), ridge=1e-6)
+    outputs = prepare_outputs(gradients.T @ gradients / 200, 200, ridge=1e-6)
+    weight = torch.randn(size)
+    spectrum = Spectrum(weight, moment, outputs)
+    for rank in ranks(*size)[::6]:
+        fitted = two_sided_factors(weight, outer(*size, rank), moment, outputs)
+        assert spectrum.error(rank) == pytest.approx(two_sided_error(weight, fitted, moment, outputs), rel=1e-2)
+        torch.testing.assert_close(spectrum.best(rank), kronecker_weight(*fitted), rtol=2e-2, atol=2e-2)
+
+
+def test_harms_by_gradients_are_near_those_that_are_measured(llama, table):
+    """Half of tr(G D C D^T) against the KL of the logits, for half of the parameters of each map: within a factor of
+    three, and in about the same order."""
+    settings = FitConfig(sweeps=2, sides="both")
+    found = measure_harms(llama, text_of(3000), text_of(128, 1), settings, harms="gradients")
+    measured = measure_harms(llama, text_of(3000), text_of(600, 1), settings)
+    pairs = []
+    for row, known in zip(found.maps, measured.maps, strict=True):
+        if row.name != "embedding":
+            reference = known.references[-1]
+            pairs.append((row.harm(reference.error, 2.0), reference.kl))
+    ours, theirs = np.log(np.array(pairs).T)
+    assert np.abs(ours - theirs).max() < np.log(3)
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.9
+    assert {row.name for row in found.maps} == {row.name for row in table.maps}
 
 
 def test_candidates_are_smaller_than_the_dense_map():

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# SmolLM2-135M at two thirds of all its unique parameters, no training: fits to the inputs and fits to both sides.
+# Usage: KNCOMPRESS_DATA=<folder with wikitext2/ and text/> experiments/two_sided/run.sh [folder for the runs]
+set -euo pipefail
+here="$(dirname "$0")"
+out="${1:-runs/two_sided}"
+finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
+text="$KNCOMPRESS_DATA/wikitext2"
+fit=("data.source=$text/wiki.train.tokens" data.text_format=lines calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+
+evaluate() { # name, model
+  finished "$out/$1-wikitext2" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-wikitext2" \
+    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000
+  finished "$out/$1-web" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-web" \
+    "data.source=$KNCOMPRESS_DATA/text/digitalgov_cc0.txt" context=512 tokens=12000
+}
+compress() { # name, factors, start, overrides
+  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1" "${@:4}"
+  evaluate "$1" "$out/$1/model"
+}
+plan() { # name, overrides
+  finished "$out/$1-plan" || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" measure=false "${@:2}"
+  sed "/^# python/d; s|$KNCOMPRESS_DATA|\$KNCOMPRESS_DATA|g" "$out/$1-plan/plan.yaml" > "$here/$1.yaml"
+}
+
+evaluate dense smollm2
+for shapes in uniform uniform_packed; do
+  for sides in inputs both; do
+    compress "$shapes-$sides" "$here/$shapes.yaml" calibrated "fit.sides=$sides"
+  done
+done
+plan gradients fit.sides=both harms=gradients budget=0.667
+compress gradients "$here/gradients.yaml" calibrated fit.sides=both
+compress gradients-sequential "$here/gradients.yaml" sequential fit.sides=both
+compress gradients-sequential-inputs "$here/gradients.yaml" sequential fit.sides=inputs
+plan gradients_0.8 fit.sides=both harms=gradients budget=0.8 "harm=$out/gradients-plan"
+compress gradients_0.8-sequential "$here/gradients_0.8.yaml" sequential fit.sides=both
+plan gradients_0.9 fit.sides=both harms=gradients budget=0.9 "harm=$out/gradients-plan"
+compress gradients_0.9-sequential "$here/gradients_0.9.yaml" sequential fit.sides=both
+plan measured_inputs fit.sides=inputs budget=0.667
+compress measured_inputs-sequential "$here/measured_inputs.yaml" sequential fit.sides=inputs
+plan measured fit.sides=both budget=0.667
+compress measured-sequential "$here/measured.yaml" sequential fit.sides=both
+python "$here/report.py" "$out"
