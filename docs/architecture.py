@@ -13,9 +13,10 @@ PACKAGE = HERE.parent / "kncompress"
 FLOORS: list[list[tuple[str, str]]] = [
     [
         ("errors", "one line for the user"),
-        ("config", "every key, typed and checked"),
+        ("terminal", "tables, progress"),
+        ("config", "every key, checked"),
         ("hub", "an id becomes a folder"),
-        ("runs", "run folders: lock, record, files"),
+        ("runs", "run folders: lock, files"),
     ],
     [("kron", "shapes, products, best factors, layers: the mathematics, on torch alone")],
     [

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from kncompress.errors import UserError
+from kncompress.terminal import named_line
 
 PROBE_SECONDS = 4.0
 """The longest wait for an answer of the hub before it counts as out of reach."""
@@ -103,7 +104,7 @@ def _probe(endpoint: str) -> str:
             status = get_session().head(endpoint, timeout=PROBE_SECONDS).status_code
             outcome.append(f"HTTP {status}" if status >= 500 else "")
         except Exception as error:
-            outcome.append(f"{type(error).__name__}: {_line(error)}")
+            outcome.append(named_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -112,11 +113,6 @@ def _probe(endpoint: str) -> str:
     if not reason:
         _answered.add(endpoint)
     return reason
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _cache_folder() -> Path:
@@ -213,7 +209,7 @@ def _download(name: str, need: str, key: str) -> Path:
                 f"{key}={name}: no such model on the hub ({constants.ENDPOINT}), or one that needs a login "
                 "(`hf auth login`); no such folder either"
             ) from error
-        raise UserError(f"{key}={name}: the download failed ({type(error).__name__}: {_line(error)})") from error
+        raise UserError(f"{key}={name}: the download failed ({named_line(error)})") from error
     if not has(folder, need):
         wanted = {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}.get(need, patterns(need)[0])
         raise UserError(f"{key}={name}: the repository on the hub has no {wanted}")

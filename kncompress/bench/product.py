@@ -21,6 +21,7 @@ from kncompress.errors import UserError
 from kncompress.kron import HybridLinear, KroneckerLinear, PackedLinear, Shape
 from kncompress.planner.budget import advantage
 from kncompress.planner.candidates import outer, packed, packed_rank, sums
+from kncompress.terminal import named_line
 
 DENSE, LINEAR = "dense", "nn.Linear"
 OUTER, PACKED, SPEEDY = "outer", "packed", "speed"
@@ -158,7 +159,7 @@ def _measure(setting: Setting, case: Case, backward: bool) -> Measurement:
         except Unavailable as error:
             missing[name] = str(error)
         except Exception as error:  # whatever another package fails with: it is named, and the others go on
-            missing[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            missing[name] = f"failed: {named_line(error)}"
         if name in missing:
             modules.pop(name, None)
     calls = {name: _call(module, x, upstream if backward else None) for name, module in modules.items()}

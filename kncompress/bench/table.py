@@ -8,6 +8,7 @@ from rich.table import Table
 from kncompress.bench.machine import Ceiling
 from kncompress.bench.measurement import OURS, Measurement
 from kncompress.bench.operators import in_words
+from kncompress.terminal import markdown_table, table
 
 HEAD = ("measured", "ours", "bound", "of bound", "speed-up", "promised", "kept", "over others")
 
@@ -42,18 +43,13 @@ def _amount(value: float, unit: str) -> str:
 def rich_table(measurements: Sequence[Measurement]) -> Table:
     """For a terminal: without the bound itself and without further rivals, which the page has."""
     columns = (0, 1, 3, 4, 5, 6)
-    table = Table(*(HEAD[column] for column in columns))
-    for column in table.columns:
-        column.no_wrap = True
-    for row in table_rows(measurements):
-        table.add_row(*(row[column] for column in columns))
-    return table
+    rows = [[row[column] for column in columns] for row in table_rows(measurements)]
+    return table([HEAD[column] for column in columns], rows, "<" * len(columns), ruled=True)
 
 
 def markdown(measurements: Sequence[Measurement], where: str) -> str:
     """The same as a markdown page, with the sizes and what could not be measured."""
-    rows = [HEAD, ("---",) * len(HEAD), *table_rows(measurements)]
-    lines = [where, "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]
+    lines = [where, "", *markdown_table(HEAD, table_rows(measurements), "<" * len(HEAD)).splitlines()]
     sizes = [f"- `{m.name}`: {m.what}" for m in measurements]
     lines += ["", "Sizes:", "", *sizes]
     if profiled := [f"- `{m.name}`: {in_words(m.operators)}" for m in measurements if m.operators]:

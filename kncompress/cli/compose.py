@@ -24,6 +24,7 @@ from kncompress.cli.schema import nearest_key, unknown_keys
 from kncompress.cli.spelling import choices_hint
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
+from kncompress.terminal import first_line
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -107,9 +108,9 @@ def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def _reason(error: Exception) -> str:
     """The first line of OmegaConf's or Hydra's message, without the exception's name."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    _, found, inner = lines[0].partition("raised while resolving interpolation: ")
-    return inner.strip("\"'") if found else lines[0]
+    line = first_line(error)
+    _, found, inner = line.partition("raised while resolving interpolation: ")
+    return inner.strip("\"'") if found else line
 
 
 def _pair(key: str, plain: dict[str, Any]) -> str:

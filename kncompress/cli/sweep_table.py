@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from kncompress.cli.sweep_folder import Sweep, read_sweep, result_of
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import markdown_table, text_table
 
 _SHOWN = 6
 _LAST = ("exit_code", "error")
@@ -46,17 +47,15 @@ def write_sweep_table(sweep_dir: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_text(sweep_dir / "sweep.csv", text.getvalue())
-        head, *cells = _shown(rows, [*_main_columns(sweep_dir, rows), "error"])
-        lines = [head, ["---"] * len(head), *cells]
-        write_text(sweep_dir / "sweep.md", "".join(map(_markdown, lines)))
+        shown = [*_main_columns(sweep_dir, rows), "error"]
+        write_text(sweep_dir / "sweep.md", markdown_table(shown, _cells(rows, shown), "<" * len(shown)))
 
 
 def sweep_table(sweep_dir: Path) -> str:
     """The rows as text for the terminal, with the main metrics alone (``sweep.csv`` has all)."""
     rows = sweep_rows(sweep_dir)
-    cells = _shown(rows, _main_columns(sweep_dir, rows))
-    widths = [max(len(line[index]) for line in cells) for index in range(len(cells[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    shown = _main_columns(sweep_dir, rows)
+    return text_table(shown, _cells(rows, shown), "<" * len(shown))
 
 
 def _main_columns(sweep_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -69,14 +68,8 @@ def _main_columns(sweep_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*fixed, *ranked[:_SHOWN]]
 
 
-def _shown(rows: Sequence[dict[str, Any]], columns: list[str]) -> list[list[str]]:
-    """A line of names, then one a row."""
-    return [columns] + [[_cell(row.get(name, "")) for name in columns] for row in rows]
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    """A line of a table, in which ``|`` would begin another cell."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+def _cells(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[str]]:
+    return [[_cell(row.get(name, "")) for name in columns] for row in rows]
 
 
 def _mark_front(rows: list[dict[str, Any]], sweep: Sweep) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from kncompress.bench.fit import measure_fit
 from kncompress.bench.generate import measure_generation
@@ -30,11 +28,9 @@ from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import replacing, write_text
+from kncompress.terminal import show
 from kncompress.training.student import require_causal
 from kncompress.training.trainer import keep_freed_memory
-
-_WIDTH = 140
-"""Of the table where the output is no terminal."""
 
 
 def check(config: BenchConfig) -> None:
@@ -79,7 +75,7 @@ def run(config: BenchConfig, run_dir: Path) -> dict[str, float]:
             _draw(run_dir / "bench.png", measured, where)
         record.finish("finished", metrics)
         print(where)
-        Console(width=None if sys.stdout.isatty() else _WIDTH).print(rich_table(measured))
+        show(rich_table(measured))
         print(f"table: {run_dir / 'table.md'}")
     return metrics
 

@@ -12,6 +12,7 @@ from kncompress.errors import UserError
 from kncompress.reports.dashboard import as_json, wandb_report, workspace
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import first_line
 
 _OFFLINE = ("offline", "dryrun", "disabled")
 _NOWHERE = "entity"
@@ -73,5 +74,4 @@ def _saved(name: str, built: Any) -> str:
 
 
 def _refused(error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return UserError(f"save: W&B did not take it ({reason}); save=never writes the files alone")
+    return UserError(f"save: W&B did not take it ({first_line(error)}); save=never writes the files alone")

@@ -1,14 +1,11 @@
 """``evaluate``: perplexity of a model on a text source, by both protocols; or its scores on tasks, or on last words."""
 
 import itertools
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from kncompress.compression.compress import unique_parameters
@@ -22,6 +19,7 @@ from kncompress.evaluation import bits_per_byte, compare, last_words, perplexity
 from kncompress.evaluation.comparison import ANCHORS
 from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_tasks
 from kncompress.runs.record import RunRecord
+from kncompress.terminal import counting, show
 from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
 
 
@@ -95,14 +93,13 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
             table = _table(config, window, metrics)
         metrics["parameters"] = unique_parameters(model)
         record.finish("finished", metrics)
-        Console().print(table)
+        show(table)
     return metrics
 
 
 def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int) -> dict[str, float]:
     stream = token_stream(config.data, config.data.split, tokenizer)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("windows", total=None)
+    with counting("windows") as progress:
         score = perplexity(
             model,
             stream.tokens,
@@ -111,7 +108,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
             batch_tokens=config.batch_tokens,
             limit=config.tokens,
             ignore=ignored_token(tokenizer),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     metrics: dict[str, float] = {
         "perplexity": score.perplexity,
@@ -130,8 +127,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
 
 def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, window: int) -> dict[str, float]:
     stream = token_stream(config.data, config.data.split, tokenizer)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("windows", total=None)
+    with counting("windows") as progress:
         found = compare(
             other,
             model,
@@ -140,7 +136,7 @@ def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, 
             batch_tokens=config.batch_tokens,
             limit=config.tokens,
             ignore=ignored_token(tokenizer),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     return {
         "perplexity": found.student.perplexity,
@@ -189,15 +185,14 @@ def _passages(source: str, column: str | None, limit: int | None) -> list[str]:
 def _last_words(
     config: EvaluateConfig, passages: list[str], model: Any, tokenizer: Any, window: int
 ) -> dict[str, float]:
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("passages", total=None)
+    with counting("passages") as progress:
         score = last_words(
             model,
             tokenizer,
             passages,
             window,
             config.batch_tokens,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     return {
         "lambada/accuracy": score.accuracy,

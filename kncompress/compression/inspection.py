@@ -16,6 +16,7 @@ from kncompress.anatomy.sites import anatomy_of, family_of
 from kncompress.compression.compress import CompressionTable, MapRow, compress_
 from kncompress.errors import UserError
 from kncompress.kron.shape import divisors
+from kncompress.terminal import first_line
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number in each type of saved weights."""
@@ -130,8 +131,7 @@ def _meta_model(config: Any) -> Any:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))  # the model's config will change
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: transformers builds no model of this configuration: {reason}") from error
+        raise UserError(f"model: transformers builds no model of this configuration: {first_line(error)}") from error
 
 
 def _row(

@@ -7,6 +7,7 @@ from typing import Any
 
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import BYTES, InspectedMap, Inspection
+from kncompress.terminal import text_table
 
 
 def inspection_text(inspection: Inspection, every_map: bool = False) -> str:
@@ -35,20 +36,21 @@ def inspection_text(inspection: Inspection, every_map: bool = False) -> str:
 def preset_text(presets: Mapping[str, CompressionTable | str]) -> str:
     """What each preset would give: {name: the table, or why it does not fit}."""
     head = ("preset", "parameters", "share", "multiply-adds", "share")
-    cells: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = []
     for name, table in presets.items():
         if isinstance(table, CompressionTable):
             sides = (
                 (table.parameters_after, table.parameters_before),
                 (table.multiply_adds_after, table.multiply_adds_before),
             )
-            cells.append((name, *(cell for part, whole in sides for cell in (f"{part:,}", f"{part / whole:.1%}"))))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    widths[0] = max(map(len, ("preset", *presets)))
-    made = {line[0]: _aligned(line, widths, "<>>>>") for line in cells}
-    lines = [made[head[0]]]
-    for name, table in presets.items():
-        lines.append(made.get(name) or f"{name:<{widths[0]}}  does not fit: {table}")
+            rows.append((name, *(cell for part, whole in sides for cell in (f"{part:,}", f"{part / whole:.1%}"))))
+        else:
+            rows.append((name,))
+    lines = text_table(head, rows, "<>>>>").splitlines()
+    width = max(map(len, ("preset", *presets)))
+    for number, found in enumerate(presets.values(), 1):
+        if not isinstance(found, CompressionTable):
+            lines[number] = f"{lines[number]:<{width}}  does not fit: {found}"
     return "\n".join(lines)
 
 
@@ -89,19 +91,13 @@ def _group_name(rows: Sequence[InspectedMap]) -> str:
 def _maps(inspection: Inspection, every_map: bool) -> str:
     rows = [(row.name, 1, row) for row in inspection.maps] if every_map else grouped(inspection.maps)
     head = ("map", "maps", "out x in", "shape", "parameters of one", "dense", "multiply-adds of one", "dense")
-    cells = [head]
+    cells: list[tuple[str, ...]] = []
     for name, count, row in rows:
         numbers = (row.parameters, row.dense_parameters, row.multiply_adds, row.dense_multiply_adds)
         size = f"{row.out_features}x{row.in_features}"
-        cells.append((name, str(count), size, row.shape, *(f"{n:,}" for n in numbers)))  # type: ignore[arg-type]
+        cells.append((name, str(count), size, row.shape, *(f"{n:,}" for n in numbers)))
     cells.append(("biases, norms, positions", "", "", "", f"{inspection.other_parameters:,}", "", "", ""))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    return "\n".join(_aligned(line, widths, "<>><>>>>") for line in cells)
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
-    aligned = zip(sides, widths, cells, strict=True)
-    return "  ".join(f"{cell:{side}{width}}" for side, width, cell in aligned).rstrip()
+    return text_table(head, cells, "<>><>>>>")
 
 
 def _total(name: str, part: int, whole: int) -> str:

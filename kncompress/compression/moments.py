@@ -24,6 +24,7 @@ from kncompress.compression.work import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.product import without_autocast
+from kncompress.terminal import first_line
 
 _FORMAT = "kncompress moment 1"
 _VARYING = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -195,8 +196,7 @@ class MomentFolder:
             if not (torch.isfinite(moment.second).all() and torch.isfinite(moment.mean).all()):
                 raise ValueError("values that are not finite")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self._key}: {path.name} is damaged ({reason}); delete it") from None
+            raise UserError(f"{self._key}: {path.name} is damaged ({first_line(error)}); delete it") from None
         if facts.get("fingerprint") != self.fingerprint:
             raise UserError(f"{self._key}: {path.name} is of another text or model; name another folder or delete it")
         return moment

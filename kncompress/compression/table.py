@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kncompress.terminal import text_table
+
 
 @dataclass(frozen=True)
 class MapRow:
@@ -110,14 +112,13 @@ class CompressionTable:
         """A text table, one line a map, and the totals; after it the layers kept, where some were dropped, and what
         repair did, where there was any."""
         head = ("map", "shape", "parameters", "of", "multiply-adds", "of", "error", "on inputs")
-        lines = [head, *(_cells(row) for row in self.rows)]
-        lines.append(
+        rows = [_cells(row) for row in self.rows]
+        rows.append(
             ("model", "", f"{self.parameters_after:,}", f"{self.parameters_before:,}",
              f"{self.multiply_adds_after:,}", f"{self.multiply_adds_before:,}", _number(self.mean_error),
              _number(self.weighted_error))
         )  # fmt: skip
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        text = [_line(line, widths) for line in lines]
+        text = [text_table(head, rows, "<<>>>>>>")]
         if self.layers is not None:
             text.append(f"layers kept: {', '.join(map(str, self.layers))}")
         if self.repair is not None:
@@ -136,8 +137,3 @@ def _number(value: float | None) -> str:
 def _cells(row: MapRow) -> tuple[str, ...]:
     counts = (row.parameters, row.dense_parameters, row.multiply_adds, row.dense_multiply_adds)
     return (row.name, row.shape, *(f"{count:,}" for count in counts), _number(row.error), _number(row.weighted))
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    aligned = zip("<<>>>>>>", widths, cells, strict=True)
-    return "  ".join(f"{cell:{side}{width}}" for side, width, cell in aligned).rstrip()

@@ -1,15 +1,12 @@
 """The text that factors are fitted on, and what a person sees while that goes on."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.work import Progress as FitProgress
@@ -17,13 +14,10 @@ from kncompress.config import CalibrationConfig, DataConfig
 from kncompress.data.build import batches, encode
 from kncompress.data.sources import read_split, sources_of
 from kncompress.errors import UserError
+from kncompress.terminal import Progress
 
 LONGEST = 1024
 """Tokens in a block where neither ``calibration.context`` nor ``data.context`` says."""
-QUIET_SECONDS = 1.5
-"""A fit that is done within this time shows nothing."""
-LINE_SECONDS = 10.0
-"""Between two lines where there is no terminal."""
 
 
 def check_calibration(data: DataConfig, calibration: CalibrationConfig, fields: Any) -> None:
@@ -79,29 +73,15 @@ def fit_progress(stream: TextIO | None = None) -> Iterator[FitProgress]:
 
     Processes other than the first of a run show nothing.
     """
-    stream = stream or sys.stderr
     if os.environ.get("LOCAL_RANK", "0") != "0":
         yield lambda what, share: None
         return
-    columns = TextColumn("fitting"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
-    bar = Progress(*columns, TextColumn("{task.description}"), console=Console(file=stream), transient=True)
-    task = bar.add_task("", total=1.0)
-    began = shown = time.monotonic()
+    began = time.monotonic()
+    with Progress("fitting", stream=stream) as progress:
 
-    def show(what: str, share: float) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        bar.update(task, completed=share, description=what)
-        if stream.isatty():
-            if not bar.live.is_started and now - began >= QUIET_SECONDS:
-                bar.start()
-        elif now - shown >= LINE_SECONDS:
-            shown = now
-            left = f", about {(now - began) * (1 - share) / share:.0f} s left" if share > 0 else ""
-            print(f"fitting  {share:.0%}{left}  {what}", file=stream, flush=True)
+        def tell(what: str, share: float) -> None:
+            if progress.due:
+                left = f"about {(time.monotonic() - began) * (1 - share) / share:.0f} s left  " if share > 0 else ""
+                progress.show(share, f"{share:.0%}  {left}{what}")
 
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:  # else it would print an empty line
-            bar.stop()
+        yield tell

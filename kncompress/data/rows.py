@@ -18,6 +18,7 @@ from kncompress.data.prose import row_documents
 from kncompress.data.row_files import COLUMN, no_column, text_of
 from kncompress.data.split import held_out_shares, place
 from kncompress.errors import UserError
+from kncompress.terminal import first_line
 
 HUB = "hub:"
 SPLITS = {"train": {"train", "training"}, "validation": {"valid", "validation", "val", "dev"}, "test": {"test"}}
@@ -150,8 +151,7 @@ def _load(source: RowSource) -> dict[str, Any]:
             options: dict[str, Any] = {"cache_dir": str(_cache_folder())}
             return dict(datasets.load_dataset(source.path, source.configuration, **options))
     except Exception as error:  # datasets has no common error for what can be wrong with a repository
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{source.key}={source.name}: cannot be loaded ({lines[0]})") from error
+        raise UserError(f"{source.key}={source.name}: cannot be loaded ({first_line(error)})") from error
 
 
 def _require_hub(source: RowSource) -> None:

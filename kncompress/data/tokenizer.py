@@ -6,6 +6,7 @@ from typing import Any
 
 from kncompress.errors import UserError
 from kncompress.hub import has, local_folder
+from kncompress.terminal import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -65,8 +66,7 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False, **options
         )  # fmt: skip
     except Exception as error:  # whatever a damaged file makes the many readers of tokenizers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.tokenizer={path}: no tokenizer could be loaded there ({reason})") from error
+        raise UserError(f"model.tokenizer={path}: no tokenizer could be loaded there ({first_line(error)})") from error
     for name in ("gguf_file", "local_files_only"):  # how it was loaded is not saved along with it
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer

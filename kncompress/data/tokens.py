@@ -20,6 +20,7 @@ from kncompress.config import DataConfig
 from kncompress.data import sources
 from kncompress.data.build import Build
 from kncompress.errors import UserError
+from kncompress.terminal import first_line
 
 IGNORED_LABEL = -100
 WAIT_SECONDS = 3.0
@@ -104,7 +105,7 @@ def open_stream(folder: Path, text: str, tokenizer: str) -> TokenStream:
             np.memmap(folder / "tokens.bin", dtype, mode="r"), facts["documents"], facts["text_bytes"]
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "facts.json or tokens.bin"
+        reason = first_line(error) if isinstance(error, ValueError) else "facts.json or tokens.bin"
         raise UserError(f"{where}: this token cache is damaged ({reason}); delete the folder") from None
     if made_of[1] != tokenizer:
         raise UserError(f"{where}: this token cache was made by another tokenizer; delete the folder")

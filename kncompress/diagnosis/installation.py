@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kncompress.diagnosis.findings import Finding
+from kncompress.terminal import named_line
 
 AREA = "installation"
 _FOR_DEVELOPERS = ("dev", "docs")
@@ -105,8 +106,7 @@ def attempt(name: str, work: Callable[[], str], todo: str, area: str = AREA) -> 
     try:
         return Finding(area, name, "ok", work())
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        return Finding(area, name, "broken", f"{type(error).__name__}: {reason}".removesuffix(": "), todo)
+        return Finding(area, name, "broken", named_line(error), todo)
 
 
 def _product() -> str:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from kncompress.diagnosis.findings import Finding, Level
 from kncompress.diagnosis.storage import hub_home
+from kncompress.terminal import first_line
 
 HUB, WANDB = "Hugging Face hub", "Weights & Biases"
 _TRUE = ("1", "on", "yes", "true")
@@ -30,8 +31,7 @@ def answer(url: str, seconds: float) -> str:
         except urllib.error.HTTPError as error:
             outcome.append(f"HTTP {error.code}" if error.code >= 500 else "")
         except Exception as error:
-            reason = getattr(error, "reason", error)
-            outcome.append(next(iter(str(reason).strip().splitlines()), type(error).__name__))
+            outcome.append(first_line(getattr(error, "reason", error)))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

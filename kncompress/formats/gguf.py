@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
+from kncompress.terminal import first_line
 
 _MAGIC = b"GGUF"
 _PACKAGES = ("gguf", "accelerate")
@@ -53,8 +54,7 @@ def _read_config(folder: Path, name: str, size: int, modified: int) -> Any:
 
 def damaged(folder: Path, name: str, error: BaseException) -> UserError:
     """The error for a file that cannot be read."""
-    lines = str(error).strip().splitlines()
-    return UserError(f"model.gguf_file={name}: cannot be read in {folder} ({lines[0] if lines else repr(error)})")
+    return UserError(f"model.gguf_file={name}: cannot be read in {folder} ({first_line(error)})")
 
 
 def as_ordinary_(model: Any) -> None:

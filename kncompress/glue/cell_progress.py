@@ -1,12 +1,11 @@
 """Progress through many short trainings: one line an epoch, and on a terminal a bar for the cell at work."""
 
-import sys
 from typing import TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from kncompress.terminal import Progress
 
 
 class CellProgress(Callback):
@@ -17,23 +16,18 @@ class CellProgress(Callback):
     """
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
-        self.name, self.stream = name, stream or sys.stderr
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self.name, self._progress = name, Progress(name, stream=stream, quiet=0.0)
         self._best = float("-inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar on a terminal."""
-        if self.stream.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.completed:.0f}"))
-            self._bar = Progress(*columns, console=Console(file=self.stream), expand=True, transient=True)
-            self._task = self._bar.add_task(self.name, total=float(trainer.estimated_stepping_batches))
-            self._bar.start()
+        self._progress.begin(float(trainer.estimated_stepping_batches))
+        self._move(0)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Move the bar."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=trainer.global_step)
+        if self._progress.due:
+            self._move(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line with the mean loss of the epoch and the score after it."""
@@ -44,21 +38,16 @@ class CellProgress(Callback):
         if score is not None:
             parts.append(f"score {100 * float(score):.2f}" + (" (best)" if float(score) > self._best else ""))
             self._best = max(self._best, float(score))
-        text = "  ".join(parts)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self.stream, flush=True)
+        self._progress.say("  ".join(parts))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the terminal as it was."""
-        self._stop()
+        self._progress.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was."""
-        self._stop()
+        self._progress.close()
 
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def _move(self, step: int) -> None:
+        if self._progress.on_terminal:  # in a log the lines of the epochs are enough
+            self._progress.show(step, str(step))

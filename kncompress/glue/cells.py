@@ -10,6 +10,7 @@ from typing import Any
 
 from kncompress.glue.scores import glue_average, task_score
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import markdown_table
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,14 @@ def suite_table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         columns |= dict.fromkeys((cell.task, metric) for metric in cell.scores)
     head = ["model", "parameters", *(f"{task} {metric}" for task, metric in columns), "average"]
-    lines = [head]
+    lines = []
     for who in dict.fromkeys(cell.who for cell in cells):
         mine = [cell for cell in cells if cell.who == who]
         row = [who, f"{max(cell.parameters for cell in mine):,}"]
         for task, metric in columns:
             row.append(_figure([cell.scores[metric] for cell in mine if cell.task == task]))
         lines.append([*row, _figure(list(averages(cells, who).values()))])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    rows = [
-        [cell.ljust(widths[0]) if not i else cell.rjust(widths[i]) for i, cell in enumerate(line)] for line in lines
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])) + "\n\n" + _notes(cells)
+    return markdown_table(head, lines, "<" + ">" * (len(head) - 1)) + "\n" + _notes(cells)
 
 
 def _figure(values: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from kncompress.planner.budget import BudgetPlan
 from kncompress.planner.candidates import kind_of
 from kncompress.runs.whole_file import replacing, write_text
+from kncompress.terminal import text_table
 
 
 def write_plan(folder: Path, plan: BudgetPlan, command: list[str]) -> Path:
@@ -72,7 +73,7 @@ def plan_table(plan: BudgetPlan) -> str:
         kinds.setdefault(kind_of(row.name), []).append(row.name)
     rows = {row.name: row for row in plan.table.maps}
     head = ("map", "maps", "kept", "parameters", "lowest", "highest", "multiply-adds", "error", "KL")
-    cells = [head]
+    cells: list[tuple[str, ...]] = []
     for kind, names in kinds.items():
         chosen = [plan.chosen[name] for name in names]
         dense = sum(rows[name].parameters for name in names)
@@ -84,12 +85,7 @@ def plan_table(plan: BudgetPlan) -> str:
             f"{sum(c.multiply_adds for c in chosen) / adds:.1%}" if adds else "-",
             f"{sum(c.error for c in chosen) / len(chosen):.3f}", f"{sum(plan.harms[name] for name in names):.4f}",
         ))  # fmt: skip
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    sides = "<>>>>>>>>"
-    return "\n".join(
-        "  ".join(f"{cell:{side}{width}}" for side, width, cell in zip(sides, widths, line, strict=True)).rstrip()
-        for line in cells
-    )
+    return text_table(head, cells, "<>>>>>>>>")
 
 
 def draw_plan(file: Path, plan: BudgetPlan) -> bool:

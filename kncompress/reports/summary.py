@@ -3,14 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import plain, show, table
 
 ABSENT = "-"
 
@@ -52,8 +51,6 @@ def comparison_table(rows: Sequence[ModelScores]) -> Table:
 
     Shares of the parameters are relative to the first row; KL is that to the teacher, in nats per token.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", no_wrap=True)
     columns = {
         "parameters": [_figure(row.parameters, 0) for row in rows],
         "share": [_share(row.parameters, rows[0].parameters) for row in rows],
@@ -63,11 +60,8 @@ def comparison_table(rows: Sequence[ModelScores]) -> Table:
         "bits/byte": [_figure(row.bits_per_byte, 4) for row in rows],
     }
     kept = {title: cells for title, cells in columns.items() if any(cell != ABSENT for cell in cells)}
-    for title in kept:
-        table.add_column(title, justify="right", no_wrap=True)
-    for number, row in enumerate(rows):
-        table.add_row(row.name, *(cells[number] for cells in kept.values()))
-    return table
+    lines = [(row.name, *(cells[number] for cells in kept.values())) for number, row in enumerate(rows)]
+    return table(("model", *kept), lines, "<" + ">" * len(kept), ruled=True)
 
 
 def write_summary(
@@ -86,16 +80,10 @@ def write_summary(
     parts: list[RenderableType] = [comparison_table(rows)]
     if teacher is not None and start is not None:
         parts.append(_gap_line(gap_closed(teacher, start, student)))
-    console = console or Console(highlight=False)
-    # A line too long for the terminal goes on in the next; a figure cut short would be lost.
-    console.width = max(console.width, console.measure(parts[0], options=console.options.update(width=1000)).maximum)
-    console.print(Group(*parts))
-    text = StringIO()
-    Console(file=text, width=200, color_system=None, highlight=False).print(Group(*parts))
-    lines = (line.rstrip() for line in text.getvalue().splitlines())
-    plain = "".join(f"{line}\n" for line in lines if line)
-    write_text(folder / "summary.txt", plain)
-    return plain
+    show(*parts, console=console)
+    text = "".join(f"{line}\n" for line in plain(*parts).splitlines() if line)
+    write_text(folder / "summary.txt", text)
+    return text
 
 
 def _gap_line(share: float | None) -> str:

@@ -18,6 +18,7 @@ from kncompress.runs.config_file import config_differences, read_config, write_c
 from kncompress.runs.origin import code_commit, machine, versions
 from kncompress.runs.process import Status, outcome, peak_memory, process_rank
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import first_line, named_line
 
 # Any of these in a folder says that a run has been there.
 TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
@@ -256,8 +257,7 @@ def _number(name: str, value: SupportsFloat) -> float | int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = next(iter(str(error).splitlines()), "")
-    return text if isinstance(error, UserError | CheckFailed) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return first_line(error) if isinstance(error, UserError | CheckFailed) else named_line(error)
 
 
 def _now() -> str:

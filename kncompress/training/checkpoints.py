@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kncompress.errors import UserError
 from kncompress.runs.whole_file import replacing
+from kncompress.terminal import first_line
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -56,7 +57,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if isinstance(error, UnpicklingError):
             reason = "not tensors and plain values alone"
         raise UserError(

@@ -16,6 +16,7 @@ from kncompress.errors import UserError
 from kncompress.runs.logged_names import STEP
 from kncompress.runs.metrics_file import MetricsFile
 from kncompress.runs.record import RunRecord
+from kncompress.terminal import first_line
 
 # W&B also knows "dryrun", an old name of "offline", and "shared".
 MODES = {
@@ -158,8 +159,9 @@ def _wandb(
             settings=wandb.Settings(silent=mode == "offline", console="off"),
         )
     except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"logger.mode={mode}: {reason}; logger.mode=offline needs neither key nor network") from error
+        raise UserError(
+            f"logger.mode={mode}: {first_line(error)}; logger.mode=offline needs neither key nor network"
+        ) from error
     try:
         record.fields |= {"wandb_group": group, "wandb_tags": tags}
         record.wandb_id = run.id

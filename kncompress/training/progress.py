@@ -1,21 +1,18 @@
 """What a person sees while a model trains: a live bar on a terminal, plain lines in a log."""
 
 import math
-import sys
 import time
 from typing import Any, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from kncompress.terminal import Progress
 
 SHARE = 0.05
 """Part of the steps after which a plain line is due."""
 SECONDS = 30.0
 """Time after which a plain line is due, whatever the share."""
-REFRESH = 0.25
-"""Seconds between two looks at the metrics for the bar: each waits for the device."""
 
 
 def clock(seconds: float) -> str:
@@ -37,10 +34,8 @@ class TrainingProgress(ProgressBar):
     def __init__(self, loss_is_cross_entropy: bool = False, stream: TextIO | None = None) -> None:
         super().__init__()
         self.loss_is_cross_entropy = loss_is_cross_entropy
-        self.stream = stream
         self._enabled = True
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._progress = Progress("training", None, stream, quiet=0.0, lines=SECONDS, kept=True)
         self._best = math.inf
 
     def disable(self) -> None:
@@ -66,20 +61,12 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where training starts (not at 0 after a resume), and start the bar on a terminal."""
         self._first = self._seen = self._shown = trainer.global_step
-        self._started = self._shown_at = time.monotonic()
+        self._started = time.monotonic()
         total = trainer.estimated_stepping_batches
         self._total = int(total) if math.isfinite(total) and total > 0 else None
-        stream = self.stream or sys.stderr
-        if self._enabled and stream.isatty():
-            columns = (
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._bar = Progress(*columns, console=Console(file=stream), expand=True)
-            text = self._status(trainer)
-            self._task = self._bar.add_task("", total=self._total, completed=self._first, text=text)
-            self._bar.start()
+        self._progress.begin(self._total)
+        if self._enabled and self._progress.on_terminal:
+            self._show(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,12 +76,8 @@ class TrainingProgress(ProgressBar):
         if not self._enabled or step == self._seen:  # a micro-batch within an accumulated step
             return
         self._seen = step
-        waited = time.monotonic() - self._shown_at
-        if self._bar is None:
-            share = (step - self._shown) / self._total if self._total else 0.0
-            due = waited >= SECONDS or share >= SHARE or step == self._total
-        else:
-            due = waited >= REFRESH or step == self._total
+        share = (step - self._shown) / self._total if self._total else 0.0
+        due = self._progress.due or step == self._total or (share >= SHARE and not self._progress.on_terminal)
         if due:
             self._show(trainer)
 
@@ -116,31 +99,23 @@ class TrainingProgress(ProgressBar):
         """Show the last step, unless it is shown already."""
         if self._enabled and trainer.global_step != self._shown:
             self._show(trainer)
-        self._stop()
+        self._progress.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was."""
-        self._stop()
+        self._progress.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the terminal as it was."""
-        self._stop()
+        self._progress.close()
 
     def _show(self, trainer: Trainer) -> None:
-        self._shown, self._shown_at = trainer.global_step, time.monotonic()
-        text = self._status(trainer)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._shown, text=text)
-        else:
-            self._line(text)
+        self._shown, text = trainer.global_step, self._status(trainer)
+        self._progress.show(self._shown, text, line=text)
 
     def _line(self, text: str) -> None:
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self.stream or sys.stderr, flush=True)
+        if self._enabled:
+            self._progress.say(text)
 
     def _position(self, trainer: Trainer) -> str:
         step = trainer.global_step
@@ -167,11 +142,6 @@ class TrainingProgress(ProgressBar):
                 nats = _metric(trainer, f"{stage}/loss")
             value = None if nats is None else math.exp(min(nats, 700.0))  # exp(710) overflows
         return "" if value is None else f"ppl {value:.3g}" if value < 1000 else f"ppl {value:,.0f}"
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def _metric(trainer: Trainer, name: str) -> float | None:

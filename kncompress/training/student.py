@@ -21,6 +21,7 @@ from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_config, load_model
 from kncompress.hub import local_folder
+from kncompress.terminal import first_line
 
 ASSET, PACKAGE = "asset:", "package:"
 
@@ -98,7 +99,7 @@ def model_config(config: ModelConfig) -> Any:
         try:
             fields = AutoConfig.for_model(kind, **values)
         except ValueError as error:
-            raise UserError(f"model.architecture.model_type={kind}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model.architecture.model_type={kind}: {first_line(error)}") from error
         fields.max_position_embeddings = positions_of(fields)
         return fields
     assert config.path is not None

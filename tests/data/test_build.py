@@ -211,7 +211,7 @@ def test_short_texts_show_nothing_and_long_ones_lines(
 ) -> None:
     token_stream(DataConfig(source=source, cache_dir=str(tmp_path / "a")), "all", tokenizer)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("kncompress.data.progress.LINE_SECONDS", 0)
+    monkeypatch.setattr("kncompress.terminal.LINE_SECONDS", 0)
     monkeypatch.setattr(build, "DOCUMENTS_AT_ONCE", 100)
     token_stream(DataConfig(source=source, cache_dir=str(tmp_path / "b")), "all", tokenizer)
     lines = capsys.readouterr().err.splitlines()
