@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from kncompress.anatomy.plan import Plan
 from kncompress.bench.machine import Ceiling, measure_ceiling
 from kncompress.bench.operators import time_by_operator
+from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import BenchConfig, TrainerConfig
 from kncompress.errors import UserError
 from kncompress.training.processes import accelerator
@@ -79,6 +81,11 @@ class Setting:
         if self.dtype == torch.float32:
             return self.ceiling
         return measure_ceiling(self.device, torch.float32, self.sizes.side, self.sizes.copied)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which map of the student becomes which Kronecker sum. Raises UserError where the factors do not fit."""
+        return StudentPlan.of(self.config.factors, self.fields).maps
 
     @property
     def precision(self) -> str:

@@ -1,22 +1,22 @@
 """From the words behind a verb to its jobs: compose, validate, take the run folder, hand over to Hydra."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from kncompress.cli.compose import compose, home, open_hydra
+from kncompress.cli.engine import Engine
 from kncompress.cli.job import Interrupted, Job
-from kncompress.cli.overrides import Line, quoted, to_hydra
+from kncompress.cli.overrides import Line, to_hydra
 from kncompress.cli.presets import References, defaults_of
-from kncompress.cli.resume import find_run, register_saved
-from kncompress.cli.sweep_folder import not_own, read_sweep
-from kncompress.cli.sweep_jobs import SweepErrors, choices_of, validated
-from kncompress.cli.sweep_run import OUR_SETTINGS, is_hydras, run_sweep
+from kncompress.cli.resume import find_run, not_own, register_saved
+from kncompress.cli.sweep_folder import read_sweep
+from kncompress.cli.sweep_jobs import ReadyJob, SweepErrors, check_jobs, choices_of
+from kncompress.cli.sweep_run import is_hydras, run_sweep
+from kncompress.cli.typed_config import home
 from kncompress.cli.verbs import Verb
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
@@ -48,10 +48,10 @@ def dispatch(verb: Verb, line: Line) -> int:
 def _dispatch(verb: Verb, line: Line) -> int:
     child = process_rank() != 0
     line = replace(line, words=[verb.canonical(word) for word in line.words])
-    hydra = open_hydra(verb.name)
+    engine = Engine(verb.name)
     references = References()
     overrides = to_hydra(line.words, defaults_of(verb.name), references, line.multirun, child)
-    composed = compose(hydra, verb.name, overrides, sweep=line.multirun)
+    composed = engine.compose([*_settings(), *overrides], sweep=line.multirun)
     sweep = line.multirun if composed.hydra.mode is None else composed.hydra.mode == RunMode.MULTIRUN
     resume = composed.get("resume")
     if resume not in (None, "never", "auto"):
@@ -60,50 +60,62 @@ def _dispatch(verb: Verb, line: Line) -> int:
             return _dispatch(verb, _line_of_sweep(verb, line, str(resume), begun.verb, begun.words))
         if sweep:
             raise UserError(f"resume={resume}: no sweep in this folder; a sweep goes on by its own command")
-        return _resume(hydra, verb, line, str(resume), overrides)
+        return _resume(engine, verb, line, str(resume), overrides, composed)
     if resume is not None:
-        overrides = [word for word in overrides if word.lstrip("+").partition("=")[0] != "resume"] + ["++resume=null"]
+        overrides = _without_resume(overrides)
+        composed.resume = None
+        composed.hydra.overrides.task = _without_resume(composed.hydra.overrides.task)
     job = Job(verb, references.words)
     if sweep:
-        return run_sweep(hydra, job, line, composed, overrides, fresh=resume == "never")
-    configs, nodes = validated(hydra, verb, verb.name, [[]], overrides, checks=not (line.show or child))
+        return run_sweep(engine, job, line, composed, overrides, fresh=resume == "never")
+    ready = ReadyJob.of(verb, composed)
     if line.show:
-        print(OmegaConf.to_yaml(OmegaConf.structured(configs[0])), end="")
+        print(OmegaConf.to_yaml(OmegaConf.structured(ready.config)), end="")
         return 0
-    run_dir = configs[0].run_dir
+    run_dir = ready.config.run_dir
     run_folder.refuse_unknown(run_dir)
-    name = run_folder.default_name(verb.name, [choices_of(nodes[0])])
-    found = find_run(verb, configs[0], name) if resume == "auto" and not child else None
+    name = run_folder.default_name(verb.name, [choices_of(composed)])
+    found = find_run(verb, ready.config, name) if resume == "auto" and not child else None
     if found is not None:
         words = [word for word in line.words if not word.startswith(("resume=", "run_dir="))]
         own = [word for word in overrides if is_hydras(word)]
-        return _resume(hydra, verb, replace(line, words=[*words, f"resume={found}"]), str(found), own)
+        return _resume(engine, verb, replace(line, words=[*words, f"resume={found}"]), str(found), own, composed)
+    if not child:
+        check_jobs(verb, [ready])
     new = run_dir is None or not Path(run_dir).expanduser().exists()
     if child:
         folder = run_folder.inherited() or Path(str(run_dir)).expanduser().absolute()
     else:
         folder = run_folder.take(run_dir, name)
-    code = _single(hydra, job, verb.name, overrides, folder)
+    code = _single(engine, job, ready, folder)
     if code == 2 and not child and not (folder / "run.json").exists():
         run_folder.discard(folder, made=new)
     return code
 
 
-def _resume(hydra: Hydra, verb: Verb, line: Line, text: str, overrides: list[str]) -> int:
-    folder, config_name = register_saved(hydra, verb, text, overrides)
+def _resume(engine: Engine, verb: Verb, line: Line, text: str, overrides: list[str], composed: DictConfig) -> int:
+    """Go on with the run in the folder ``text``; ``composed`` is what ``overrides`` make."""
+    folder, name = register_saved(verb, text, overrides, composed)
     own = [override for override in overrides if is_hydras(override)]
-    validated(hydra, verb, config_name, [[]], own, checks=process_rank() == 0)
-    return _single(hydra, Job(verb, words_of_all=tuple(line.words)), config_name, own, folder)
+    ready = ReadyJob.of(verb, engine.compose([*_settings(), *own], name))
+    if process_rank() == 0:
+        check_jobs(verb, [ready])
+    return _single(engine, Job(verb, words_of_all=tuple(line.words)), ready, folder)
 
 
-def _single(hydra: Hydra, job: Job, config_name: str, overrides: list[str], folder: Path) -> int:
-    settings = [*OUR_SETTINGS, f"hydra.run.dir={quoted(str(folder))}"]
-    if process_rank() != 0:
-        settings += _CHILD_SETTINGS
-    else:
+def _settings() -> list[str]:
+    return [] if process_rank() == 0 else _CHILD_SETTINGS
+
+
+def _without_resume(words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.lstrip("+").partition("=")[0] != "resume"] + ["++resume=null"]
+
+
+def _single(engine: Engine, job: Job, ready: ReadyJob, folder: Path) -> int:
+    if process_rank() == 0:
         print(f"{job.verb.name}: {folder}", flush=True)
     try:
-        outcome: Any = hydra.run(config_name, job, settings + overrides).return_value
+        outcome = engine.run(replace(job, ready={str(folder): ready}), ready.composed, folder)
     except Interrupted as interrupted:
         return interrupted.code
     return int(outcome["exit_code"])

@@ -5,7 +5,6 @@ in ``result.json``: ``status``, ``metrics`` and, where it failed, ``error`` and 
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -21,9 +20,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kncompress.cli.compose import typed
-from kncompress.cli.sweep_folder import FILE, done_elsewhere, not_own
+from kncompress.cli.resume import not_own
+from kncompress.cli.sweep_folder import FILE, done_elsewhere
+from kncompress.cli.sweep_jobs import ReadyJob
 from kncompress.cli.sweep_table import write_sweep_table
+from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
 from kncompress.runs.process import outcome as outcome_of
@@ -42,7 +43,10 @@ _OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 @dataclass(frozen=True)
 class Job:
-    """What every job of one command has in common; plain data, so that launchers can send it elsewhere."""
+    """What every job of one command has in common; plain data, so that launchers can send it elsewhere.
+
+    ``ready`` stays in this process: in another one, perhaps on another machine hours later, a job is checked again.
+    """
 
     verb: Verb
     spoken: dict[str, str] = field(default_factory=dict)
@@ -52,6 +56,8 @@ class Job:
     """Whether a failed job of the sweep keeps the later ones from starting."""
     words_of_all: tuple[str, ...] | None = None
     """The user's words where Hydra's overrides do not tell them (``resume=``)."""
+    ready: dict[str, ReadyJob] = field(default_factory=dict)
+    """{folder: the job in it} of those that are checked already."""
 
     def words(self, overrides: list[str]) -> list[str]:
         """``overrides`` of Hydra as the user would type them for this job alone."""
@@ -62,6 +68,9 @@ class Job:
     def __call__(self, composed: DictConfig) -> dict[str, Any]:
         """Hydra's task function: returns the outcome."""
         return run_job(self, composed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ready": {}}
 
 
 class Interrupted(BaseException):
@@ -93,11 +102,11 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         print(f"job {folder.name}: {' '.join(words)}", flush=True)
     before = _stamp(folder)
     try:
-        config = typed(job.verb.config, composed)
-        config.run_dir = str(folder)
+        ready = job.ready.get(str(folder)) or ReadyJob(composed, typed(job.verb.config, composed))
+        ready.config.run_dir = str(folder)
         with _environment(job, words, folder):
-            module = importlib.import_module(job.verb.module)
-            returned = module.run(config, folder)
+            ready.check(job.verb)
+            returned = job.verb.run(ready.config, folder, ready.found)
         outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
         if isinstance(returned, dict):
             outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}

@@ -9,17 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra._internal.hydra import Hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from kncompress.cli.engine import Engine
+from kncompress.cli.launcher import Launcher
 from kncompress.cli.sweep_folder import result_of
 from kncompress.errors import UserError
-
-if TYPE_CHECKING:
-    from kncompress.cli.sweep_run import Launcher
 
 TARGET = f"{__name__}.Search"
 _ASKED = 20
@@ -50,7 +47,7 @@ class Search:
     """``{key in Hydra's grammar: its override}``."""
 
     @classmethod
-    def of(cls, hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> "Search":
+    def of(cls, engine: Engine, composed: DictConfig, overrides: Sequence[str]) -> "Search":
         """Read the settings and split ``overrides`` into fixed ones and those that are searched.
 
         Raises UserError where Optuna is not installed, nothing is searched, or a setting is wrong.
@@ -66,8 +63,7 @@ class Search:
         metrics = OmegaConf.to_container(settings.metrics) if OmegaConf.is_list(settings.metrics) else None
         if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
             raise UserError(f"hydra.sweeper.metrics={settings.metrics}: must be a list of names in result.json")
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(overrides))
-        last = {override.get_key_element(): override for override in parsed}
+        last = {override.get_key_element(): override for override in engine.parse(overrides)}
         fixed = [
             f"{key}={override.get_value_element_as_str()}" for key, override in last.items()
             if not override.is_sweep_override()
@@ -100,7 +96,7 @@ class Search:
                 jobs = [self._overrides(params | {key: value}) for params in (first, *rest)]
                 yield [job for n, job in enumerate(jobs) if job not in jobs[:n]]
 
-    def run(self, launcher: "Launcher") -> None:
+    def run(self, launcher: Launcher) -> None:
         """Go on until the sweep has ``jobs`` jobs, or the space has no new one.
 
         Raises UserError as soon as a finished job lacks what is to be minimised: no other would have it.
@@ -121,7 +117,7 @@ class Search:
             if launcher.stopped:
                 return
 
-    def _batch(self, study: Any, launcher: "Launcher") -> list[int]:
+    def _batch(self, study: Any, launcher: Launcher) -> list[int]:
         """Up to ``parallel`` new jobs; none where there are enough or the space is exhausted.
 
         Values that do not go together, three terms of two numbers say, are no job: they are told, and the study knows.

@@ -2,18 +2,18 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kncompress.cli.compose import compose, typed
 from kncompress.cli.presets import existing_path, groups
 from kncompress.cli.spelling import nearest
+from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
@@ -25,14 +25,23 @@ OWN = ("run_dir", "resume", "fail_fast")
 """Keys that tell where and how a run or a sweep runs, not what it computes."""
 
 
-def register_saved(hydra: Hydra, verb: Verb, folder_text: str, overrides: list[str]) -> tuple[Path, str]:
+def not_own(words: Sequence[str]) -> list[str]:
+    """``words`` without the keys of ``OWN``."""
+    return [word for word in words if word.lstrip("+").partition("=")[0] not in OWN]
+
+
+def register_saved(verb: Verb, folder_text: str, overrides: list[str], composed: DictConfig) -> tuple[Path, str]:
     """Make the saved config of a run a primary config of Hydra; return the folder and the config's name.
+
+    Args:
+        overrides: the command's.
+        composed: what they make.
 
     Raises UserError where the folder holds no run of this verb or an override differs from the saved value.
     """
     folder = unfinished_run(verb, folder_text)
     saved = _saved(verb, folder)
-    _refuse_differences(hydra, verb, folder_text, overrides, saved)
+    _refuse_differences(verb, folder_text, overrides, composed, saved)
     name = f"resumed_{verb.name}"
     node = _literal(saved) | {"run_dir": _literal(str(folder)), "resume": _literal(str(folder))}
     ConfigStore.instance().store(name=name, node=node, provider="resume")
@@ -111,12 +120,13 @@ def _plain_of(config: RunConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=False))
 
 
-def _refuse_differences(hydra: Hydra, verb: Verb, folder: str, overrides: list[str], saved: dict[str, Any]) -> None:
+def _refuse_differences(
+    verb: Verb, folder: str, overrides: list[str], composed: DictConfig, saved: dict[str, Any]
+) -> None:
     names = [override.lstrip("+").partition("=")[0] for override in overrides]
     names = [name for name in names if name not in OWN and not name.startswith("hydra")]
     if not names:
         return
-    composed = compose(hydra, verb.name, [*overrides])
     given = plain(verb, composed)
     touched = []
     for name in names:

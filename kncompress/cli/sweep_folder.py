@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kncompress.cli.overrides import quoted
-from kncompress.cli.resume import OWN, differences_from_saved
+from kncompress.cli.resume import differences_from_saved
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
@@ -52,11 +52,6 @@ def read_sweep(folder: Path) -> Sweep | None:
         return Sweep(**{entry.name: values[entry.name] for entry in fields(Sweep)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def not_own(words: Sequence[str]) -> list[str]:
-    """``words`` without the keys of ``OWN``."""
-    return [word for word in words if word.lstrip("+").partition("=")[0] not in OWN]
 
 
 def find_sweep(run_dir: str | None, name: str, sweep: Sweep) -> Path | None:

@@ -2,39 +2,33 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.hydra import Hydra
-from hydra.core.plugins import Plugins
-from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from kncompress.cli.engine import Engine
 from kncompress.cli.job import FAILED, Interrupted, Job
-from kncompress.cli.overrides import Line, quoted, to_hydra
+from kncompress.cli.launcher import Launcher
+from kncompress.cli.overrides import Line, to_hydra
 from kncompress.cli.pareto_search import Search, is_search
 from kncompress.cli.presets import References, defaults_of
+from kncompress.cli.resume import not_own
 from kncompress.cli.sweep_folder import (
     FILE,
     Sweep,
     changed_job,
     find_sweep,
     held,
-    launched,
     missing,
-    not_own,
     read_sweep,
     result_of,
 )
-from kncompress.cli.sweep_jobs import SweepErrors, choices_of, expand, validated
+from kncompress.cli.sweep_jobs import SweepErrors, SweepJobs, choices_of, listed_jobs
 from kncompress.cli.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
-from kncompress.runs.whole_file import write_text
-
-OUR_SETTINGS = ["hydra.job.chdir=false", "hydra/hydra_logging=none"]
 
 
 def is_hydras(override: str) -> bool:
@@ -42,7 +36,7 @@ def is_hydras(override: str) -> bool:
     return override.lstrip("+").startswith(("hydra.", "hydra/"))
 
 
-def run_sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, overrides: list[str], fresh: bool) -> int:
+def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overrides: list[str], fresh: bool) -> int:
     """Run the sweep that ``composed`` and ``overrides`` describe, or what is missing of it; returns the exit code.
 
     Args:
@@ -59,36 +53,38 @@ def run_sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, override
         own.append("hydra.sweeper.params=null")
         overrides.append("hydra.sweeper.params=null")
     task = [override for override in overrides if not is_hydras(override)]
-    search = Search.of(hydra, composed, task) if is_search(composed) else None
-    jobs = [search.first()] if search else expand(hydra, composed, overrides)
-    if len({word for words in jobs or () for word in words if word.startswith("++run_dir=")}) > 1 or (
+    search = Search.of(engine, composed, task) if is_search(composed) else None
+    words_of_jobs = [search.first()] if search else listed_jobs(engine, composed, overrides)
+    if len({word for words in words_of_jobs or () for word in words if word.startswith("++run_dir=")}) > 1 or (
         search and "++run_dir" in search.space
     ):
         raise UserError("run_dir: the jobs of a sweep share one folder; give run_dir one value")
-    configs, nodes = validated(hydra, verb, verb.name, jobs if jobs is not None else [[]], own, checks=not line.show)
+    jobs = SweepJobs(engine, verb, own)
+    ready = jobs.ready(words_of_jobs if words_of_jobs is not None else [[]], checks=not line.show)
+    configs = [found.config for found in ready]
     if line.show:
         print("---\n".join(OmegaConf.to_yaml(OmegaConf.structured(config)) for config in configs), end="")
         return 0
     if search:
-        _check_space(hydra, job, search, own)
-    name = run_folder.default_name(verb.name, [choices_of(node) for node in nodes])
+        _check_space(jobs, search)
+    name = run_folder.default_name(verb.name, [choices_of(found.composed) for found in ready])
     job = replace(job, fail_fast=configs[0].fail_fast)
-    if jobs is None:
+    if words_of_jobs is None:
         folder = run_folder.take(configs[0].run_dir, name)
-        return _by_other_sweeper(hydra, replace(job, sweep_dir=folder), [*own, *task])
+        return _by_other_sweeper(engine, replace(job, sweep_dir=folder), [*own, *task])
     sweep = Sweep(verb.name, not_own(line.words), not_own(task), search.metrics if search else [])
     if search is None:
-        sweep.jobs = [not_own(words) for words in jobs]
+        sweep.jobs = [not_own(words) for words in words_of_jobs]
         sweep.job_words = [job.words(words) for words in sweep.jobs]
 
     def begun_configs(found: Path) -> Sequence[Any]:
         """Of the jobs that a search has had so far, as they are composed today."""
         begun = read_sweep(found)
-        return validated(hydra, verb, verb.name, begun.jobs if begun else [], own, checks=False)[0]
+        return [found.config for found in jobs.ready(begun.jobs if begun else [], checks=False)]
 
     with _folder(job, configs, begun_configs, name, sweep, fresh) as folder:
         (folder / FAILED).unlink(missing_ok=True)
-        launcher = Launcher(hydra, replace(job, sweep_dir=folder), folder, sweep, own)
+        launcher = Launcher(engine, replace(job, sweep_dir=folder), folder, sweep, jobs)
         try:
             code = 0
             if search:
@@ -102,14 +98,14 @@ def run_sweep(hydra: Hydra, job: Job, line: Line, composed: DictConfig, override
     return code or _exit_code(folder)
 
 
-def _check_space(hydra: Hydra, job: Job, search: Search, own: list[str]) -> None:
+def _check_space(jobs: SweepJobs, search: Search) -> None:
     """Raises UserError, a line each, for values of the space with which no job is valid that has been tried."""
     wrong: dict[str, None] = {}
-    for jobs in search.others():
+    for others in search.others():
         errors = []
-        for words in jobs:
+        for words in others:
             try:
-                validated(hydra, job.verb, job.verb.name, [words], own)
+                jobs.ready([words])
                 break
             except UserError as error:
                 errors.append(str(error))
@@ -160,78 +156,12 @@ def _folder(
         yield found
 
 
-@dataclass
-class Launcher:
-    """Starts jobs of a sweep in their folders through Hydra's launcher (local, joblib, submitit)."""
-
-    hydra: Hydra
-    job: Job
-    folder: Path
-    sweep: Sweep
-    own: list[str]
-    """Overrides of Hydra's own settings."""
-
-    def add(self, overrides: Sequence[str]) -> int:
-        """A new job; returns its number."""
-        self.sweep.jobs.append(not_own(overrides))
-        self.sweep.job_words.append(self.job.words(not_own(overrides)))
-        self.sweep.write(self.folder)
-        return len(self.sweep.jobs) - 1
-
-    def check(self, overrides: Sequence[str]) -> None:
-        """Raises UserError where no job can have these overrides."""
-        validated(self.hydra, self.job.verb, self.job.verb.name, [list(overrides)], self.own)
-
-    def find(self, overrides: Sequence[str]) -> int | None:
-        """The number of the job that has these overrides; None where it is new."""
-        words = not_own(overrides)
-        return self.sweep.jobs.index(words) if words in self.sweep.jobs else None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a failed job keeps others from starting."""
-        return (self.folder / FAILED).exists()
-
-    def run(self, numbers: Sequence[int]) -> None:
-        """Run those of the jobs that have not finished; returns when all have ended."""
-        numbers = missing(self.folder, numbers)
-        if not numbers:
-            return
-        settings = [
-            *OUR_SETTINGS,
-            f"hydra.sweep.dir={quoted(str(self.folder))}",
-            "hydra.sweep.subdir=${hydra.job.num}",
-            "hydra.mode=MULTIRUN",
-        ]
-        # A preset may choose the launcher, so a job's own words are part of what the launcher is read from.
-        words = [*settings, *self.own, *self.sweep.jobs[numbers[0]]]
-        node = self.hydra.compose_config(self.job.verb.name, words, run_mode=RunMode.MULTIRUN)
-        write_text(self.folder / "multirun.yaml", OmegaConf.to_yaml(node))
-        callbacks = Callbacks(node)
-        context = HydraContext(config_loader=self.hydra.config_loader, callbacks=callbacks)
-        callbacks.on_multirun_start(config=node, config_name=self.job.verb.name)
-        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=self.job, config=node)
-        size = node.hydra.sweeper.get("max_batch_size") or len(numbers)
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            jobs = [launched(self.job.verb, self.folder, n, self.sweep.jobs[n]) for n in batch]
-            for returned in launcher.launch(jobs, initial_job_idx=batch[0]):
-                _ = returned.return_value  # raises what a job of another process has raised
-        callbacks.on_multirun_end(config=node, config_name=self.job.verb.name)
-
-
-def _by_other_sweeper(hydra: Hydra, job: Job, overrides: list[str]) -> int:
+def _by_other_sweeper(engine: Engine, job: Job, overrides: list[str]) -> int:
     """A sweeper of another package: it chooses and starts its jobs itself, and keeps no table."""
     assert job.sweep_dir is not None
     print(f"{job.verb.name}: a sweep in {job.sweep_dir}", flush=True)
-    settings = [
-        *OUR_SETTINGS,
-        f"hydra.sweep.dir={quoted(str(job.sweep_dir))}",
-        "hydra.sweep.subdir=${hydra.job.num}",
-        "hydra.mode=MULTIRUN",
-    ]
     try:
-        hydra.multirun(job.verb.name, job, settings + overrides)
+        engine.multirun(job, job.sweep_dir, overrides)
     except Interrupted as interrupted:
         return interrupted.code
     results = [result_of(file.parent) for file in job.sweep_dir.rglob("result.json")]

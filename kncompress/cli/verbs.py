@@ -1,8 +1,11 @@
 """What a verb is: one row of the table in ``__main__``."""
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from kncompress.config import RunConfig
 
@@ -14,8 +17,9 @@ _LITERAL = re.compile(r"'.*'|\".*\"|\[.*\]", re.DOTALL)
 class Verb:
     """A verb of the command line.
 
-    ``module`` is imported when the configuration is valid. It has ``run(config, run_dir) -> dict | None``
-    and may have ``check(config)``, a cheap validation that raises UserError before anything is written.
+    ``module`` is imported when the configuration is valid. It has ``run(config, run_dir) -> dict | None`` and may have
+    ``check(config)``, a cheap validation that raises UserError before anything is written. What ``check`` returns,
+    unless that is None, is the third argument of ``run``.
     """
 
     name: str
@@ -26,6 +30,16 @@ class Verb:
     """Second names of groups: {"teacher": "model"}."""
     texts: tuple[str, ...] = ()
     """Keys whose values are prose, with commas, quotes and brackets of its own."""
+
+    def check(self, config: RunConfig) -> Any:
+        """What the module's ``check`` finds; None where there is none."""
+        module = importlib.import_module(self.module)
+        return module.check(config) if hasattr(module, "check") else None
+
+    def run(self, config: RunConfig, run_dir: Path, found: Any) -> Any:
+        """Run in ``run_dir``, with what ``check`` has found."""
+        module = importlib.import_module(self.module)
+        return module.run(config, run_dir, *(() if found is None else (found,)))
 
     def canonical(self, word: str) -> str:
         """A word of the command line with the group's own name: ``teacher.path=x`` is ``model.path=x``.

@@ -22,7 +22,6 @@ from kncompress.bench.table import draw, machine_line, markdown, rich_table
 from kncompress.bench.tokens import measure_tokens
 from kncompress.cli.presets import config_folder, options, read_preset
 from kncompress.cli.spelling import choices_hint
-from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import BenchConfig, FactorsConfig
 from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
@@ -33,11 +32,11 @@ from kncompress.training.student import require_causal
 from kncompress.training.trainer import keep_freed_memory
 
 
-def check(config: BenchConfig) -> None:
+def check(config: BenchConfig) -> Setting:
     """Cheap checks before anything is written: model, factors, presets, and the text where it is read."""
     setting = setting_of(config)
     require_causal(setting.fields, "bench")
-    StudentPlan.of(config.factors, setting.fields)
+    _ = setting.plan  # the factors fit
     for name in config.presets:
         known = [*options("factors"), OUTER, PACKED, SPEEDY]
         if name not in known:
@@ -50,13 +49,13 @@ def check(config: BenchConfig) -> None:
         )
     if "tokens" in config.chosen:
         sources_of(config.data)
+    return setting
 
 
-def run(config: BenchConfig, run_dir: Path) -> dict[str, float]:
+def run(config: BenchConfig, run_dir: Path, setting: Setting) -> dict[str, float]:
     """Measure; ``run_dir`` gets ``bench.json``, ``table.md`` and ``bench.png``. Returns ``result.json``'s metrics."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    setting = setting_of(config)
     keep_freed_memory()  # as in training
     with RunRecord.open(run_dir, "bench", asdict(config), config.seed) as record:
         measured: list[Measurement] = []
@@ -90,7 +89,7 @@ def _keep(run_dir: Path, setting: Setting, measured: list[Measurement]) -> str:
 
 
 def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
-    plan = StudentPlan.of(setting.config.factors, setting.fields).maps
+    plan = setting.plan
     presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, PACKED, SPEEDY)}
     return {
         "product": lambda: measure_products(setting, presets),

@@ -28,9 +28,8 @@ def check(config: CompressConfig) -> StudentPlan:
     return StudentPlan.of(config.factors, fields)
 
 
-def run(config: CompressConfig, run_dir: Path) -> dict[str, float]:
+def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, float]:
     """Factor in ``run_dir``: ``model/``, ``compression.json`` and ``.txt``; returns the metrics of ``result.json``."""
-    plan = check(config)
     with RunRecord.open(run_dir, "compress", asdict(config), config.seed) as record:
         L.seed_everything(config.seed, verbose=False)
         text = None

@@ -35,7 +35,6 @@ def run(config: DashboardConfig, run_dir: Path) -> dict[str, float]:
 
     Raises UserError where the server refuses them or is not reached.
     """
-    check(config)
     online = config.save != "never" and wandb_key() is not None and os.environ.get("WANDB_MODE") not in _OFFLINE
     with RunRecord.open(run_dir, "dashboard", asdict(config), config.seed) as record:
         entity = config.entity or (_own_entity() if online else _NOWHERE)

@@ -67,7 +67,6 @@ def _check_alike(config: EvaluateConfig) -> None:
 
 def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     """Score the text or the tasks; returns the metrics that ``result.json`` holds."""
-    check(config)
     tasks = load_tasks(config.tasks, config.shots, config.seed) if config.tasks else None
     passages = _passages(config.lambada, config.data.column, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:

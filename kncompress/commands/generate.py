@@ -21,8 +21,8 @@ from kncompress.runs.record import RunRecord
 from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
 
 
-def check(config: GenerateConfig) -> None:
-    """Cheap checks before anything is written: prompts and models exist, each prompt fits each model."""
+def check(config: GenerateConfig) -> list[str]:
+    """Cheap checks before anything is written: models exist, each prompt fits each of them; returns the prompts."""
     if config.model.path is None:
         raise UserError("model.path=null: generate needs a model that exists")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
@@ -32,18 +32,18 @@ def check(config: GenerateConfig) -> None:
     _check_prompts(config.model, prompts, "model")
     if config.compare is not None:
         _check_prompts(second_model(config.compare, "generate"), prompts, "compare")
+    return prompts
 
 
-def run(config: GenerateConfig, run_dir: Path) -> dict[str, float]:
+def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, float]:
     """Write texts; returns the metrics of ``result.json``, which has the texts too."""
-    check(config)
     with RunRecord.open(run_dir, "generate", asdict(config), config.seed) as record:
         writers = {"model": _writer(config.model, config.accelerator)}
         if config.compare is not None:
             writers["compare"] = _writer(second_model(config.compare, "generate"), config.accelerator)
         seconds = dict.fromkeys(writers, 0.0)
         texts: list[dict[str, Any]] = []
-        for prompt, sample in itertools.product(_prompts(config), range(config.samples)):
+        for prompt, sample in itertools.product(prompts, range(config.samples)):
             growing = {
                 role: _timed(continuation(writer, prompt, config, config.seed + sample), seconds, role)
                 for role, writer in writers.items()

@@ -23,6 +23,7 @@ from kncompress.glue.cells import Cell, read_cell, read_cells, suite_metrics, wr
 from kncompress.glue.classifiers import (
     Base,
     Student,
+    SuiteParts,
     check_glue,
     load_classifier,
     prediction_lines,
@@ -33,7 +34,6 @@ from kncompress.glue.classifiers import (
     test_sets,
 )
 from kncompress.glue.finetuning import TaskData, answers, fine_tune, predict
-from kncompress.glue.readers import GlueSource
 from kncompress.glue.sequences import Sequences
 from kncompress.glue.tasks import GlueTask
 from kncompress.runs.record import RunRecord
@@ -47,20 +47,18 @@ _SCORES = "scores.json"
 _ADVICE = "finished cells are kept; try a lower optimizer.lr or fine_tuning.gradient_clip"
 
 
-def check(config: GlueConfig) -> None:
-    """Everything that can be wrong before anything is written: data, models, factors."""
-    check_glue(config, _students(config))
+def check(config: GlueConfig) -> SuiteParts:
+    """Everything that can be wrong before anything is written: data, models, factors; returns what the suite is of."""
+    return check_glue(config, _students(config))
 
 
-def run(config: GlueConfig, run_dir: Path) -> dict[str, float]:
+def run(config: GlueConfig, run_dir: Path, parts: SuiteParts) -> dict[str, float]:
     """Run the suite in ``run_dir``: ``cells/``, ``table.md``, ``table.json``, ``predictions/``; returns the metrics."""
-    students = _students(config)
-    source, tasks = check_glue(config, students)
     quiet_lightning()
     keep_freed_memory()
     resume = config.resume is not None
     with RunRecord.open(run_dir, "glue", asdict(config), config.seed, resume) as record:
-        suite = Suite(config, students, source, tasks, run_dir)
+        suite = Suite(config, parts, run_dir)
         suite.run()
         cells = suite.cells()
         metrics = suite_metrics(cells)
@@ -94,14 +92,12 @@ def _students(config: GlueConfig) -> list[Student]:
 class Suite:
     """The cells of one run, in the order seed, task, model: the first seed gives a whole table."""
 
-    def __init__(
-        self, config: GlueConfig, students: list[Student], source: GlueSource, tasks: list[GlueTask], run_dir: Path
-    ) -> None:
-        self.config, self.source, self.tasks, self.run_dir = config, source, tasks, run_dir
-        self.trained = [task for task in tasks if task.trained_as is None]
+    def __init__(self, config: GlueConfig, parts: SuiteParts, run_dir: Path) -> None:
+        self.config, self.source, self.tasks, self.run_dir = config, parts.source, parts.tasks, run_dir
+        self.trained = [task for task in self.tasks if task.trained_as is None]
         self.tokenizer = tokenizer_of(config.model)
         self.teacher = teacher_base(config.model, run_dir / "bases" / "teacher", self._save)
-        self.students = [student_base(s, config.model, run_dir / "bases" / s.name, self._save) for s in students]
+        self.students = [student_base(s, config.model, run_dir / "bases" / s.name, self._save) for s in parts.students]
         self._data: dict[str, tuple[TaskData, str]] = {}
         self._tests: dict[str, dict[str, tuple[GlueTask, Sequences]]] = {}
 

@@ -26,9 +26,8 @@ def check(config: InspectConfig) -> Inspection:
     return inspect_config(fields, plan.maps, plan.layers)
 
 
-def run(config: InspectConfig, run_dir: Path) -> dict[str, float]:
+def run(config: InspectConfig, run_dir: Path, inspection: Inspection) -> dict[str, float]:
     """Inspect; ``run_dir`` gets ``inspect.txt`` and ``inspect.json``. Returns the metrics of ``result.json``."""
-    inspection = check(config)
     with RunRecord.open(run_dir, "inspect", asdict(config), config.seed) as record:
         presets = _presets(model_config(config.model))
         shown = f"{inspection_text(inspection, config.every_map)}\n\n{preset_text(presets)}\n"

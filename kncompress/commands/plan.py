@@ -20,14 +20,13 @@ from kncompress.training.student import load_teacher
 from kncompress.training.trainer import keep_freed_memory
 
 
-def check(config: PlanConfig) -> None:
-    """Cheap checks before anything is written: model, text and budget."""
-    check_plan(config)
+def check(config: PlanConfig) -> HarmTable | None:
+    """Cheap checks before anything is written: model, text and budget; returns the table that ``harm`` names."""
+    return check_plan(config)
 
 
-def run(config: PlanConfig, run_dir: Path) -> dict[str, float]:
+def run(config: PlanConfig, run_dir: Path, table: HarmTable | None = None) -> dict[str, float]:
     """Plan in ``run_dir``: ``harm.json``, ``plan.yaml``, ``plan.json``, ``plan.png``; returns the metrics."""
-    table = check_plan(config)
     keep_freed_memory()
     with RunRecord.open(run_dir, "plan", asdict(config), config.seed) as record:
         L.seed_everything(config.seed, verbose=False)

@@ -90,9 +90,8 @@ def _check_from_scratch(config: TrainConfig) -> None:
         raise UserError("factors: a model trained from scratch is dense; give factors=dense")
 
 
-def run(config: TrainConfig, run_dir: Path) -> dict[str, float]:
+def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, float]:
     """Train in ``run_dir``; returns the metrics that ``result.json`` holds. Every process of the run calls it."""
-    plan = check(config)
     quiet_lightning()
     keep_freed_memory()
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ class Student:
     """Configuration key that asks for it, for errors."""
     path: str | None = None
     factors: FactorsConfig | None = None
+    plan: StudentPlan | None = None
+    """What ``factors`` make of the teacher, once they are checked against it."""
+
+
+@dataclass(frozen=True)
+class SuiteParts:
+    """What a suite is of."""
+
+    students: list[Student]
+    source: GlueSource
+    tasks: list[GlueTask]
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class Base:
     """The teacher layer of each of its layers; None: evenly spread."""
 
 
-def check_glue(config: GlueConfig, students: list[Student]) -> tuple[GlueSource, list[GlueTask]]:
-    """Everything that can be wrong before anything is written: data, models, factors; returns source and tasks."""
+def check_glue(config: GlueConfig, students: list[Student]) -> SuiteParts:
+    """Everything that can be wrong before anything is written: data, models, factors; the students get their plans."""
     if config.model.path is None:
         raise UserError("model.path=null: glue needs a teacher that exists")
     if "ilkd" in config.all_training and not config.objective.needs_teacher:
@@ -74,13 +85,15 @@ def check_glue(config: GlueConfig, students: list[Student]) -> tuple[GlueSource,
             f"model.tokenizer={name}: the tokenizer has {len(tokenizer)} tokens and the model's embedding only "
             f"{fields.vocab_size} rows; give the tokenizer that the model was trained with"
         )
+    planned = []
     for student in students:
         if student.factors is not None:
-            StudentPlan.of(student.factors, fields)
+            student = replace(student, plan=StudentPlan.of(student.factors, fields))
         elif student.path is not None:
             own = load_config(locate(student.path, "config", student.key))
             _check_pair(fields, own, config.objective, student, "ilkd" in config.all_training)
-    return source, tasks
+        planned.append(student)
+    return SuiteParts(planned, source, tasks)
 
 
 def _check_pair(teacher: Any, student: Any, objective: ObjectiveConfig, named: Student, distilled: bool) -> None:
@@ -123,11 +136,11 @@ def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) 
     """A student before fine-tuning; one of factors is made in ``folder``, once."""
     if student.path is not None:
         return Base(student.name, locate(student.path, key=student.key))
-    assert student.factors is not None
+    assert student.plan is not None
     facts = folder.with_suffix(".json")
     if not facts.is_file():
         dense = load_dense(model)
-        table = factor_(dense, StudentPlan.of(student.factors, dense.config), "nearest")
+        table = factor_(dense, student.plan, "nearest")
         save(dense, folder, facts, {"layers": table.layers})
     layers = json.loads(facts.read_text())["layers"]
     return Base(student.name, folder, None if layers is None else tuple(layers))

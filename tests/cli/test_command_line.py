@@ -165,10 +165,10 @@ def test_configs_are_found_inside_an_installed_package(tmp_path, environment):
 
 
 def test_slurm_starts_a_task_for_each_process():
-    from kncompress.cli.compose import compose, open_hydra
+    from kncompress.cli.engine import Engine
 
     words = ["hydra/launcher=slurm", "++trainer.devices=4", "++trainer.nodes=2", "hydra.launcher.partition=long"]
-    launcher = compose(open_hydra("train"), "train", words, sweep=True).hydra.launcher
+    launcher = Engine("train").compose(words, sweep=True).hydra.launcher
     assert (launcher.tasks_per_node, launcher.nodes, launcher.gpus_per_node) == (4, 2, 4)
     assert launcher.partition == "long" and launcher._target_.endswith("SlurmLauncher")
 

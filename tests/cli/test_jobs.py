@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 
 from kncompress.__main__ import VERBS
-from kncompress.cli.compose import open_hydra
+from kncompress.cli.engine import Engine
 from kncompress.cli.job import Job
 from kncompress.runs.run_folder import take
 
@@ -117,8 +117,8 @@ def test_a_run_at_work_is_not_resumed_by_another(command, monkeypatch):
         assert code == 2 and f"resume={run}: another process is at work in it" in err
         # One that comes between that check and the start leaves the outcome to the other too.
         job = Job(probe_verb.VERB)
-        words = [f"hydra.run.dir={run}", "hydra.output_subdir=null", f"++resume={run.absolute()}"]
-        assert open_hydra("train").run("train", job, words).return_value["exit_code"] == 2
+        engine, words = Engine("train"), ["hydra.output_subdir=null", f"++resume={run.absolute()}"]
+        assert engine.run(job, engine.compose(words), run)["exit_code"] == 2
         assert command("train", "logger.project=flaky", "resume=auto")[0] == 1  # a new run, in a folder of its own
     now = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     changed = {file.name for file in now if now[file] != before[file]}

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from kncompress.__main__ import VERBS
-from kncompress.cli.compose import open_hydra
+from kncompress.cli.engine import Engine
 from kncompress.cli.job import Job
 from kncompress.cli.sweep_run import _by_other_sweeper
 from kncompress.runs import run_folder
@@ -114,7 +114,7 @@ def test_a_sweeper_of_another_package_ends_with_the_exit_code_of_its_jobs(
 ) -> None:
     job = Job(probe_verb.VERB, sweep_dir=tmp_path / "s")
     words = [f"++logger.project=fine,{project}", "++seed=1"]  # Hydra's own sweeper, called as another's would be
-    assert _by_other_sweeper(open_hydra("train"), job, words) == wanted
+    assert _by_other_sweeper(Engine("train"), job, words) == wanted
 
 
 def test_what_fail_fast_keeps_from_starting_has_no_say_in_the_exit_code(sweep: Any) -> None:
@@ -141,8 +141,9 @@ def test_a_job_at_work_elsewhere_is_left_alone(sweep: Any) -> None:
         assert code == 1 and "0 of 2 jobs missing" in out
         # The same job out of a queue that an earlier command has filled.
         job = Job(probe_verb.VERB, sweep_dir=Path("s").absolute())
-        returned = open_hydra("train").run("train", job, ["hydra.run.dir=s/1", "++logger.project=flaky"])
-    assert returned.return_value == {"status": "elsewhere", "exit_code": 0}
+        engine = Engine("train")
+        returned = engine.run(job, engine.compose(["++logger.project=flaky"]), Path("s/1"))
+    assert returned == {"status": "elsewhere", "exit_code": 0}
     assert read("s", "1", "result.json") == before
     assert sweep("logger.project=fine,flaky", "run_dir=s")[0] == 0
 

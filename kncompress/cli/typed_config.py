@@ -1,51 +1,24 @@
-"""Composition through Hydra, and the typed config that a verb gets.
+"""The typed config that a verb gets, from what Hydra has composed.
 
-``compose`` gives Hydra's config; ``typed`` merges its plain container into the dataclass schema, which finds
-every key and type that Hydra lets pass. All that a user can get wrong becomes one UserError of one line.
+``typed`` merges the plain container into the dataclass schema, which finds every key and type that Hydra lets pass.
+All that a user can get wrong becomes one UserError of one line.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hydra import version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from yaml import YAMLError, safe_load
+from yaml import safe_load
 
-from kncompress.cli.presets import config_folder, preset_file
+from kncompress.cli.presets import preset_file
 from kncompress.cli.schema import nearest_key, unknown_keys
-from kncompress.cli.spelling import choices_hint
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.terminal import first_line
 
 C = TypeVar("C", bound=RunConfig)
-
-
-def open_hydra(name: str) -> Hydra:
-    """A fresh Hydra that reads ``conf/``; ``name`` names the job and its log file."""
-    version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2(name, create_config_search_path(str(config_folder())))
-
-
-def compose(hydra: Hydra, config_name: str, overrides: list[str], sweep: bool = False) -> DictConfig:
-    """Hydra's config, its ``hydra`` node included. Raises UserError."""
-    with _one_line():
-        return hydra.compose_config(
-            config_name,
-            overrides,
-            run_mode=RunMode.MULTIRUN if sweep else RunMode.RUN,
-            with_log_configuration=False,
-            from_shell=False,
-        )
 
 
 def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None = None) -> C:
@@ -62,7 +35,7 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
         return cast(C, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise UserError(f"{_pair(key, plain)}: {_reason(error)}{_origin(key, choices or {})}") from None
+        raise UserError(f"{_pair(key, plain)}: {reason(error)}{_origin(key, choices or {})}") from None
 
 
 def check_homes(config: RunConfig, prose: tuple[str, ...]) -> None:
@@ -91,7 +64,7 @@ def _resolve(config: DictConfig) -> None:
             try:
                 OmegaConf.select(config, path, throw_on_missing=True)
             except InterpolationResolutionError as error:
-                raise UserError(f"{path}={text}: {_reason(error)}") from None
+                raise UserError(f"{path}={text}: {reason(error)}") from None
     OmegaConf.resolve(config)
 
 
@@ -106,7 +79,7 @@ def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of OmegaConf's or Hydra's message, without the exception's name."""
     line = first_line(error)
     _, found, inner = line.partition("raised while resolving interpolation: ")
@@ -140,24 +113,3 @@ def _origin(key: str, choices: dict[str, Any]) -> str:
             if values is not None:
                 return f" (in {Path('conf') / group / f'{option}.yaml'})"
     return ""
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what Hydra raises about the user's words into UserError."""
-    try:
-        yield
-    except OverrideParseException as error:
-        raise UserError(f"{error.override}: not a valid override; {_reason(error)}") from None
-    except MissingConfigException as error:
-        name = error.missing_cfg_file or "config"
-        group, _, option = name.rpartition("/")
-        hint = choices_hint(option, error.options or [])
-        raise UserError(f"{group or 'config'}={option}: no such preset; {hint}") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        words = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
-        detail = _reason(cause) if isinstance(cause, OmegaConfBaseException) else ""
-        raise UserError(": ".join(part for part in (words, detail) if part)) from None
-    except YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
