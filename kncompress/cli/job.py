@@ -5,7 +5,6 @@ in ``result.json``: ``status``, ``metrics`` and, where it failed, ``error`` and 
 """
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -27,10 +26,12 @@ from kncompress.cli.sweep_table import write_sweep_table
 from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
+from kncompress.runs.lock import in_use
 from kncompress.runs.process import outcome as outcome_of
 from kncompress.runs.process import process_rank
-from kncompress.runs.run_folder import RUN_DIR, discard, in_use, inherited
-from kncompress.runs.whole_file import read_object, write_text
+from kncompress.runs.record import keep_outcome
+from kncompress.runs.run_folder import RUN_DIR, discard, inherited
+from kncompress.runs.whole_file import write_text
 from kncompress.training import signals
 
 _DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
@@ -173,14 +174,7 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], b
         return  # this job was refused, for another process is at work in the folder
     if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
         return  # a single run that never began leaves nothing
-    file = folder / "result.json"
-    result = read_object(file) or {"verb": job.verb.name, "metrics": outcome.get("metrics", {}), "model": None}
-    changes = {key: value for key, value in outcome.items() if key != "metrics"}
-    if outcome["status"] != "finished" or not file.exists():
-        result |= changes
-        write_text(file, json.dumps(result, indent=2) + "\n")
-    if began:
-        _complete(folder / "run.json", outcome)
+    keep_outcome(folder, job.verb.name, outcome, began)
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
         kept = not_own(words) if job.sweep_dir is not None else words
@@ -189,14 +183,6 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], b
         (job.sweep_dir / FAILED).touch()
     if job.sweep_dir is not None and (job.sweep_dir / FILE).exists():
         write_sweep_table(job.sweep_dir)
-
-
-def _complete(file: Path, outcome: dict[str, Any]) -> None:
-    """The status that the job ended with, where its record has another: a signal came, or an error, as it ended."""
-    run = read_object(file)
-    if run and run.get("status") != outcome["status"]:
-        changed = {"status": outcome["status"], "error": outcome.get("error")}
-        write_text(file, json.dumps(run | changed, indent=2) + "\n")
 
 
 @contextlib.contextmanager

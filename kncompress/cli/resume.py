@@ -1,7 +1,6 @@
 """``resume=``: which run is continued, and that its saved configuration is the one asked for."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +16,10 @@ from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
+from kncompress.runs import run_folder
 from kncompress.runs.config_file import read_config
+from kncompress.runs.lock import in_use
 from kncompress.runs.process import process_rank
-from kncompress.runs.run_folder import discard, in_use
 
 OWN = ("run_dir", "resume", "fail_fast")
 """Keys that tell where and how a run or a sweep runs, not what it computes."""
@@ -56,18 +56,9 @@ def unfinished_run(verb: Verb, text: str) -> Path:
         siblings = [str(parent / entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
         near = nearest(text, siblings)
         raise UserError(f"resume={text}: no such run folder{f'; nearest: {near}' if near else ''}")
-    for name in ("run.json", "config.yaml"):
-        if not (folder / name).is_file():
-            raise UserError(f"resume={text}: not a run folder (no {name} in it)")
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        begun, status = run["verb"], run["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"resume={text}: its run.json is damaged; start a new run") from None
-    if begun != verb.name:
-        raise UserError(f"resume={text}: a run of {begun}, not of {verb.name}")
-    if status == "finished":
-        raise UserError(f"resume={text}: this run is finished; name the folder of an unfinished run")
+    run_folder.unfinished_run(folder, verb.name)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"resume={text}: not a run folder (no config.yaml in it)")
     if process_rank() == 0 and in_use(folder):  # the others of a distributed run find the first at work
         raise UserError(f"resume={text}: another process is at work in it; wait or name another folder")
     return folder
@@ -91,7 +82,7 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
     if config.run_dir is not None:
         folder = Path(config.run_dir).expanduser().absolute()
         if not (folder / "run.json").is_file():
-            discard(folder, made=False)  # what a process left that was killed before its run began
+            run_folder.discard(folder, made=False)  # what a process left that was killed before its run began
             return None
         unfinished_run(verb, str(folder))
         _refuse(str(folder), _differences(_saved(verb, folder), given))

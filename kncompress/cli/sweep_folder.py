@@ -6,19 +6,17 @@ The same command goes on in the same folder: finished jobs are kept, the others 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from kncompress.cli.overrides import quoted
 from kncompress.cli.resume import differences_from_saved
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
-from kncompress.runs.run_folder import LOCK, in_use
+from kncompress.runs.lock import in_use
 from kncompress.runs.whole_file import read_object, write_text
 
 FILE = "sweep.json"
@@ -118,20 +116,6 @@ def launched(verb: Verb, folder: Path, number: int, overrides: Sequence[str]) ->
             return [*words, f"++resume={quoted(str(job))}"]
         shutil.rmtree(job)
     return words
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other commands out of the sweep. Raises UserError where another is at work in it."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=1)  # who only asks whether the folder is in use holds it for a moment
-    except Timeout:
-        raise UserError(f"run_dir={folder}: another process is at work in it; wait or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _same(found: Sweep, asked: Sweep) -> bool:

@@ -20,7 +20,6 @@ from kncompress.cli.sweep_folder import (
     Sweep,
     changed_job,
     find_sweep,
-    held,
     missing,
     read_sweep,
     result_of,
@@ -29,6 +28,7 @@ from kncompress.cli.sweep_jobs import SweepErrors, SweepJobs, choices_of, listed
 from kncompress.cli.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
+from kncompress.runs.lock import held
 
 
 def is_hydras(override: str) -> bool:

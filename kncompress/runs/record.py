@@ -6,22 +6,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from kncompress.errors import CheckFailed, UserError
 from kncompress.runs.config_file import config_differences, read_config, write_config
+from kncompress.runs.lock import lock
 from kncompress.runs.origin import code_commit, machine, versions
 from kncompress.runs.process import Status, outcome, peak_memory, process_rank
-from kncompress.runs.whole_file import write_text
+from kncompress.runs.run_folder import refuse_run, unfinished_run
+from kncompress.runs.whole_file import read_object, write_text
 from kncompress.terminal import first_line, named_line
-
-# Any of these in a folder says that a run has been there.
-TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
 
 
 class RunRecord:
@@ -69,19 +68,24 @@ class RunRecord:
         fields: dict[str, Any] = _new_fields(verb, seed)
         if (process_rank() if rank is None else rank) != 0:
             return cls(folder, fields, None)
-        _check(folder, resume)  # before anything is written
+        if resume:
+            unfinished_run(folder, verb)  # before anything is written
+        else:
+            refuse_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, "resume" if resume else "run_dir")
+        taken = lock(folder, "resume" if resume else "run_dir")
         try:
-            _check(folder, resume)  # another process may have come and gone between the check and the lock
+            # Another process may have come and gone between the first look and the lock.
             if resume:
-                fields = _resumed(folder, fields, config)
-            record = cls(folder, fields, lock)
+                fields = _resumed(folder, unfinished_run(folder, verb), fields, config)
+            else:
+                refuse_run(folder)
+            record = cls(folder, fields, taken)
             write_config(folder / "config.yaml", config)
             (folder / "result.json").unlink(missing_ok=True)
             record.save()
         except BaseException:
-            lock.release()
+            taken.release()
             raise
         return record
 
@@ -219,34 +223,31 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _check(folder: Path, resume: bool) -> None:
-    trace = next((name for name in TRACES if (folder / name).exists()), None)
-    if trace and not resume:
-        raise UserError(f"run_dir={folder}: holds another run ({trace}); name a new folder, or resume={folder}")
-    if resume and not (folder / "run.json").is_file():
-        raise UserError(f"resume={folder}: no run.json in it; name the folder of an unfinished run")
+def keep_outcome(folder: Path, verb: str, outcome: Mapping[str, Any], began: bool) -> None:
+    """Bring ``result.json`` and ``run.json`` in line with how a job ended, where its record could not.
+
+    It may never have been opened, or closed before a signal or an error came.
+
+    Args:
+        outcome: ``status``, ``exit_code`` and, where there are any, ``error`` and ``metrics``.
+        began: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
+    """
+    file = folder / "result.json"
+    if outcome["status"] != "finished" or not file.exists():
+        metrics = {name: _number(name, value) for name, value in outcome.get("metrics", {}).items()}
+        result = read_object(file) or {"verb": verb, "metrics": metrics, "model": None}
+        _write_json(file, result | {key: value for key, value in outcome.items() if key != "metrics"})
+    run = read_object(folder / "run.json") if began else {}
+    if run and run.get("status") != outcome["status"]:
+        _write_json(folder / "run.json", run | {"status": outcome["status"], "error": outcome.get("error")})
 
 
-def _resumed(folder: Path, fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    before = loads((folder / "run.json").read_text())
-    if before["verb"] != fields["verb"]:
-        raise UserError(f"resume={folder}: is a run of {before['verb']}, not of {fields['verb']}")
-    if before["status"] == "finished":
-        raise UserError(f"resume={folder}: this run is finished; name the folder of an unfinished run")
+def _resumed(folder: Path, before: dict[str, Any], fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     changed = config_differences(read_config(folder / "config.yaml"), config)
     resume = {"at": fields["started"], "command": fields["command"], "changed": changed}
     kept = {name: before[name] for name in ("started", "wall_seconds", "wandb_id", "command")}
     kept |= {name: before[name] for name in ("wandb_group", "wandb_tags") if name in before}  # older runs have none
     return fields | kept | {"resumes": [*before["resumes"], resume]}
-
-
-def _locked(folder: Path, key: str) -> FileLock:
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=1)  # who only asks whether the folder is in use holds it for a moment
-    except Timeout as error:
-        raise UserError(f"{key}={folder}: another process is at work in it; wait or name another folder") from error
-    return lock
 
 
 def _number(name: str, value: SupportsFloat) -> float | int | None:

@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kncompress.errors import UserError
+from kncompress.runs.lock import LOCK
 from kncompress.runs.process import process_rank
+from kncompress.runs.whole_file import read_object
 
-LOCK = ".lock"
 RUN_DIR = "KNCOMPRESS_RUN_DIR"
 """Set by a process while its job runs: processes that it starts for DDP use the same folder."""
+TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
+"""Any of these in a folder says that a run has been there."""
 
 
 def inherited() -> Path | None:
@@ -86,22 +87,31 @@ def refuse_used(folder: Path) -> None:
     """Raises UserError where ``folder`` is a file or holds another run or other files."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir={folder}: a file; give a new folder")
+    refuse_run(folder)
     if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
-        what = "another run" if (folder / "run.json").exists() else "files"
-        raise UserError(f"run_dir={folder}: holds {what}; give a new or empty folder")
+        raise UserError(f"run_dir={folder}: holds files; give a new or empty folder")
 
 
-def in_use(folder: Path) -> bool:
-    """Whether another process holds the lock of a run or a sweep."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+def refuse_run(folder: Path) -> None:
+    """Raises UserError where a run has been in ``folder``."""
+    trace = next((name for name in TRACES if (folder / name).exists()), None)
+    if trace:
+        raise UserError(f"run_dir={folder}: holds another run ({trace}); give a new folder, or resume={folder}")
+
+
+def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
+    """``run.json`` of the run of ``verb`` in ``folder``, which can be resumed. Raises UserError where it cannot."""
+    name = f"resume={folder}"
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{name}: not a run folder (no run.json in it)")
+    run = read_object(folder / "run.json")
+    if not isinstance(run.get("verb"), str) or not isinstance(run.get("status"), str):
+        raise UserError(f"{name}: its run.json is damaged; start a new run")
+    if run["verb"] != verb:
+        raise UserError(f"{name}: a run of {run['verb']}, not of {verb}")
+    if run["status"] == "finished":
+        raise UserError(f"{name}: this run is finished; name the folder of an unfinished run")
+    return run
 
 
 def discard(folder: Path, made: bool) -> None:

@@ -202,7 +202,7 @@ def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="this run is finished"):
         open_run(tmp_path / "done", resume=True)
     open_run(tmp_path / "compressed", verb="compress").close()
-    with pytest.raises(UserError, match="is a run of compress, not of train"):
+    with pytest.raises(UserError, match="a run of compress, not of train"):
         open_run(tmp_path / "compressed", resume=True)
     open_run(tmp_path / "compressed", verb="compress", resume=True).close()  # a refusal leaves no lock behind
 
