@@ -107,7 +107,7 @@ def nearest_key(config: type, path: str) -> str:
             return f"nearest: {prefix}{near}"
         every = [key.path for key in keys(config)]
         same = [key for key in every if key.rpartition(".")[2] == parts[-1]]
-        near = same[0] if same else nearest(path, every)
+        near = " or ".join(same[:3]) or nearest(path, every)
         if near:
             return f"nearest: {near}"
         break

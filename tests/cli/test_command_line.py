@@ -49,7 +49,7 @@ ERRORS = [
     (["train", "trainer.stepz=1"], ["trainer.stepz: unknown key", "nearest: trainer.steps"]),
     (["train", "++modle.lr=3"], ["modle: unknown key", "nearest: model"]),
     (["train", "+model.foo=1"], ["model.foo: unknown key"]),
-    (["train", "lr=3"], ["lr: unknown key", "nearest: optimizer.lr"]),
+    (["train", "lr=3"], ["lr: unknown key", "nearest: repair.lr or optimizer.lr"]),
     (["train", "factors.mlp.rigth=[1,2]"], ["factors.mlp.rigth", "nearest: factors.mlp.right"]),
     (["train", "trainer.steps=abc"], ["trainer.steps=abc", "Integer"]),
     (["train", "factors.mlp.right=[1,x]"], ["factors.mlp.right[1]=x"]),
