@@ -14,8 +14,8 @@ from kncompress.compression.map_fit import Fitted, InputMoment, calibrated_parts
 from kncompress.compression.moments import MomentSum
 from kncompress.config import FitConfig
 from kncompress.kron import Factors, Moment, PreparedMoment, Shape, corrected_bias
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.moments import formed_rows
-from kncompress.kron.product import without_autocast
 
 
 class Drift(NamedTuple):

@@ -21,7 +21,7 @@ from kncompress.compression.moments import MomentFolder, MomentSum, fingerprint,
 from kncompress.compression.work import Work, layer_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
-from kncompress.kron.product import without_autocast
+from kncompress.kron.dense_product import without_autocast
 
 _NUMBERS = 1 << 25
 """Numbers in one temporary of (tokens x vocabulary)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.errors import UserError
-from kncompress.kron.product import without_autocast
+from kncompress.kron.dense_product import without_autocast
 
 Options = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the states."""

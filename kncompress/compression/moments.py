@@ -23,7 +23,7 @@ from kncompress.compression.layerwise import CalibrationText, HiddenStates, befo
 from kncompress.compression.work import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
-from kncompress.kron.product import without_autocast
+from kncompress.kron.dense_product import without_autocast
 from kncompress.terminal import first_line
 
 _FORMAT = "kncompress moment 1"

@@ -10,7 +10,8 @@ from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
 from kncompress.kron.packed_linear import PackedLinear
-from kncompress.kron.product import kronecker_linear, kronecker_weight
+from kncompress.kron.product import kronecker_linear
+from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError, divisors
 from kncompress.kron.two_sided import prepare_outputs, two_sided_error, two_sided_factors
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from kncompress.kron.alternating import Problem, alternate
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import canonical
 from kncompress.kron.moments import Moment, PreparedMoment, prepare, weighted_error
 from kncompress.kron.nearest import Factors, check_weight, nearest_factors
-from kncompress.kron.product import without_autocast
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 SWEEPS = 12

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kncompress.kron.alternating import descend, normal_matrix, solve
 from kncompress.kron.calibrated import check_moment
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import canonical
 from kncompress.kron.moments import Moment, PreparedMoment, prepare
 from kncompress.kron.nearest import Factors, nearest_factors
-from kncompress.kron.product import without_autocast
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _SMOOTHING = 0.1

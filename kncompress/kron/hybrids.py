@@ -5,9 +5,9 @@ from torch import Tensor
 
 from kncompress.kron.calibrated import calibrated_factors
 from kncompress.kron.compound import HybridShape
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.moments import Moment, PreparedMoment, formed_rows, prepare, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors
-from kncompress.kron.product import without_autocast
 from kncompress.kron.two_sided import two_sided_error, two_sided_factors
 
 ROUNDS = 4

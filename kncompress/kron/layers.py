@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kncompress.kron.compound import Shape
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.nearest import nearest_factors
-from kncompress.kron.product import kronecker_linear, kronecker_weight, without_autocast
+from kncompress.kron.product import kronecker_linear
+from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 

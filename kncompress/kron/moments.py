@@ -12,8 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.nearest import Factors
-from kncompress.kron.product import kronecker_linear, kronecker_weight, without_autocast
+from kncompress.kron.product import kronecker_linear
+from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import ShapeError
 
 _ROWS = 1 << 22

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kncompress.kron.product import kronecker_weight, without_autocast
+from kncompress.kron.dense_product import without_autocast
+from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _CHUNK = 1 << 22

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kncompress.kron.compound import PackedShape
+from kncompress.kron.dense_product import dense_product, without_autocast
 from kncompress.kron.nearest import Factors
-from kncompress.kron.product import _linear, without_autocast
 from kncompress.kron.shape import ShapeError
 
 _SLACK = 0.05
@@ -54,13 +54,13 @@ def packed_linear(x: Tensor, packed: Packed, side: str, bias: Tensor | None = No
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise ShapeError(f"x={list(x.shape)}: last side must be {inputs}")
     if side == "out":
-        z = _linear(x, kept)
-        y = _ordered(torch.cat([z, _linear(z, mix)], dim=-1), order)
+        z = dense_product(x, kept)
+        y = _ordered(torch.cat([z, dense_product(z, mix)], dim=-1), order)
         return y if bias is None else y + bias.to(y.dtype)
     rank = kept.shape[1]
     pivots, others = _ordered(x, order).tensor_split((rank,), dim=-1)
-    z = _linear(others, mix)
-    return _linear(z + pivots.to(z.dtype), kept, bias)
+    z = dense_product(others, mix)
+    return dense_product(z + pivots.to(z.dtype), kept, bias)
 
 
 def packed_weight(packed: Packed, side: str) -> Tensor:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from kncompress.kron.calibrated import SWEEPS, TOLERANCE, calibrated_factors
+from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import canonical
 from kncompress.kron.moments import Moment, PreparedMoment, as_parts, formed_rows
 from kncompress.kron.nearest import Factors, nearest_factors
-from kncompress.kron.product import kronecker_weight, without_autocast
+from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 OUTPUT_RIDGE = 0.1

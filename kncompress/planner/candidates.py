@@ -23,7 +23,7 @@ from kncompress.kron import (
     calibrated_hybrid,
     two_sided_factors,
 )
-from kncompress.kron.product import without_autocast
+from kncompress.kron.dense_product import without_autocast
 
 STEPS = 32
 """Ranks in the ladder of outer products, whose numbers are evenly spread up to those of the dense map."""
