@@ -13,11 +13,11 @@ from kncompress.anatomy.plan import Plan
 from kncompress.bench.machine import Ceiling, measure_ceiling
 from kncompress.bench.operators import time_by_operator
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import BenchConfig, TrainerConfig
+from kncompress.config import BenchConfig
 from kncompress.errors import UserError
 from kncompress.training.processes import accelerator
 from kncompress.training.student import model_config
-from kncompress.training.trainer import precision
+from kncompress.training.trainer import takes_bf16
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,10 @@ def setting_of(config: BenchConfig) -> Setting:
     Raises:
         UserError: no such model, or no GPU.
     """
-    trainer = TrainerConfig(accelerator=config.accelerator, precision=config.precision)
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
-    device = torch.device("cuda" if accelerator(trainer) == "gpu" else "cpu")
-    dtype = torch.bfloat16 if precision(trainer) == "bf16-mixed" else torch.float32
+    device = torch.device("cuda" if accelerator(config.accelerator) == "gpu" else "cpu")
+    dtype = torch.bfloat16 if takes_bf16(config.precision, config.accelerator) else torch.float32
     sizes = SIZES[config.size]
     if config.tokens is not None:
         sizes = replace(sizes, tokens=config.tokens, sequence=min(sizes.sequence, config.tokens))

@@ -11,7 +11,7 @@ from rich.table import Table
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import EvaluateConfig
 from kncompress.data.files import text_file, text_lines
-from kncompress.data.sources import find_sources, sources_of
+from kncompress.data.sources import find_sources, split_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
@@ -33,8 +33,7 @@ def check(config: EvaluateConfig) -> None:
         if not _has_lines(config.lambada):
             find_sources(config.lambada, "lambada", column=config.data.column)
     else:
-        key = config.data.split if config.data.split in ("validation", "test") else "source"
-        sources_of(config.data, key)
+        split_sources(config.data, config.data.split)
     fields = model_config(config.model)
     require_causal(fields, "evaluate")
     if config.compare is not None:

@@ -11,7 +11,7 @@ import torch
 
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import ExportConfig
-from kncompress.data.sources import sources_of
+from kncompress.data.sources import split_sources
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import CheckFailed, UserError
@@ -45,8 +45,7 @@ def check(config: ExportConfig) -> None:
         if _is_classifier(fields):
             raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
         require_causal(fields, "export format=int8")
-        key = config.data.split if config.data.split in ("validation", "test") else "source"
-        sources_of(config.data, key)
+        split_sources(config.data, config.data.split)
         tokenizer_of(config.model)
 
 

@@ -166,6 +166,11 @@ def sources_of(config: DataConfig, name: str = "source") -> list[Source]:
     return find_sources(getattr(config, name), f"data.{name}", config.text_format, config.column)
 
 
+def split_sources(config: DataConfig, split: str) -> list[Source]:
+    """The sources that a split is read from: its own, or those of the whole text. Raises UserError."""
+    return sources_of(config, split if split in ("validation", "test") else "source")
+
+
 def _find(entry: str, key: str, text_format: str, column: str | None) -> Source:
     if entry == "sample":
         return FileSource("sample", key)
@@ -189,7 +194,7 @@ def read_split(config: DataConfig, split: str, reading: Reading | None = None) -
     own = getattr(config, split, None) if split in ("validation", "test") else None
     key = "data.source" if own is None else f"data.{split}"
     held_out = [s for s in ("test", "validation") if getattr(config, s) is None]
-    sources = sources_of(config, split if split in ("validation", "test") else "source")
+    sources = split_sources(config, split)
     parts = []
     for source in sources:
         wanted = split

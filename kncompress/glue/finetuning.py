@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from kncompress.config import FineTuningConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
+from kncompress.config import FineTuningConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import SequenceObjective
 from kncompress.glue.scores import glue_scores, task_score
 from kncompress.glue.sequences import Sequences, scoring_loader, training_loader
@@ -153,11 +153,10 @@ def fine_tune(
     steps = settings.epochs * len(loader)
     module = GLUEFineTuning(student, teacher, data.task, objective, optimizer, steps, settings.dropout, layers)
     epochs = EpochScores(data, settings.batch_size, settings.patience)
-    hardware = TrainerConfig(accelerator=settings.accelerator, precision=settings.precision)
     trainer = L.Trainer(
-        accelerator=accelerator(hardware),
+        accelerator=accelerator(settings.accelerator),
         devices=1,
-        precision=precision(hardware),
+        precision=precision(settings.precision, settings.accelerator),
         max_epochs=settings.epochs,
         gradient_clip_val=settings.gradient_clip or None,
         callbacks=[epochs, *callbacks],

@@ -13,7 +13,7 @@ from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
-from kncompress.config import FactorsConfig, PlanConfig, TrainerConfig
+from kncompress.config import FactorsConfig, PlanConfig
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
@@ -22,7 +22,7 @@ from kncompress.planner.budget import BudgetPlan, HarmTable, spend
 from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import measure_harms
 from kncompress.training.student import model_config, require_causal
-from kncompress.training.trainer import precision
+from kncompress.training.trainer import takes_bf16
 
 HARMS = "harm.json"
 
@@ -74,7 +74,7 @@ def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tupl
 
 def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: CalibrationText) -> HarmTable:
     """The table of harms of a model."""
-    bf16 = precision(TrainerConfig(accelerator="cpu", precision=config.precision)) == "bf16-mixed"
+    bf16 = takes_bf16(config.precision, "cpu")
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
         facts = str(config.model.path), words

@@ -24,13 +24,16 @@ def started_outside() -> tuple[str, int] | None:
     return None
 
 
-def accelerator(config: TrainerConfig) -> str:
-    """``gpu`` or ``cpu``; ``auto`` (an accelerator of another kind) only for a single process."""
-    if config.accelerator == "auto" and torch.cuda.is_available():
+def accelerator(asked: str, single: bool = True) -> str:
+    """``gpu`` or ``cpu``; ``auto`` (an accelerator of another kind) only for a ``single`` process."""
+    if asked == "auto" and torch.cuda.is_available():
         return "gpu"
-    if config.accelerator == "auto" and (config.strategy != "auto" or config.devices != 1 or config.nodes > 1):
-        return "cpu"
-    return config.accelerator
+    return "cpu" if asked == "auto" and not single else asked
+
+
+def accelerator_of(config: TrainerConfig) -> str:
+    """That of a training run."""
+    return accelerator(config.accelerator, config.strategy == "auto" and config.devices == 1 and config.nodes == 1)
 
 
 def devices(config: TrainerConfig) -> int:
@@ -40,7 +43,7 @@ def devices(config: TrainerConfig) -> int:
         UserError: GPUs that are not there, or other processes than torchrun or SLURM has started.
     """
     outside = started_outside()
-    gpus = torch.cuda.device_count() if accelerator(config) == "gpu" else 0
+    gpus = torch.cuda.device_count() if accelerator_of(config) == "gpu" else 0
     automatic = outside[1] // config.nodes if outside else gpus or 1
     count = automatic if config.devices == "auto" else config.devices
     if outside and count * config.nodes != outside[1]:
@@ -48,7 +51,7 @@ def devices(config: TrainerConfig) -> int:
             f"trainer.devices={config.devices}: {outside[0]} has started {outside[1]} processes, but devices x nodes "
             f"are {count} x {config.nodes}; set trainer.devices (on each node) and trainer.nodes to what it starts"
         )
-    if accelerator(config) == "gpu" and count > gpus:
+    if accelerator_of(config) == "gpu" and count > gpus:
         raise UserError(f"trainer.devices={config.devices}: there are {gpus} GPUs here; trainer=cpu needs none")
     return count
 

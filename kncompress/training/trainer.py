@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.config import TrainerConfig
 from kncompress.training.batches import BatchPlan
-from kncompress.training.processes import accelerator, devices, started_outside
+from kncompress.training.processes import accelerator_of, devices, started_outside
 
 _VALIDATIONS = 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -45,11 +45,11 @@ def build_trainer(
         # Lightning would requeue the job and save a checkpoint of its own; a run is resumed by resume=auto.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
-        accelerator=accelerator(config),
+        accelerator=accelerator_of(config),
         strategy=_strategy(config, model),
         devices=devices(config),
         num_nodes=config.nodes,
-        precision=precision(config),
+        precision=precision(config.precision, config.accelerator),
         max_steps=batches.steps,
         max_epochs=-1,
         accumulate_grad_batches=batches.accumulate,
@@ -107,11 +107,14 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def precision(config: TrainerConfig) -> Any:
-    """Lightning's name of the precision; ``auto`` is bf16 where the hardware multiplies bf16 natively."""
-    if config.precision == "auto":
-        return "bf16-mixed" if _multiplies_bf16(config.accelerator) else "32-true"
-    return {"bf16": "bf16-mixed", "fp32": "32-true"}[config.precision]
+def precision(asked: str, accelerator: str) -> Any:
+    """Lightning's name of a precision."""
+    return "bf16-mixed" if takes_bf16(asked, accelerator) else "32-true"
+
+
+def takes_bf16(asked: str, accelerator: str) -> bool:
+    """Whether a precision is bf16; ``auto`` is where the hardware multiplies bf16 natively."""
+    return _multiplies_bf16(accelerator) if asked == "auto" else asked == "bf16"
 
 
 def _multiplies_bf16(accelerator: str) -> bool:
