@@ -24,6 +24,7 @@ from kncompress.compression.work import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.dense_product import without_autocast
+from kncompress.runs.whole_file import give_usual_mode
 from kncompress.terminal import first_line
 
 _FORMAT = "kncompress moment 1"
@@ -215,6 +216,7 @@ class MomentFolder:
             try:
                 tensors = {"second": moment.second.cpu().contiguous(), "mean": moment.mean.cpu().contiguous()}
                 save_file(tensors, temporary, facts)
+                give_usual_mode(temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kncompress.formats.pretrained import to_dense
+from kncompress.runs.whole_file import give_usual_mode
 
 
 def merged_weights(model: Any, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -33,6 +34,7 @@ def write_merged(model: Any, file: Path, dtype: torch.dtype = torch.float32) -> 
 
     weights, tied = merged_weights(model, dtype)
     save_file(weights, file, metadata={"format": "pt", "tied": json.dumps(tied)})
+    give_usual_mode(file)
 
 
 def read_merged_(dense: Any, file: Path) -> None:

@@ -1,8 +1,6 @@
 """Model folders: save, load, and give back a plain dense model."""
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from kncompress.formats.plugin import check_keys, register
 from kncompress.formats.stored import check_config, check_weights, reason_of, settle
 from kncompress.formats.verified import check_finite, check_folder
 from kncompress.hub import local_folder
+from kncompress.runs.whole_file import filling
 
 __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
@@ -61,23 +60,13 @@ def save_model(
         subject = f"dtype={str(target).removeprefix('torch.')}"
         check_finite(model, subject, "is too large for it; take bfloat16 or float32")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
-        fresh, stale = Path(parent) / "new", Path(parent) / "old"
+    with filling(folder) as fresh:
         with _no_bars():
             model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         check_folder(model, fresh, load_model)
         (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
-        if folder.exists():
-            folder.replace(stale)
-        try:
-            fresh.replace(folder)
-        except OSError:
-            if stale.exists():
-                stale.replace(folder)
-            raise
-        shutil.rmtree(stale, ignore_errors=True)
     return folder
 
 
