@@ -217,21 +217,24 @@ def knapsack(sizes: Sequence[Sequence[int]], harms: Sequence[Sequence[float]], b
     Raises:
         ValueError: the smallest options together are above the budget.
     """
-    if sum(map(min, sizes)) > budget:
+    extra = [[size - min(row) for size in row] for row in sizes]
+    spare = budget - sum(map(min, sizes))
+    if spare < 0:
         raise ValueError(f"budget={budget}: below the smallest options")
-    kept = [undominated(s, h) for s, h in zip(sizes, harms, strict=True)]
+    kept = [[i for i in undominated(e, h) if e[i] <= spare] for e, h in zip(extra, harms, strict=True)]
     if not kept:
         return []
-    flat_sizes = np.array([sizes[m][i] for m, options in enumerate(kept) for i in options], dtype=float)
+    flat_sizes = np.array([extra[m][i] for m, options in enumerate(kept) for i in options], dtype=float)
     flat_harms = np.array([harms[m][i] for m, options in enumerate(kept) for i in options], dtype=float)
     owner = np.repeat(np.arange(len(kept)), [len(options) for options in kept])
-    limit = float(budget)
+    limit, step = float(spare), 1
     while True:
         picked = _solve(flat_sizes, flat_harms, owner, limit)
-        over = int(flat_sizes[picked].sum()) - budget
+        over = int(flat_sizes[picked].sum()) - spare
         if over <= 0:
             break
-        limit -= over  # the solver's tolerance let it through
+        limit -= step * over  # the solver's tolerance, about a millionth of what is spare, let it through
+        step *= 2
     starts = np.concatenate([[0], np.cumsum([len(options) for options in kept])[:-1]])
     return [options[int(i - start)] for options, i, start in zip(kept, picked, starts, strict=True)]
 

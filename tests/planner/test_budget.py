@@ -109,6 +109,15 @@ def test_the_knapsack_takes_back_what_the_solver_s_tolerance_let_through(over):
     assert sorted(knapsack([[10**9, 10**6]] * 2, [[0.0, 1.0]] * 2, budget)) == [0, 1]
 
 
+def test_the_knapsack_tells_options_apart_that_differ_by_less_than_the_solver_s_tolerance():
+    sizes, harms = [[10**9 - 7 * k for k in range(6)]] * 5, [[float(k) for k in range(6)]] * 5
+    least = sum(map(min, sizes))
+    for spare, harm in ((0, 25), (6, 25), (7, 24), (100, 11), (174, 1), (175, 0)):
+        picked = knapsack(sizes, harms, least + spare)
+        assert sum(row[i] for row, i in zip(sizes, picked, strict=True)) <= least + spare
+        assert sum(row[i] for row, i in zip(harms, picked, strict=True)) == harm
+
+
 def test_divergence_is_the_kl_of_the_changed_distribution():
     logits, change = torch.randn(5, 40), torch.randn(5, 40)
     expected = torch.nn.functional.kl_div(
