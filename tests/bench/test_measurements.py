@@ -90,7 +90,7 @@ def test_a_rival_that_would_take_hours_is_named() -> None:
 
     ours, x = torch.nn.Linear(4, 4), torch.randn(16, 4)
     check_pace(ours, torch.nn.Linear(4, 4), x, CPU)
-    with pytest.raises(Unavailable, match=r"takes 0\.[67] s, ours 0\.0\d* s, for 2 tokens"):
+    with pytest.raises(Unavailable, match=r"takes \d+\.\d s, ours \d+\.\d+ s, for 2 tokens"):
         check_pace(ours, Slow(4, 4), x, CPU)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import PATIENCE
 
 import kncompress
 from kncompress.__main__ import main
@@ -54,14 +55,14 @@ def environment() -> dict[str, str]:
 def probe(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Any]:
     """``probe(*words)``: the probe verb under the name ``train``, in a process of its own."""
 
-    def run(*words: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(PROBE), "train", *words],
             cwd=tmp_path,
             env=environment | variables,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE,
         )
 
     return run

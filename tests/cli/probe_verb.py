@@ -42,7 +42,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
             case "wait" if not resume:
                 (run_dir / "waiting").touch()
                 try:
-                    time.sleep(60)
+                    time.sleep(86400)
                 finally:
                     (run_dir / "cleaned").touch()
             case "flaky" if not resume:
@@ -50,7 +50,7 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
             case "swallow":  # as a training loop that stops at the next step
                 (run_dir / "waiting").touch()
                 try:
-                    time.sleep(60)
+                    time.sleep(86400)
                 except SystemExit:
                     (run_dir / "cleaned").touch()
             case "log":

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from waiting import PATIENCE
 
 from kncompress.__main__ import VERBS
 from kncompress.cli.completion import candidates, choices
@@ -91,8 +92,8 @@ def test_tab_in_a_terminal(name, shell, tmp_path):
         os.chdir(tmp_path)
         os.execve(program, STARTS[name], shell | {"TERM": "dumb", "PS1": "> ", "ZDOTDIR": str(tmp_path)})
 
-    def until(text: str, seconds: float = 60) -> None:
-        seen, end = "", time.monotonic() + seconds
+    def until(text: str) -> None:
+        seen, end = "", time.monotonic() + PATIENCE
         while text not in seen and time.monotonic() < end:
             if select.select([terminal], [], [], 0.2)[0]:
                 seen += os.read(terminal, 65536).decode(errors="replace").replace("\a", "")

@@ -14,6 +14,7 @@ import probe_verb
 import pytest
 import yaml
 from filelock import FileLock
+from waiting import PATIENCE, wait_for
 
 from kncompress.__main__ import VERBS
 from kncompress.cli.engine import Engine
@@ -232,9 +233,9 @@ def test_resume_refuses_a_different_value(word, probe, tmp_path):
 def test_signal_runs_finally_blocks_and_gives_its_exit_code(number, code, words, environment, tmp_path):
     job = tmp_path / "new" / ("0" if "-m" in words else "")
     process = _start(environment, tmp_path, "run_dir=new", *words)
-    _wait_for(job / "waiting", process)
+    wait_for((job / "waiting").exists, process)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert (job / "cleaned").exists()
     assert _result(job)["status"] == "interrupted" and _result(job)["exit_code"] == code
@@ -244,9 +245,9 @@ def test_signal_runs_finally_blocks_and_gives_its_exit_code(number, code, words,
 
 def test_swallowed_signal_still_gives_its_exit_code(environment, tmp_path):
     process = _start(environment, tmp_path, "run_dir=new", "logger.project=swallow")
-    _wait_for(tmp_path / "new" / "waiting", process)
+    wait_for((tmp_path / "new" / "waiting").exists, process)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert _result(tmp_path / "new")["status"] == "interrupted"
     # It had written that it finished: a resume must not take it for that.
@@ -262,13 +263,6 @@ def _start(environment: dict[str, str], cwd: Path, *words: str) -> subprocess.Po
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def _wait_for(file: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
 
 
 def test_child_process_has_its_parents_folder_and_configuration(probe, tmp_path):
@@ -303,7 +297,7 @@ def test_other_launchers_must_give_the_folder(probe, tmp_path):
 
 @pytest.mark.slow
 def test_ddp_and_single_jobs_share_a_sweep(probe, tmp_path):
-    done = probe("-m", "run_dir=s", "trainer.devices=2,1,2", "logger.project=fabric", timeout=400)
+    done = probe("-m", "run_dir=s", "trainer.devices=2,1,2", "logger.project=fabric")
     assert done.returncode == 0, done.stderr
     assert [row["total"] for row in _table(tmp_path / "s")] == ["3.0", "1.0", "3.0"]
     ranks = [sorted(file.name for file in (tmp_path / "s" / str(n)).glob("rank*")) for n in range(3)]

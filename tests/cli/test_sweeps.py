@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import probe_verb
 import pytest
 from filelock import FileLock
+from waiting import PATIENCE, wait_for
 
 from kncompress.__main__ import VERBS
 from kncompress.cli.engine import Engine
@@ -194,15 +194,12 @@ def test_a_killed_sweep_is_finished_by_the_same_command(
     words = ["logger.project=fine,wait,last", "run_dir=s"]
     line = [sys.executable, str(PROBE), "train", "-m", *words]
     process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "s/1/waiting").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    wait_for((tmp_path / "s/1/waiting").exists, process)
     assert [row["status"] for row in rows("s")] == ["finished", "pending", "pending"]
     code, _, err = sweep(*words)
     assert code == 2 and "another process is at work in it" in err
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     kept = started("s")[0]
     code, _, err = sweep(*words)
     assert code == 0, err
@@ -222,7 +219,9 @@ def test_jobs_side_by_side(
     given = ["run_dir=s", "seed=1,2", "logger.project=user,fine", f"hydra/launcher={launcher}", *words]
     line = [sys.executable, str(PROBE), "train", "-m", *given]
     variables = environment | {"RAY_AUTH_MODE": "disabled"}  # else Ray writes a token into the home folder
-    done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert [row["status"] for row in rows("s")] == ["failed", "finished", "failed", "finished"]
 

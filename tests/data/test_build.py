@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from filelock import FileLock
+from waiting import PATIENCE, wait_for
 
 import kncompress
 from kncompress.config import DataConfig
@@ -26,7 +26,8 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
 
 DOCUMENTS = 400
-# One build, slowed down so that a signal meets it half-way, which records its state after every batch.
+# One build, slowed down so that a signal meets it half-way, which records its state after every batch. It encodes so
+# many documents and then waits for the signal: however late that comes, the build is not finished.
 PROGRAM = """
 import sys, time
 from kncompress.config import DataConfig
@@ -35,9 +36,12 @@ from kncompress.data.tokenizer import load_tokenizer
 from kncompress.data.tokens import token_stream
 build.SAVE_SECONDS, build.DOCUMENTS_AT_ONCE = 0, 3
 real = build.encode
-def slow(*arguments):
-    time.sleep(0.01)
-    return real(*arguments)
+left = int(sys.argv[4])
+def slow(documents, *rest):
+    global left
+    left -= len(documents)
+    time.sleep(0.01 if left > 0 else 86400)
+    return real(documents, *rest)
 build.encode = slow
 token_stream(DataConfig(source=sys.argv[1], cache_dir=sys.argv[2]), "all", load_tokenizer(sys.argv[3]))
 """
@@ -75,12 +79,11 @@ def test_a_killed_build_goes_on_and_ends_byte_equal(
     done_before = 0
     draw = random.Random(number)
     for _ in range(2):
-        process = start(source, cache, tmp_path / "tokenizer")
+        process = start(source, cache, tmp_path / "tokenizer", DOCUMENTS - done_before)
         target = done_before + draw.randint(1, DOCUMENTS // 3)
-        while process.poll() is None and recorded(cache) < target:
-            time.sleep(0.002)
+        wait_for(lambda target=target: recorded(cache) >= target, process)
         process.send_signal(number)
-        process.wait(60)
+        process.wait(PATIENCE)
         assert process.returncode != 0 and done_before < recorded(cache) < DOCUMENTS
         done_before = recorded(cache)
         assert not list(cache.rglob("facts.json"))
@@ -100,9 +103,9 @@ def test_a_killed_build_goes_on_and_ends_byte_equal(
     assert not list(cache.rglob("*.partial"))
 
 
-def start(source: str, cache: Path, tokenizer: Path) -> subprocess.Popen[bytes]:
+def start(source: str, cache: Path, tokenizer: Path, most: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(Path(kncompress.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-c", PROGRAM, source, str(cache), str(tokenizer)]
+    line = [sys.executable, "-c", PROGRAM, source, str(cache), str(tokenizer), str(most)]
     return subprocess.Popen(
         line, env=environment, stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

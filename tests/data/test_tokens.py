@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from waiting import PATIENCE
 
 from kncompress.config import DataConfig
 from kncompress.data import sources
@@ -124,10 +125,10 @@ def test_two_processes_build_one_cache(config: DataConfig) -> None:
     processes = [context.Process(target=_length, args=(config.source, config.cache_dir, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    lengths = [results.get(timeout=600) for _ in processes]
     for process in processes:
-        process.join()
-    assert lengths[0] == lengths[1]
+        process.join(PATIENCE)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert results.get() == results.get() > 0
     folders = [p for p in (Path(str(config.cache_dir)) / "tokens").iterdir() if p.is_dir()]
     assert len(folders) == 1 and sorted(p.name for p in folders[0].iterdir()) == ["facts.json", "tokens.bin"]
 
@@ -188,6 +189,16 @@ def test_sampler_sees_each_block_once_an_epoch_and_resumes(blocks: int, seed: in
 def test_sampler_shuffles_differently_by_epoch_and_seed() -> None:
     assert EndlessSampler(50, 0).order(0) != EndlessSampler(50, 0).order(1)
     assert EndlessSampler(50, 0).order(0) != EndlessSampler(50, 1).order(0)
+
+
+def test_an_order_is_drawn_once_an_epoch_and_is_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = [tuple(EndlessSampler(50, seed).order(epoch)) for seed in range(4) for epoch in range(4)]
+    assert len(set(orders)) == 16
+    drawn = []
+    real = EndlessSampler.order
+    monkeypatch.setattr(EndlessSampler, "order", lambda sampler, epoch: (drawn.append(epoch), real(sampler, epoch))[1])
+    list(itertools.islice(EndlessSampler(5, 0, consumed=3), 10))  # draws of millions of blocks take seconds
+    assert drawn == [0, 1, 2]
 
 
 @given(ranks=st.integers(1, 4), consumed=st.integers(0, 30), blocks=st.integers(1, 9))

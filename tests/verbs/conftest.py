@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 import kncompress
 from kncompress.__main__ import main
@@ -102,7 +103,7 @@ def process(tmp_path: Path) -> Callable[..., Any]:
             # A shell that starts this in the background has SIGINT ignored, which children inherit.
             options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-        return subprocess.run(line, capture_output=True, timeout=300, check=False, **options)
+        return subprocess.run(line, capture_output=True, timeout=PATIENCE, check=False, **options)
 
     return run
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from verbs.conftest import read
+from waiting import PATIENCE
 
 import kncompress
 from kncompress.diagnosis import installation
@@ -125,12 +126,12 @@ def test_the_metadata_of_a_wheel_tells_the_same_as_the_checkout(
 
 
 def test_servers_that_answer_fail_refuse_and_hang(server: str) -> None:
-    assert answer(server, 5) == "" and answer(f"{server}/401", 5) == ""
-    assert answer(f"{server}/503", 5) == "HTTP 503"
+    assert answer(server, PATIENCE) == "" and answer(f"{server}/401", PATIENCE) == ""
+    assert answer(f"{server}/503", PATIENCE) == "HTTP 503"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         refused = f"http://127.0.0.1:{free.getsockname()[1]}"
-        assert "refused" in answer(refused, 5)
+        assert "refused" in answer(refused, PATIENCE)
         free.listen()
         assert answer(refused, 0.3) in ("no answer in 0.3 seconds", "timed out")
 
@@ -140,16 +141,16 @@ def test_hub_and_wandb_tell_server_and_key_but_never_the_key(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server)
     monkeypatch.setenv("WANDB_BASE_URL", f"{server}/503")
-    hub, token = check_hub(True, 5)
+    hub, token = check_hub(True, PATIENCE)
     assert (hub.level, hub.text) == ("ok", f"{server} answers") and token.level == "note"
-    wandb, key, _ = check_wandb(True, 5)
+    wandb, key, _ = check_wandb(True, PATIENCE)
     assert wandb.level == "note" and "HTTP 503" in wandb.text and "logger.mode=offline" in wandb.todo
     assert key.level == "note" and "wandb login" in key.todo
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password s3cret\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("HF_TOKEN", "s3cret")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    findings = [*check_hub(True, 5), *check_wandb(True, 5)]
+    findings = [*check_hub(True, PATIENCE), *check_wandb(True, PATIENCE)]
     assert [f.level for f in findings] == ["ok", "ok", "note", "ok", "ok"]
     assert "WANDB_MODE=offline keeps off" in findings[2].text
     assert not any("s3cret" in f"{f.text}{f.todo}" for f in findings)

@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +78,24 @@ def test_a_suite_leaves_cells_tables_and_predictions(command: Any, quick: list[s
     assert "16/16 mnli seed 1 half_ilkd: epoch 1/1" in err
 
 
-def interrupt_after(run: Path, cells: int) -> threading.Thread:
+@contextmanager
+def interrupted_after(run: Path, cells: int) -> Iterator[None]:
     """Sends this process SIGINT, as Ctrl-C does, once the suite in ``run`` has that many finished cells."""
+    over = threading.Event()
 
     def watch() -> None:
-        deadline = time.monotonic() + 240
-        while len(times(run)) < cells and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while len(times(run)) < cells:
+            if over.wait(0.02):  # it has ended by itself
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture
@@ -104,9 +110,8 @@ def interruptible() -> Iterator[None]:
 def test_a_stopped_suite_goes_on_and_repeats_nothing(command: Any, quick: list[str]) -> None:
     words = [*quick, "tasks=[cola,rte]", "training=[ilkd]", "save_models=true"]
     run = Path("run").absolute()
-    thread = interrupt_after(run, 3)
-    code, _, err = command("glue", *words, "seeds=99", f"run_dir={run}")
-    thread.join()
+    with interrupted_after(run, 3):
+        code, _, err = command("glue", *words, "seeds=99", f"run_dir={run}")
     assert code == 130, err
     assert read(run, "result.json")["status"] == "interrupted"
     done = times(run)

@@ -4,7 +4,6 @@ import csv
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,8 @@ def test_a_sweep_has_both_counts(command: Any, tiny: Path) -> None:
 
 def test_seven_billion_parameters_in_seconds(tmp_path: Path) -> None:
     """In a process of its own, imports included; Lightning is not among them."""
-    code = "import sys, kncompress.__main__ as m; code = m.main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
-    began = time.monotonic()
+    code = "import sys, time, kncompress.__main__ as m; code = m.main(sys.argv[1:])\n"
+    code += "print(*sys.modules); print(time.process_time()); sys.exit(code)"
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", "model.path=null", LLAMA_7B, "run_dir=run"],
         cwd=tmp_path,
@@ -95,8 +94,8 @@ def test_seven_billion_parameters_in_seconds(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60  # about 7 where nothing else runs, nearly all of it imports
-    *lines, modules = done.stdout.splitlines()
+    *lines, modules, seconds = done.stdout.splitlines()
+    assert float(seconds) < 60  # of computing, however busy the machine is: about 7, nearly all of it imports
     assert "5,053,878,498 of 6,738,415,616 (75.0%)" in done.stdout and len(lines) < 60
     assert not {"lightning", "datasets", "wandb"} & set(modules.split())
 

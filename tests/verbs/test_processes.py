@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from verbs.conftest import read
+from waiting import PATIENCE, wait_for
 
 import kncompress
 
@@ -34,7 +34,7 @@ def watched(tmp_path: Path) -> Any:
         if start:
             with (tmp_path / "output.txt").open("a") as output:
                 return subprocess.Popen(line, stdout=output, stderr=output, **options)
-        return subprocess.run(line, capture_output=True, timeout=300, check=False, **options)
+        return subprocess.run(line, capture_output=True, timeout=PATIENCE, check=False, **options)
 
     return run
 
@@ -105,7 +105,7 @@ def test_torchrun_starts_the_processes(small: list[str], tmp_path: Path) -> None
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
         return subprocess.run(
             [*line, "-m", "kncompress", "train", *small, *words],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
     done = torchrun("trainer=ddp", "trainer.accelerator=cpu", "run_dir=run")
@@ -133,12 +133,10 @@ def _kill_and_resume(
         log = tmp_path / f"log{attempt}"
         if number is not None:
             stopped = watched(*line, log=log, start=True)
-            wanted, deadline = moments.randint(1, 2 * steps // (len(numbers) + 1)), time.monotonic() + 120
-            while len(_batches(log)) < wanted and stopped.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert stopped.poll() is None, (tmp_path / "output.txt").read_text()
+            wanted = moments.randint(1, 2 * steps // (len(numbers) + 1))
+            wait_for(lambda log=log, wanted=wanted: len(_batches(log)) >= wanted, stopped)
             os.kill(stopped.pid, number)
-            stopped.wait(60)
+            stopped.wait(PATIENCE)
             if number == signal.SIGTERM:
                 assert stopped.returncode == 143
         else:
@@ -193,11 +191,9 @@ def test_stopped_runs_end_with_the_same_weights(
 def test_sigterm_saves_the_step_it_came_in(watched: Any, small: list[str], tmp_path: Path) -> None:
     words = [*small, "trainer.steps=5000", "trainer.validate_every=5000", "logger=wandb"]
     running = watched(*words, "run_dir=run", log=tmp_path / "log", start=True)
-    while len(_batches(tmp_path / "log")) < 20:
-        assert running.poll() is None
-        time.sleep(0.01)
+    wait_for(lambda: len(_batches(tmp_path / "log")) >= 20, running)
     running.terminate()
-    assert running.wait(60) == 143
+    assert running.wait(PATIENCE) == 143
     steps = [step for step, _ in _batches(tmp_path / "log")]
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps[-1] + 1

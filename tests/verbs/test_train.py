@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs.conftest import read
+from waiting import PATIENCE, wait_for
 from wandb_log import offline_log
 
 
@@ -200,11 +200,9 @@ def _stop(process: Callable[..., Any], words: list[str], folder: Path, number: s
     """Start a run, send it a signal after its first checkpoint, return its exit code."""
     stopped = process("train", *words, f"run_dir={folder}", start=True)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 240
-    while not checkpoint.exists() and stopped.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(checkpoint.exists, stopped)
     stopped.send_signal(number)
-    stopped.communicate(timeout=120)
+    stopped.communicate(timeout=PATIENCE)
     return int(stopped.returncode)
 
 
