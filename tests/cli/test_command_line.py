@@ -101,7 +101,7 @@ def test_typo_in_a_preset_names_the_file(command, monkeypatch, tmp_path):
     (folder / "experiment" / "typo.yaml").write_text("# @package _global_\ntrainer:\n  stepz: 3\n")
     (folder / "trainer" / "wrong.yaml").write_text("steps: many\n")
     (folder / "trainer" / "broken.yaml").write_text("steps: [1\n")
-    for module in ("presets", "compose"):
+    for module in ("presets", "engine"):
         monkeypatch.setattr(f"kncompress.cli.{module}.config_folder", lambda: folder)
     _, _, err = command("train", "experiment=typo")
     assert "trainer.stepz" in err and "conf/experiment/typo.yaml" in err and "nearest: trainer.steps" in err
