@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from kncompress import __version__
 from kncompress.cli.overrides import split_flags, unknown_verb
+from kncompress.cli.streams import message, open_pipes
 from kncompress.cli.usage import overview, verb_help
 from kncompress.cli.verbs import Verb
 from kncompress.config import (
@@ -54,10 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0 done, 1 failed, 2 the user's to fix, 130 after SIGINT, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with open_pipes():
+        return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         return _command(words)
     except UserError as error:
-        print(f"kncompress: {' '.join(str(error).split())}", file=sys.stderr)
+        print(message(f"kncompress: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

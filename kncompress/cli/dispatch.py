@@ -2,17 +2,18 @@
 
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from kncompress.cli.engine import Engine
 from kncompress.cli.job import Interrupted, Job
-from kncompress.cli.overrides import Line, to_hydra
+from kncompress.cli.overrides import Line, hydras_folders, to_hydra
 from kncompress.cli.presets import References, defaults_of
 from kncompress.cli.resume import find_run, not_own, register_saved
+from kncompress.cli.streams import message
 from kncompress.cli.sweep_folder import read_sweep
 from kncompress.cli.sweep_jobs import ReadyJob, SweepErrors, check_jobs, choices_of
 from kncompress.cli.sweep_run import is_hydras, run_sweep
@@ -20,7 +21,8 @@ from kncompress.cli.typed_config import home
 from kncompress.cli.verbs import Verb
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
-from kncompress.runs.process import process_rank
+from kncompress.runs.config_file import to_yaml
+from kncompress.runs.process import LEFT_OVER, drop_left_over, process_rank
 from kncompress.training.signals import signals_as_exceptions
 
 # No log file: under torchrun this process may be the first, and the main one refuses a folder that holds files.
@@ -36,21 +38,24 @@ def dispatch(verb: Verb, line: Line) -> int:
 
     Raises UserError before anything is written.
     """
+    for name, value in drop_left_over():
+        print(message(f"kncompress: {name}={value}: {LEFT_OVER}"), file=sys.stderr)
     with signals_as_exceptions():
         try:
             return _dispatch(verb, line)
         except SweepErrors as errors:
             for text in errors.lines:
-                print(f"kncompress: {text}", file=sys.stderr)
+                print(message(f"kncompress: {text}"), file=sys.stderr)
             return 2
 
 
 def _dispatch(verb: Verb, line: Line) -> int:
     child = process_rank() != 0
-    line = replace(line, words=[verb.canonical(word) for word in line.words])
+    words = [verb.canonical(word) for word in line.words]
+    line = replace(line, words=words if child else hydras_folders(words, line.multirun))
     engine = Engine(verb.name)
     references = References()
-    overrides = to_hydra(line.words, defaults_of(verb.name), references, line.multirun, child)
+    overrides = to_hydra(line.words, defaults_of(verb.name), references, line.multirun, child, verb.texts)
     composed = engine.compose([*_settings(), *overrides], sweep=line.multirun)
     sweep = line.multirun if composed.hydra.mode is None else composed.hydra.mode == RunMode.MULTIRUN
     resume = composed.get("resume")
@@ -70,7 +75,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
         return run_sweep(engine, job, line, composed, overrides, fresh=resume == "never")
     ready = ReadyJob.of(verb, composed)
     if line.show:
-        print(OmegaConf.to_yaml(OmegaConf.structured(ready.config)), end="")
+        print(to_yaml(asdict(ready.config)), end="")
         return 0
     run_dir = ready.config.run_dir
     run_folder.refuse_unknown(run_dir)

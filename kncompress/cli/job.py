@@ -20,17 +20,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kncompress.cli.resume import not_own
+from kncompress.cli.saved_paths import with_absolute_paths
+from kncompress.cli.streams import message
 from kncompress.cli.sweep_folder import FILE, done_elsewhere
 from kncompress.cli.sweep_jobs import ReadyJob
 from kncompress.cli.sweep_table import write_sweep_table
 from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
+from kncompress.runs.config_file import literal
 from kncompress.runs.lock import in_use
+from kncompress.runs.process import RUN_DIR, process_rank
 from kncompress.runs.process import outcome as outcome_of
-from kncompress.runs.process import process_rank
 from kncompress.runs.record import keep_outcome
-from kncompress.runs.run_folder import RUN_DIR, discard, inherited
+from kncompress.runs.run_folder import discard, inherited
 from kncompress.runs.whole_file import write_text
 from kncompress.training import signals
 
@@ -104,9 +107,10 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     before = _stamp(folder)
     try:
         ready = job.ready.get(str(folder)) or ReadyJob(composed, typed(job.verb.config, composed))
-        ready.config.run_dir = str(folder)
         with _environment(job, words, folder):
             ready.check(job.verb)
+            ready.config = with_absolute_paths(ready.config)
+            ready.config.run_dir = str(folder)
             returned = job.verb.run(ready.config, folder, ready.found)
         outcome: dict[str, Any] = {"status": "finished", "exit_code": 0}
         if isinstance(returned, dict):
@@ -130,7 +134,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         raise Interrupted(outcome["exit_code"])
     if outcome["exit_code"]:
         name = f"job {folder.name}: " if job.sweep_dir is not None else ""
-        print(f"kncompress: {name}{outcome['error']}", file=sys.stderr, flush=True)
+        print(message(f"kncompress: {name}{outcome['error']}"), file=sys.stderr, flush=True)
     return outcome
 
 
@@ -178,7 +182,7 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], b
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
         kept = not_own(words) if job.sweep_dir is not None else words
-        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(kept)))
+        write_text(hydra_words, OmegaConf.to_yaml(OmegaConf.create(literal(kept))))
     if job.sweep_dir is not None and outcome["exit_code"] and job.fail_fast:
         (job.sweep_dir / FAILED).touch()
     if job.sweep_dir is not None and (job.sweep_dir / FILE).exists():

@@ -7,7 +7,7 @@ the dataclasses; a key that does not exist is found afterwards, against the sche
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from kncompress.cli.presets import (
 )
 from kncompress.cli.spelling import choices_hint, nearest
 from kncompress.errors import UserError
+from kncompress.runs.config_file import literal
 
 FLAGS = {"-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--show": "show"}
 _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
@@ -32,7 +33,8 @@ _LAUNCHERS = {
     "submitit_slurm": ("hydra-submitit-launcher", "slurm"),
     "submitit_local": ("hydra-submitit-launcher", "slurm"),
 }
-_SET_BY_DISPATCHER = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir")
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+_SET_BY_DISPATCHER = (*_FOLDERS, "hydra.sweep.subdir", "hydra.job.chdir")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,32 @@ def split_flags(words: list[str]) -> Line:
     return Line(rest, **dict.fromkeys(flags, True))
 
 
+def hydras_folders(words: list[str], multirun: bool) -> list[str]:
+    """``words`` with Hydra's own names for the folder of a run, or of a sweep, as ``run_dir``.
+
+    As with Hydra, the name of the other kind has no effect.
+    """
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key.lstrip("+") not in _FOLDERS:
+            found.append(word)
+        elif equals and key.lstrip("+") == _FOLDERS[multirun]:
+            found.append(f"run_dir={value}")
+    return found
+
+
 def to_hydra(
-    words: list[str], defaults: dict[str, str], references: References, multirun: bool, child: bool = False
+    words: list[str],
+    defaults: dict[str, str],
+    references: References,
+    multirun: bool,
+    child: bool = False,
+    texts: Sequence[str] = (),
 ) -> list[str]:
     """``words`` as overrides for Hydra; ``defaults`` is the verb's defaults list, ``child`` a process of DDP.
+
+    In the values of the keys ``texts`` nothing is looked up.
 
     Raises UserError for a word that is no override, an unknown preset, and grammar that quoting cannot mend.
     """
@@ -79,7 +103,9 @@ def to_hydra(
             raise UserError(f"{word}: not an override; write key=value")
         elif plain in _SET_BY_DISPATCHER:
             if not child:  # Lightning repeats hydra.run.dir to its children, who know their folder already
-                raise UserError(f"{word}: the run folder is given by run_dir=...")
+                raise UserError(
+                    f"{word}: the folder of a run is given by run_dir=..., and each job has its number in it"
+                )
         elif plain == "hydra" or plain.startswith(("hydra.", "hydra/")):
             _check_plugin(plain, text)
             translated.append(word)
@@ -87,6 +113,7 @@ def to_hydra(
             sign = "" if plain in defaults else "+"
             translated.append(f"{sign}{plain}={_group_value(plain, text, references, multirun)}")
         else:
+            text = literal(text) if plain in texts else text
             translated.append(f"++{plain}={_value(plain, text, multirun, parse)}")
         _check_grammar(word, translated[-1:], multirun, parse)
     return translated
@@ -152,8 +179,8 @@ def _quoted_path(key: str, text: str, parse: Callable[[str], Any]) -> str:
         valid = True
     except ValueError:
         one_value = valid = False
-    if not one_value and existing_path(text) is not None:
-        return quoted(text)
+    if existing_path(text) is not None and (not one_value or "${" in text):
+        return quoted(literal(text))
     if text.startswith("[") and text.endswith("]"):
         return "[" + ",".join(_quoted_path(key, part, parse) for part in _joined_paths(_split(text[1:-1]))) + "]"
     if not valid and (looks_like_path(text) or ("/" in text and text[0] not in "[{(")):

@@ -5,6 +5,7 @@ under a readable slug; ``References`` remembers what the user wrote for each slu
 """
 
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from kncompress.cli.schema import nearest_key, unknown_keys
 from kncompress.cli.spelling import choices_hint, nearest
 from kncompress.config import FactorsConfig, ModelConfig
 from kncompress.errors import UserError
+from kncompress.runs.config_file import literal
+from kncompress.runs.process import process_rank
 
 GROUPS_WITH_PATHS: dict[str, type] = {"model": ModelConfig, "factors": FactorsConfig}
 _YAML = (".yaml", ".yml")
@@ -64,6 +67,13 @@ def existing_path(text: str) -> Path | None:
         return None
 
 
+@cache
+def tell_both(word: str, taken: str, other: str) -> None:
+    """Say, once, that a word is also the name of a file or folder here, and how that is named."""
+    if process_rank() == 0:
+        print(f"kncompress: {word}: {taken}; the folder or file of that name here is {other}", file=sys.stderr)
+
+
 def looks_like_path(text: str) -> bool:
     """Whether the user can only have meant a path."""
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(_YAML)
@@ -83,6 +93,8 @@ class References:
         """
         names = options(group)
         if text in names:
+            if existing_path(text) is not None:
+                tell_both(f"{group}={text}", "the preset", f"{group}=./{text}")
             return text
         path = existing_path(text)
         if path is not None:
@@ -119,8 +131,8 @@ class References:
             number += 1
             option = f"{slug}-{number}"
         self.words[f"{group}={option}"] = word
-        literal = {key: _literal(value) for key, value in values.items()}
-        ConfigStore.instance().store(group=group, name=option, node=literal, provider=text)
+        node = {key: literal(value) for key, value in values.items()}
+        ConfigStore.instance().store(group=group, name=option, node=node, provider=text)
         return option
 
 
@@ -165,11 +177,6 @@ def _refuse_code(where: str, value: Any, key: str = "") -> None:
         raise UserError(f"{where}: {key.rstrip('.')}={value}: ${{...}} is not allowed in this file")
 
 
-def _literal(value: Any) -> Any:
-    """``value`` with ``${`` escaped: the name of a folder is never an interpolation."""
-    return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
 def _plausible_model(text: str, names: list[str]) -> bool:
     if text.startswith(("asset:", "package:")):
         return True
@@ -183,6 +190,7 @@ def _plausible_model(text: str, names: list[str]) -> bool:
 def _siblings(text: str) -> list[str]:
     try:
         parent = Path(text).expanduser().parent
-        return [f"{text[: len(text) - len(Path(text).name)]}{entry.name}" for entry in parent.iterdir()]
+        entries = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+        return [f"{text[: len(text) - len(Path(text).name)]}{name}" for name in entries]
     except (OSError, RuntimeError):  # no such folder, no such user
         return []

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kncompress.cli.presets import existing_path, groups
+from kncompress.cli.saved_paths import with_absolute_paths
 from kncompress.cli.spelling import nearest
 from kncompress.cli.typed_config import typed
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
-from kncompress.runs.config_file import read_config
+from kncompress.runs.config_file import literal, read_config
 from kncompress.runs.lock import in_use
 from kncompress.runs.process import process_rank
 
@@ -43,7 +45,7 @@ def register_saved(verb: Verb, folder_text: str, overrides: list[str], composed:
     saved = _saved(verb, folder)
     _refuse_differences(verb, folder_text, overrides, composed, saved)
     name = f"resumed_{verb.name}"
-    node = _literal(saved) | {"run_dir": _literal(str(folder)), "resume": _literal(str(folder))}
+    node = literal(saved) | {"run_dir": literal(str(folder)), "resume": literal(str(folder))}
     ConfigStore.instance().store(name=name, node=node, provider="resume")
     return folder, name
 
@@ -53,7 +55,7 @@ def unfinished_run(verb: Verb, text: str) -> Path:
     folder = existing_path(text)
     if folder is None or not folder.is_dir():
         parent = Path(text).expanduser().parent
-        siblings = [str(parent / entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+        siblings = [str(parent / f.name) for f in parent.iterdir() if f.is_dir()] if parent.is_dir() else []
         near = nearest(text, siblings)
         raise UserError(f"resume={text}: no such run folder{f'; nearest: {near}' if near else ''}")
     run_folder.unfinished_run(folder, verb.name)
@@ -66,8 +68,7 @@ def unfinished_run(verb: Verb, text: str) -> Path:
 
 def plain(verb: Verb, composed: DictConfig) -> dict[str, Any]:
     """``composed`` checked against the verb's schema, with every default, as a nested dict."""
-    config = OmegaConf.structured(typed(verb.config, composed))
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+    return _plain_of(typed(verb.config, composed))
 
 
 def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
@@ -104,11 +105,11 @@ def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
         values = read_config(folder / "config.yaml")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         raise UserError(f"resume={folder}: its config.yaml is damaged; start a new run") from None
-    return plain(verb, cast(DictConfig, OmegaConf.create(_literal(values))))
+    return plain(verb, cast(DictConfig, OmegaConf.create(literal(values))))
 
 
 def _plain_of(config: RunConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=False))
+    return asdict(with_absolute_paths(config))
 
 
 def _refuse_differences(
@@ -160,12 +161,3 @@ def _at(values: Any, path: str) -> Any:
     for part in path.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _literal(value: Any) -> Any:
-    """``value`` with ``${`` escaped in all its strings: saved values are resolved, and looked up no more."""
-    if isinstance(value, dict):
-        return {key: _literal(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_literal(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -90,6 +90,26 @@ def unknown_keys(config: type, values: dict[Any, Any], prefix: str = "") -> list
     return found
 
 
+def with_lists(config: type, values: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """``values`` with each lone text where ``config`` has a list of texts as a list of that one.
+
+    Raises UserError for a lone value where there is a list of something else.
+    """
+    found = dict(values)
+    hints, known = typing.get_type_hints(config), sections(config)
+    for name, value in values.items():
+        section = known[name]
+        if section is not None and isinstance(value, dict):
+            found[name] = with_lists(section, value, f"{prefix}{name}.")
+        elif typing.get_origin(hints[name]) is list and isinstance(value, str | int | float):
+            if isinstance(value, str) and "${" in value:
+                continue
+            if typing.get_args(hints[name]) != (str,):
+                raise UserError(f"{prefix}{name}={value}: a list; {prefix}{name}=[{value}]")
+            found[name] = [value]
+    return found
+
+
 def nearest_key(config: type, path: str) -> str:
     """``nearest: trainer.steps`` or the keys that are valid at the level where ``path`` goes wrong."""
     level, prefix = config, ""

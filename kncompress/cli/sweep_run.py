@@ -2,11 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from kncompress.cli.engine import Engine
 from kncompress.cli.job import FAILED, Interrupted, Job
@@ -28,6 +28,7 @@ from kncompress.cli.sweep_jobs import SweepErrors, SweepJobs, choices_of, listed
 from kncompress.cli.sweep_table import sweep_rows, sweep_table, write_sweep_table
 from kncompress.errors import UserError
 from kncompress.runs import run_folder
+from kncompress.runs.config_file import to_yaml
 from kncompress.runs.lock import held
 
 
@@ -49,7 +50,7 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
     params = dict(composed.hydra.sweeper.get("params") or {})
     if params:  # written in a preset: the same as words of the command line, which win
         words = [f"{key}={value}" for key, value in params.items()]
-        overrides = to_hydra(words, defaults_of(verb.name), References(job.spoken), multirun=True) + overrides
+        overrides = to_hydra(words, defaults_of(verb.name), References(job.spoken), True, texts=verb.texts) + overrides
         own.append("hydra.sweeper.params=null")
         overrides.append("hydra.sweeper.params=null")
     task = [override for override in overrides if not is_hydras(override)]
@@ -63,7 +64,7 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
     ready = jobs.ready(words_of_jobs if words_of_jobs is not None else [[]], checks=not line.show)
     configs = [found.config for found in ready]
     if line.show:
-        print("---\n".join(OmegaConf.to_yaml(OmegaConf.structured(config)) for config in configs), end="")
+        print("---\n".join(to_yaml(asdict(config)) for config in configs), end="")
         return 0
     if search:
         _check_space(jobs, search)

@@ -5,6 +5,7 @@ All that a user can get wrong becomes one UserError of one line.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,7 +14,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import safe_load
 
 from kncompress.cli.presets import preset_file
-from kncompress.cli.schema import nearest_key, unknown_keys
+from kncompress.cli.schema import nearest_key, unknown_keys, with_lists
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
 from kncompress.terminal import first_line
@@ -29,9 +30,10 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
     plain = {key: value for key, value in _container(composed).items() if key != "hydra"}
     for key in unknown_keys(config, plain):
         raise UserError(f"{key}: unknown key{_origin(key, choices or {})}; {nearest_key(config, key)}")
+    plain = with_lists(config, plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(config), plain)
-        _resolve(cast(DictConfig, merged))
+        _check_lookups(cast(DictConfig, merged))
         return cast(C, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
@@ -40,7 +42,7 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
 
 def check_homes(config: RunConfig, prose: tuple[str, ...]) -> None:
     """Raises UserError for a value, except of the keys ``prose``, that begins with ``~`` and a user who is unknown."""
-    for key, text in _strings(_container(OmegaConf.structured(config))):
+    for key, text in _strings(asdict(config)):
         if key.split("[")[0] not in prose:
             home(text, key)
 
@@ -57,15 +59,14 @@ def _container(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
-def _resolve(config: DictConfig) -> None:
-    """Resolve ``${...}`` in place, one leaf at a time, so that the message can name the key."""
+def _check_lookups(config: DictConfig) -> None:
+    """Look up each ``${...}``, one leaf at a time, so that the message can name the key. Raises UserError."""
     for path, text in _strings(_container(config)):
         if "${" in text:
             try:
                 OmegaConf.select(config, path, throw_on_missing=True)
             except InterpolationResolutionError as error:
                 raise UserError(f"{path}={text}: {reason(error)}") from None
-    OmegaConf.resolve(config)
 
 
 def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

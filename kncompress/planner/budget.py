@@ -15,6 +15,7 @@ import numpy as np
 from kncompress.errors import UserError
 from kncompress.kron import Shape, parse_shape
 from kncompress.planner.candidates import Option
+from kncompress.planner.quiet_solver import c_output_dropped
 
 FORMAT = "kncompress harms 1"
 FASTER, FASTER_SINGLE, FASTER_MIXING = 1.3, 1.9, 24
@@ -261,15 +262,16 @@ def _solve(sizes: np.ndarray, harms: np.ndarray, owner: np.ndarray, budget: floa
         LinearConstraint(csr_array(sizes[None] / unit), -np.inf, budget / unit),
     ]
     # HiGHS stops at an absolute gap of 1e-6 too, so harms are scaled to what the relaxation comes to.
-    relaxed = milp(harms, constraints=constraints, bounds=Bounds(0, 1))
-    scale = 1e3 / relaxed.fun if relaxed.fun is not None and relaxed.fun > 0 else 1 / max(harms.max(), 1e-300)
-    found = milp(
-        harms * scale,
-        constraints=constraints,
-        bounds=Bounds(0, 1),
-        integrality=np.ones(count),
-        options={"mip_rel_gap": 1e-9, "time_limit": 120.0},
-    )
+    with c_output_dropped():
+        relaxed = milp(harms, constraints=constraints, bounds=Bounds(0, 1))
+        scale = 1e3 / relaxed.fun if relaxed.fun is not None and relaxed.fun > 0 else 1 / max(harms.max(), 1e-300)
+        found = milp(
+            harms * scale,
+            constraints=constraints,
+            bounds=Bounds(0, 1),
+            integrality=np.ones(count),
+            options={"mip_rel_gap": 1e-9, "time_limit": 120.0},
+        )
     if found.x is None:
         raise RuntimeError(f"knapsack: {found.message}")
     order = np.lexsort((-found.x, owner))  # the largest of each owner first

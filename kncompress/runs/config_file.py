@@ -1,5 +1,6 @@
 """``config.yaml``: the resolved configuration of a run, and how two of them differ."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,31 @@ from omegaconf import OmegaConf
 from kncompress.runs.whole_file import write_text
 
 
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A plain nested dict as YAML that OmegaConf reads back equal (it quotes the string "1e-3").
+
+    A text with ``${...}`` is written ``\\${...}``: it is looked up no more.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(literal(dict(config))))
+
+
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a plain nested dict as YAML that OmegaConf reads back equal (it quotes the string "1e-3")."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    """Write ``to_yaml`` of a plain nested dict."""
+    write_text(path, to_yaml(config))
 
 
 def read_config(path: Path) -> Any:
     """Return the nested dict in ``path``; empty where there is no such file."""
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.is_file() else {}
+
+
+def literal(value: Any) -> Any:
+    """``value`` with ``${`` escaped in all its strings, as OmegaConf wants text that is not to be looked up."""
+    if isinstance(value, Mapping):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def config_differences(old: Any, new: Any, key: str = "") -> dict[str, list[Any]]:

@@ -9,14 +9,49 @@ from kncompress.errors import UserError
 Status = Literal["finished", "failed", "interrupted"]
 
 
+RUN_DIR = "KNCOMPRESS_RUN_DIR"
+"""Set by a process while its job runs: processes that it starts for DDP use the same folder."""
+LEFT_OVER = "left over from another launcher (this process is started by neither torchrun nor srun); ignored"
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
 def process_rank() -> int:
-    """Return this process's rank as its launcher tells it by environment variables; 0 where there is none."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
+    """Return this process's rank as its launcher tells it by environment variables; 0 where there is none.
+
+    They count only beside what shows that the launcher is at work here: a shell, a container or a notebook may keep
+    those of another time, and a run that takes itself for a second process writes no record.
+    """
+    rank = os.environ.get("RANK", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ and rank.isdecimal():
+        return int(rank)
+    rank = os.environ.get("SLURM_PROCID", "")
+    if rank.isdecimal() and int(rank) < _slurm_tasks():
+        return int(rank)
+    if RUN_DIR not in os.environ:
+        return 0
     # Lightning's own launcher tells only these two: both are 0 in the first process of the first node alone.
     parts = (os.environ.get(name, "") for name in ("LOCAL_RANK", "NODE_RANK"))
     return sum(int(part) for part in parts if part.isdecimal())
+
+
+def drop_left_over() -> list[tuple[str, str]]:
+    """Take ranks that no launcher has given out of the environment, where Lightning would believe them.
+
+    Returns (name, value) of those that would have changed something.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or RUN_DIR in os.environ:
+        return []
+    slurm = _slurm_tasks() > 1
+    names = [name for name in _OF_LAUNCHERS if name in os.environ and not (name == "SLURM_PROCID" and slurm)]
+    found = [(name, os.environ.pop(name)) for name in names]
+    return [(name, value) for name, value in found if value not in ("", "1" if name == "WORLD_SIZE" else "0")]
+
+
+def _slurm_tasks() -> int:
+    """Processes of this step of SLURM; 0 outside one, and in an interactive shell."""
+    tasks = os.environ.get("SLURM_NTASKS", "")
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(tasks) if tasks.isdecimal() and "SLURM_JOB_ID" in os.environ and not shell else 0
 
 
 def peak_memory() -> int | None:

@@ -9,11 +9,9 @@ from typing import Any
 
 from kncompress.errors import UserError
 from kncompress.runs.lock import LOCK
-from kncompress.runs.process import process_rank
+from kncompress.runs.process import RUN_DIR, process_rank
 from kncompress.runs.whole_file import read_object
 
-RUN_DIR = "KNCOMPRESS_RUN_DIR"
-"""Set by a process while its job runs: processes that it starts for DDP use the same folder."""
 TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
 """Any of these in a folder says that a run has been there."""
 

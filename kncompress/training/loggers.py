@@ -1,6 +1,7 @@
 """Where a run's metrics go: ``metrics.csv`` in its folder, and W&B, offline unless told otherwise."""
 
 import os
+import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,7 +151,8 @@ def _wandb(
             name=job_name,
             tags=tags or None,
             dir=str(folder),
-            id=record.wandb_id,
+            # WANDB_RUN_ID, of a queue's script or an agent, would make one run of all jobs of a sweep.
+            id=record.wandb_id or (secrets.token_hex(6) if sweep else None),
             resume="allow",
             mode=mode,
             config=dict(run_config),

@@ -290,7 +290,7 @@ def test_child_process_of_a_sweep_runs_its_job_alone(probe, tmp_path):
 
 
 def test_other_launchers_must_give_the_folder(probe, tmp_path):
-    done = probe("seed=1", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    done = probe("seed=1", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="x")
     assert done.returncode == 2 and "run_dir" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -311,3 +311,19 @@ def test_jobs_by_submitit_are_jobs_like_others(probe, tmp_path):
     statuses = ["failed", "finished", "failed", "finished"]
     assert [row["status"] for row in _table(tmp_path / "s")] == statuses
     assert [_result(tmp_path / "s" / str(number))["status"] for number in range(4)] == statuses
+
+
+def test_left_over_variables_of_a_launcher_leave_the_record(probe, tmp_path):
+    done = probe("run_dir=run", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", SLURM_PROCID="3")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert "kncompress: RANK=1: left over from another launcher" in done.stderr
+
+
+def test_left_over_variables_leave_every_job_of_a_sweep(probe, tmp_path):
+    done = probe("-m", "run_dir=s", "seed=1,2", RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / "s" / str(n) / "run.json").read_text())["status"] for n in (0, 1)] == [
+        "finished",
+        "finished",
+    ]

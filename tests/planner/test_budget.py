@@ -332,3 +332,22 @@ def test_harm_goes_through_its_references():
     assert at[0.0] == 0
     assert at[0.1] == pytest.approx(0.01) and at[0.2] == pytest.approx(0.08)
     assert at[0.05] == pytest.approx(0.0025) and at[0.4] == pytest.approx(0.32)
+
+
+def test_what_the_solver_prints_by_itself_is_not_shown(monkeypatch, capfd):
+    import ctypes
+
+    import scipy.optimize
+
+    library, solve = ctypes.CDLL(None), scipy.optimize.milp
+
+    def printing(*args, **options):
+        library.puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", printing)
+    print("before")
+    assert knapsack([[1, 2], [3, 4]], [[5.0, 1.0], [2.0, 1.9]], 5) == [1, 0]
+    print("after")
+    library.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

@@ -212,6 +212,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     open_run(folder, rank=0).close()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("KNCOMPRESS_RUN_DIR", str(folder))
     with pytest.raises(ValueError), open_run(folder) as record:
         assert not record.writes
         record.wandb_id = "other"
@@ -223,15 +224,21 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     ("environment", "rank"),
     [
         ({}, 0),
-        ({"RANK": "3", "LOCAL_RANK": "0"}, 3),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, 0),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, 1),
-        ({"SLURM_PROCID": "2"}, 2),
-        ({"RANK": ""}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 3),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0", "KNCOMPRESS_RUN_DIR": "runs/a"}, 0),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1", "KNCOMPRESS_RUN_DIR": "runs/a"}, 1),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, 2),
+        ({"RANK": "", "TORCHELASTIC_RUN_ID": "none"}, 0),
+        # Left over: no launcher is at work here.
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 0),
+        ({"NODE_RANK": "1"}, 0),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive"}, 0),
+        ({"SLURM_PROCID": "2"}, 0),
     ],
 )
 def test_rank_of_each_launcher(monkeypatch, environment, rank):
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+    known = ("RANK", "LOCAL_RANK", "NODE_RANK", "KNCOMPRESS_RUN_DIR", "TORCHELASTIC_RUN_ID")
+    for name in (*known, *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -143,6 +143,17 @@ def test_each_job_of_a_sweep_has_its_own_run_and_exit_code(tmp_path):
     assert len(ids) == 2 and codes == [0, 1]
 
 
+def test_an_id_in_the_environment_is_that_of_one_run_and_never_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    ids = []
+    for job, sweep in (("0", "sweep"), ("1", "sweep"), ("alone", None)):
+        with RunRecord.open(tmp_path / job, "train", CONFIG, 0) as record:
+            loggers = build_loggers(LoggerConfig(), tmp_path / job, record, CONFIG, job, sweep)
+            finish_loggers(loggers, record, 0)
+            ids.append(record.wandb_id)
+    assert len(set(ids)) == 3 and ids[2] == "abc123"
+
+
 def test_what_wandb_does_not_take_in_the_end_is_a_warning(tmp_path, capfd):
     with RunRecord.open(tmp_path, "train", CONFIG, 3) as record:
         loggers = build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job")

@@ -1,0 +1,71 @@
+"""Standard output and error: a reader who has enough is no error, and a message fits two lines of a terminal."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+_LINES = 2
+_LONGEST = 1000
+"""Characters of a message where there is no terminal: a log keeps what a person would not read."""
+
+
+class _Pipe:
+    """A stream that goes on into nothing once its reader has gone (``| head -1``): the run ends as it would have."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._forget()
+            return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Have the descriptor lead to nothing: what is still in the buffer, and what children write, goes there."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def open_pipes() -> Iterator[None]:
+    """Standard output and error stay usable in the block, whoever closes their other end."""
+    before = sys.stdout, sys.stderr
+    patient = [_Pipe(stream) for stream in before]
+    sys.stdout, sys.stderr = patient
+    try:
+        yield
+    finally:
+        for stream in patient:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def message(text: str) -> str:
+    """``text`` as one line, its middle left out where it would take more than two lines of the terminal."""
+    text = " ".join(text.split())
+    room = _LINES * shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else _LONGEST
+    if len(text) <= room:
+        return text
+    head = (room - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (room - 5 - head) :]}"
