@@ -13,7 +13,7 @@ from kncompress.config import EvaluateConfig
 from kncompress.data.files import text_file, text_lines
 from kncompress.data.sources import find_sources, split_sources
 from kncompress.data.tokenizer import ignored_token
-from kncompress.data.tokens import token_stream
+from kncompress.data.tokens import default_context, tell_default_context, token_stream
 from kncompress.errors import UserError
 from kncompress.evaluation import bits_per_byte, compare, last_words, perplexity
 from kncompress.evaluation.comparison import ANCHORS
@@ -39,7 +39,7 @@ def check(config: EvaluateConfig) -> None:
     if config.compare is not None:
         _check_alike(config)
     positions = fields.max_position_embeddings
-    window = config.context or positions
+    window = config.context or default_context(positions)
     if window > positions:
         raise UserError(f"context={window}: the model has {positions} positions")
     if config.stride is not None and config.stride > window:
@@ -70,18 +70,19 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     passages = _passages(config.lambada, config.data.column, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
-        window = config.context or model.config.max_position_embeddings
-        other = None
+        positions, other = model.config.max_position_embeddings, None
         if config.compare is not None:
             other, _ = load_teacher(second_model(config.compare, "evaluate"))
-            if config.context is None:
-                window = min(window, other.config.max_position_embeddings)
+            positions = min(positions, other.config.max_position_embeddings)
+        longest, window = config.context or positions, config.context or default_context(positions)
+        if config.context is None and passages is None and tasks is None:
+            tell_default_context("context", positions)
         metrics: dict[str, float]
         if passages is not None:
-            metrics = _last_words(config, passages, model, tokenizer, window)
+            metrics = _last_words(config, passages, model, tokenizer, longest)
             table = _task_table(config, metrics)
         elif tasks is not None:
-            metrics = _tasks(config, tasks, model, other, tokenizer, window)
+            metrics = _tasks(config, tasks, model, other, tokenizer, longest)
             table = _task_table(config, metrics)
         elif other is not None:
             metrics = _comparison(config, model, other, tokenizer, window)
@@ -150,7 +151,7 @@ def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, 
 def _tasks(
     config: EvaluateConfig, tasks: dict[str, Any], model: Any, other: Any | None, tokenizer: Any, window: int
 ) -> dict[str, float]:
-    batch = max(1, config.batch_tokens // window)
+    batch = max(1, config.batch_tokens // default_context(window))
     metrics, items = score_tasks(model, tokenizer, tasks, window, batch, config.limit)
     if other is not None:
         others, other_items = score_tasks(other, tokenizer, tasks, window, batch, config.limit)

@@ -17,6 +17,7 @@ from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
 from kncompress.data.sources import sources_of
+from kncompress.data.tokens import default_context
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
@@ -64,7 +65,7 @@ def check(config: TrainConfig) -> StudentPlan:
     plan = StudentPlan.of(config.factors, fields)
     if config.needs_text:
         check_calibration(config.data, config.calibration, fields)
-    blocks_of_a_step(config.trainer, config.data.context or positions, processes(config.trainer))
+    blocks_of_a_step(config.trainer, config.data.context or default_context(positions), processes(config.trainer))
     if config.trainer.strategy == "fsdp" and config.optimizer.name == "muon":
         raise UserError("optimizer.name=muon: needs whole matrices, which trainer.strategy=fsdp cuts; give adamw")
     if config.model.path is None:

@@ -15,7 +15,7 @@ class EvaluateConfig(RunConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     context: int | None = None
-    """Window in tokens; null: the model's context length."""
+    """Window in tokens; null: the model's context length, of perplexity at most 2,048."""
     stride: int | None = None
     """Tokens between windows of the token-weighted protocol; null: the window (no overlap)."""
     tokens: int | None = None

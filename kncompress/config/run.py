@@ -41,7 +41,7 @@ class DataConfig:
     test: Any = None
     """Source of the test split; null: part of ``source``, split by document."""
     context: int | None = None
-    """Tokens in a block; null: the model's own context length."""
+    """Tokens in a block; null: the model's own context length, at most 2,048."""
     text_format: str = "auto"
     """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
     rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens``, ``*.raw`` and data sets of

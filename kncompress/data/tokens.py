@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from kncompress.config import DataConfig
 from kncompress.data import sources
 from kncompress.data.build import Build
 from kncompress.errors import UserError
+from kncompress.runs.process import process_rank
 from kncompress.terminal import first_line
 
 IGNORED_LABEL = -100
+LONGEST_BY_DEFAULT = 2048
+"""Tokens in a window or block where nobody says: models of today have 131,072 positions, too many for most machines."""
 WAIT_SECONDS = 3.0
 """A process that waits longer than this for another one's cache says so."""
 _FORMAT = 3
@@ -64,6 +68,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{text}|{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def default_context(positions: int | None) -> int:
+    """Tokens in a window where the configuration names none: the model's ``positions`` (None: any), at most 2,048."""
+    return min(positions or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
+
+
+@cache
+def tell_default_context(key: str, positions: int | None) -> None:
+    """Say, in the first process of a run, where the default window is shorter than the model could read."""
+    if positions and positions > LONGEST_BY_DEFAULT and process_rank() == 0:
+        window = f"windows of {LONGEST_BY_DEFAULT:,} of the model's {positions:,} positions"
+        print(f"kncompress: {window}; {key}={positions} takes all", file=sys.stderr, flush=True)
 
 
 def token_stream(config: DataConfig, split: str, tokenizer: Any) -> TokenStream:

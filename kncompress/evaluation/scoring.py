@@ -17,6 +17,8 @@ from kncompress.evaluation.windows import Tokens, Window, batches, read, sliding
 
 _CHUNK_NUMBERS = 2**24
 """Numbers in one float32 temporary of (tokens x vocabulary): 64 MiB."""
+_LOGITS = 2**28
+"""Numbers in the logits of one forward pass at most, 1 GiB in float32: a longer window is read in pieces."""
 
 Progress = Callable[[int, int], None]
 
@@ -67,13 +69,21 @@ def score_windows(
     windows = windows[rank::world]
     done = 0
     with torch.inference_mode(), _evaluating(models):
-        for batch in batches(windows, batch_tokens):
+        room = max(1, _LOGITS // max(map(_vocabulary, models)))
+        for batch in batches(windows, min(batch_tokens, room)):
             ids = read(tokens, batch).to(device)  # (windows, size)
             count = batch[0].targets
-            logits = [_target_logits(model, ids, count, bf16).to(device) for model in models]
-            for i in range(len(batch)):
+            found: list[list[Tensor]] = [[] for _ in batch]
+            done_targets = 0
+            for logits in zip(*(_predictions(model, ids, count, bf16, room) for model in models), strict=True):
+                until = done_targets + logits[0].shape[1]
+                for i in range(len(batch)):
+                    targets = ids[i, ids.shape[1] - count :][done_targets:until]
+                    found[i].append(_token_scores([each[i].to(device) for each in logits], targets))
+                done_targets = until
+            for i, parts in enumerate(found):
                 targets = ids[i, -count:]
-                values = _token_scores([each[i] for each in logits], targets)  # (rows, targets)
+                values = torch.cat(parts, dim=-1)  # (rows, targets)
                 if ignore is not None:
                     values = values[:, targets != ignore]
                 if values.shape[1]:
@@ -101,16 +111,42 @@ def _token_scores(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _target_logits(model: nn.Module, ids: Tensor, targets: int, bf16: bool) -> Tensor:
-    """Logits that predict the last ``targets`` tokens of each window: (windows, targets, V)."""
+def _vocabulary(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "vocab_size", None) or 1
+
+
+def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: int) -> Iterator[Tensor]:
+    """Logits that predict the last ``targets`` tokens of each window, in order: (windows, some of them, V).
+
+    One pass gives them all where they, and the window, are at most ``room`` positions. A longer window is read in
+    pieces, which see the ones before through the model's cache.
+    """
     device = next(model.parameters()).device
-    # Under overlap most positions are context alone: spare their row of the head where the model can.
+    ids = ids.to(device)
     forward = inspect.signature(model.forward).parameters
-    extra: dict[str, Any] = {"logits_to_keep": targets + 1} if "logits_to_keep" in forward else {}
-    # No cache: weights cast in inference mode must not survive in the cache of a surrounding autocast.
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-        logits = model(input_ids=ids.to(device), use_cache=False, **extra).logits
-    return logits[:, -targets - 1 : -1]
+    spares = "logits_to_keep" in forward
+    first, end = ids.shape[1] - targets - 1, ids.shape[1] - 1
+    whole = (targets + 1 if spares else ids.shape[1]) * len(ids) <= room or "past_key_values" not in forward
+
+    def logits(part: Tensor, keep: int, **cache: Any) -> Any:
+        # Where the model can, the head is spared positions that are context alone.
+        extra: dict[str, Any] = {"logits_to_keep": keep} if spares else {}
+        # No cache of casts: weights cast in inference mode must not survive in that of a surrounding autocast.
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            return model(input_ids=part, **cache, **extra)
+
+    if whole:
+        yield logits(ids, targets + 1, use_cache=False).logits[:, -targets - 1 : -1]
+        return
+    step = max(1, room // len(ids))
+    seen = None
+    for begin in range(0, end, step):
+        stop = min(begin + step, end)
+        wanted = stop - max(begin, first)
+        found = logits(ids[:, begin:stop], max(wanted, 1), use_cache=True, past_key_values=seen)
+        seen = found.past_key_values
+        if wanted > 0:
+            yield found.logits[:, -wanted:]
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from kncompress.runs.whole_file import write_text
 
 
@@ -15,6 +13,8 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
     A text with ``${...}`` is written ``\\${...}``: it is looked up no more.
     """
+    from omegaconf import OmegaConf  # takes a tenth of a second, which --help need not wait
+
     return OmegaConf.to_yaml(OmegaConf.create(literal(dict(config))))
 
 
@@ -25,6 +25,8 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def read_config(path: Path) -> Any:
     """Return the nested dict in ``path``; empty where there is no such file."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.is_file() else {}
 
 

@@ -17,7 +17,7 @@ from kncompress.config import TrainConfig
 from kncompress.data.module import TextDataModule
 from kncompress.data.sources import read_split
 from kncompress.data.tokenizer import ignored_token
-from kncompress.data.tokens import TokenStream, token_stream
+from kncompress.data.tokens import TokenStream, default_context, tell_default_context, token_stream
 from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
 from kncompress.training.batches import BatchPlan, plan_batches
 from kncompress.training.processes import processes
@@ -101,7 +101,10 @@ def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> Trai
     """
     models = _models(config, plan, config.start, repair)
     student, tokenizer = models.student, models.tokenizer
-    context = config.data.context or student.config.max_position_embeddings
+    positions = student.config.max_position_embeddings
+    context = config.data.context or default_context(positions)
+    if config.data.context is None:
+        tell_default_context("data.context", positions)
     limit = config.trainer.validation_tokens
     data = TextDataModule(
         config.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None

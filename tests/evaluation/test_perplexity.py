@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from kncompress.errors import UserError
-from kncompress.evaluation import bits_per_byte, perplexity, scoring
+from kncompress.evaluation import bits_per_byte, compare, perplexity, scoring
 
 VOCABULARY, POSITIONS = 64, 16
 
@@ -261,3 +268,36 @@ def test_shares_of_the_windows_add_up(model):
     assert [share.windows for share in shares] == [3, 2]
     assert sum(share.tokens for share in shares) == whole.tokens
     assert sum(share.nll_sum for share in shares) == pytest.approx(whole.nll_sum, rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_a_long_window_in_pieces_scores_the_same_and_never_holds_all_logits(kind, stride, monkeypatch):
+    torch.manual_seed(0)
+    model = _small(kind)
+    whole = perplexity(model, TOKENS, 16, stride)
+    sizes = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *found: sizes.append(found[2].numel()))
+    monkeypatch.setattr(scoring, "_LOGITS", 3 * VOCABULARY)
+    pieces = perplexity(model, TOKENS, 16, stride)
+    assert pieces.tokens == whole.tokens and pieces.windows == whole.windows
+    assert pieces.nll == pytest.approx(whole.nll, rel=1e-6)
+    assert max(sizes) <= 3 * VOCABULARY
+
+
+def test_two_models_in_pieces_are_compared_as_in_one(model, teacher, monkeypatch):
+    whole = compare(teacher, model, TOKENS, 16)
+    monkeypatch.setattr(scoring, "_LOGITS", 5 * VOCABULARY)
+    pieces = compare(teacher, model, TOKENS, 16)
+    assert (pieces.kl, pieces.same_top) == (pytest.approx(whole.kl, rel=1e-6), whole.same_top)
+
+
+def _small(kind):
+    if kind == "gpt2":
+        return random_model(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common = sizes | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "max_position_embeddings": POSITIONS}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common))
+    return MistralForCausalLM(MistralConfig(**common, sliding_window=4))  # shorter than a window
