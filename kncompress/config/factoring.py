@@ -131,6 +131,7 @@ class FactoringConfig(FittingConfig):
     """Type of the saved weights: float32, float16 or bfloat16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
         check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         if self.repair.passes and self.start == "random":

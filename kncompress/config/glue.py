@@ -96,6 +96,7 @@ class GlueConfig(RunConfig):
     RECIPES = ("plain", "ilkd")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("training", "baseline_training"):
             for name in getattr(self, key):
                 check_choice(key, name, self.RECIPES)

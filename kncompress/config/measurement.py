@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive
+from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_window
 from kncompress.config.factoring import FactorsConfig
 from kncompress.config.run import DataConfig, RunConfig
 from kncompress.errors import UserError
@@ -37,7 +37,9 @@ class EvaluateConfig(RunConfig):
     """Worked examples before each item of a task; null: as the task says."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "stride", "tokens", "batch_tokens", "limit"):
+        super().__post_init__()
+        check_window("context", self.context)
+        for name in ("stride", "tokens", "batch_tokens", "limit"):
             check_positive(name, getattr(self, name))
         check_not_negative("shots", self.shots)
         if self.tasks and self.lambada is not None:
@@ -88,6 +90,7 @@ class BenchConfig(RunConfig):
     PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("threads", "tokens", "repeats"):
             check_positive(name, getattr(self, name))
         check_choice("size", self.size, ("full", "small"))

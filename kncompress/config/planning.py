@@ -38,6 +38,7 @@ class PlanConfig(FittingConfig):
     """Fit with which the plan is measured: ``calibrated`` or ``sequential``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("budget", self.budget)
         for name in ("harm_tokens", "validation_tokens"):
             check_positive(name, getattr(self, name))

@@ -20,6 +20,7 @@ class ReportConfig(RunConfig):
     those of ``evaluate`` runs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.folders or not all(isinstance(folder, str) for folder in self.folders):
             raise UserError(f"runs={self.runs}: must be a folder or a list of folders")
         for name, values in self.baselines.items():
@@ -47,6 +48,7 @@ class DashboardConfig(RunConfig):
     files in the run folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("save", self.save, ("auto", "always", "never"))
         if not self.project:
             raise UserError("project=: give the name of a W&B project")
@@ -70,5 +72,6 @@ class DoctorConfig(RunConfig):
     """Gigabytes below which a disk is noted as full."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("timeout", self.timeout)
         check_not_negative("free", self.free)

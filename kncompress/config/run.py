@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_positive, check_share
+from kncompress.config.checks import check_choice, check_positive, check_seed, check_share, check_window
 from kncompress.errors import UserError
 
 
@@ -59,7 +59,8 @@ class DataConfig:
     """Token caches; null: ``$KNCOMPRESS_CACHE`` or ``~/.cache/kncompress``."""
 
     def __post_init__(self) -> None:
-        check_positive("data.context", self.context)
+        check_window("data.context", self.context)
+        check_seed("data.seed", self.seed)
         check_positive("data.fraction", self.fraction)
         check_share("data.fraction", self.fraction)
         check_choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
@@ -76,3 +77,6 @@ class RunConfig:
     fail_fast: bool = False
     """In a sweep (``-m``): start no further job once one has failed."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)

@@ -36,6 +36,7 @@ class ExportConfig(RunConfig):
     FORMATS = ("dense", "merged", "onnx", "int8")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("format", self.format, self.FORMATS)
         check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
@@ -73,6 +74,7 @@ class GenerateConfig(RunConfig):
     """``cpu``, ``gpu`` or ``auto``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             told = "null" if self.prompt is None else self.prompt
             raise UserError(f"prompt={told}: give prompt=... or prompts=<text file>, one of the two")
