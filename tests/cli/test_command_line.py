@@ -69,7 +69,7 @@ ERRORS = [
     (["train", "steps"], ["steps: not an override"]),
     (["train", "--trainer.steps=3"], ["no dashes: trainer.steps=3"]),
     (["train", "--multirn"], ["--multirn", "nearest: --multirun"]),
-    (["train", "hydra.run.dir=x"], ["run_dir="]),
+    (["train", "hydra.sweep.subdir=x"], ["run_dir="]),
     (["train", "resume=absent"], ["resume=absent: no such run folder"]),
     (["train", "data.source=${oc.env:KNCOMPRESS_UNSET}"], ["data.source", "'KNCOMPRESS_UNSET' not found"]),
     (["train", "data.source=${unknown:1}"], ["data.source", "unknown"]),

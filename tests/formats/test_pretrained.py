@@ -453,3 +453,26 @@ def test_scalars_of_terms_survive_the_folder(tiny, ids, tmp_path, dtype):
     edit_weights(folder, lambda weights: weights.pop("transformer.h.2.attn.c_attn.k.scale"))
     with pytest.raises(UserError, match=r"lacks weights: transformer.h.2.attn.c_attn.k.scale"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+def test_attention_kernels_of_another_machine_are_not_asked_for(folder, ids, kernel):
+    wanted = load_model(folder)(input_ids=ids).logits
+    _edit_config(folder, _attn_implementation=kernel)
+    model = load_model(folder)
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", None])
+def test_weights_quantised_by_others_are_refused_in_one_line(folder, method):
+    _edit_config(folder, quantization_config={"quant_method": method, "bits": 4} if method else {"bits": 4})
+    told = rf"its weights are quantised \({method or 'bitsandbytes'}\); give the model that they were made of"
+    for load in (load_model, load_config):
+        with pytest.raises(UserError, match=told):
+            load(folder)
+
+
+def _edit_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
