@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-import numpy as np
-
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.work import Progress as FitProgress
 from kncompress.config import CalibrationConfig, DataConfig
-from kncompress.data.build import batches, encode
-from kncompress.data.sources import read_split, sources_of
+from kncompress.data.pieces import spread_tokens
+from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
 from kncompress.terminal import Progress
 
@@ -40,9 +38,7 @@ def _context(data: DataConfig, calibration: CalibrationConfig, fields: Any) -> i
 def calibration_text(
     data: DataConfig, calibration: CalibrationConfig, fields: Any, tokenizer: Any, more: int = 0
 ) -> CalibrationText:
-    """The first tokens of the training split, as blocks.
-
-    No more documents are read and tokenised than that takes: all tokens of a shorter text.
+    """Tokens from all over the training split and its sources, as blocks (``spread_tokens``).
 
     Args:
         data: names the text.
@@ -54,17 +50,8 @@ def calibration_text(
     Raises:
         UserError: there is no text.
     """
-    wanted = calibration.tokens + more
-    found, count = [], 0
-    for batch in batches(read_split(data, "train")):
-        rows = encode(batch, tokenizer, data.text_format != "lines")
-        found.extend(rows)
-        count += sum(map(len, rows))
-        if count >= wanted:
-            break
-    tokens = np.concatenate(found)[:wanted]
-    context = _context(data, calibration, fields)
-    return CalibrationText(tokens.astype(np.int64), context, moments=calibration.moments)
+    tokens = spread_tokens(data, tokenizer, calibration.tokens + more)
+    return CalibrationText(tokens, _context(data, calibration, fields), moments=calibration.moments)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class FactorsConfig:
 
 @dataclass
 class CalibrationConfig:
-    """The text that factors are fitted to and repaired on: the first tokens of the training split of ``data.source``.
+    """The text that factors are fitted to and repaired on: pieces from all over the training split of
+    ``data.source``, of the sources of a list in turns, of WikiText as prose and as published.
 
     It is read where ``start`` is calibrated or sequential, or ``repair`` has passes.
     """

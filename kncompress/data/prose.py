@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from kncompress.data import wikitext
 
+PUBLISHED = "published"
+"""Beside the formats of ``data.text_format``: articles of WikiText, each as ``lines`` has the whole."""
 _SEPARATOR = re.compile(r"<\|(?:endoftext|doc)\|>[ \t]*\n?")
 _EXTRACTED = re.compile(r"<doc [^>]*>\n")
 
@@ -21,6 +23,8 @@ def documents_of(lines: Iterable[str], text_format: str, cut: int | None = None)
     match text_format:
         case "wikitext":
             found = map(wikitext.to_prose, wikitext.articles(lines))
+        case "published":
+            found = map(_published, wikitext.articles(lines))
         case "lines":
             # Rows as the Hugging Face data sets have them: blank ones empty, others with their line end.
             rows = (row for line in lines for row in line.splitlines(keepends=True) or [""])
@@ -28,6 +32,10 @@ def documents_of(lines: Iterable[str], text_format: str, cut: int | None = None)
         case _:
             found = split_documents(lines, cut)
     return (document for document in found if document.strip())
+
+
+def _published(article: list[str]) -> str:
+    return "\n\n".join(f"{row}\n" if row.strip() else "" for row in article)
 
 
 def row_documents(rows: Iterable[str], text_format: str) -> Iterator[str]:

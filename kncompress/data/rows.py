@@ -58,6 +58,15 @@ class RowSource:
                 if not unpublished or place(document, unpublished, seed, shares) == split:
                     yield document
 
+    @property
+    def is_wikitext(self) -> bool:
+        """Whether it is WikiText, as its name says."""
+        return self._format() == "wikitext"
+
+    def carves(self, held_out: Sequence[str]) -> bool:
+        """Whether a split of ``held_out`` is taken out of its training text."""
+        return any(split not in self._tables() for split in held_out)
+
     def size(self, split: str) -> int:
         """About the bytes that ``documents`` goes through."""
         tables = self._tables()

@@ -4,14 +4,14 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kncompress.config import DataConfig
 from kncompress.data import sample
 from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, text_file, text_lines
-from kncompress.data.prose import documents_of, row_documents
+from kncompress.data.prose import PUBLISHED, documents_of, row_documents
 from kncompress.data.row_files import COLUMN, row_texts
 from kncompress.data.rows import HUB, SPLITS, RowSource, hub_source
 from kncompress.data.split import carve, chosen, held_out_shares, place
@@ -83,6 +83,15 @@ class FileSource:
             shares = held_out_shares(self.size("train"))
             return (d for d in self._read(parts.get("train", ())) if place(d, missing, seed, shares) == split)
         return carve(list(self._read(parts.get("train", ()))), missing, seed).get(split, [])
+
+    @property
+    def is_wikitext(self) -> bool:
+        """Whether all of it is WikiText, as its names say."""
+        return not self.is_sample and all(self._format(file) == "wikitext" for file in self.files)
+
+    def carves(self, held_out: Sequence[str]) -> bool:
+        """Whether a split of ``held_out`` is taken out of its training text."""
+        return not self.is_sample and any(split not in self._parts() for split in held_out)
 
     def size(self, split: str) -> int:
         """About the characters that ``documents`` goes through."""
@@ -193,10 +202,9 @@ def read_split(config: DataConfig, split: str, reading: Reading | None = None) -
     """
     own = getattr(config, split, None) if split in ("validation", "test") else None
     key = "data.source" if own is None else f"data.{split}"
-    held_out = [s for s in ("test", "validation") if getattr(config, s) is None]
-    sources = split_sources(config, split)
+    held_out = _held_out(config)
     parts = []
-    for source in sources:
+    for source in split_sources(config, split):
         wanted = split
         if own is not None and not source.has_splits:
             wanted = "all"
@@ -215,6 +223,30 @@ def read_split(config: DataConfig, split: str, reading: Reading | None = None) -
             return itertools.chain(head, found)
     less = f" (data.fraction={config.fraction})" if split == "train" and config.fraction < 1 else ""
     raise UserError(f"{key}={getattr(config, key.split('.')[1])}: no text in the {split} split{less}")
+
+
+def read_kinds(config: DataConfig) -> list[tuple[float, Iterator[str]]]:
+    """(share, documents) of each kind of training text: a source of the list, WikiText of it as prose and as published.
+
+    The latter where its training text is named as such, for documents are held out by their text.
+    """
+    held_out = _held_out(config)
+    kinds = []
+    for source in sources_of(config):
+        forms: list[Source] = [source]
+        if source.is_wikitext and config.text_format == "auto" and not source.carves(held_out):
+            forms.append(replace(source, text_format=PUBLISHED))
+        for form in forms:
+            found: Iterator[str] = iter(form.documents("train", held_out, config.seed))
+            if config.fraction < 1:
+                found = (d for d in found if chosen(d, config.fraction, config.seed))
+            kinds.append((1 / len(forms), found))
+    return kinds
+
+
+def _held_out(config: DataConfig) -> list[str]:
+    """Splits that have no source of their own."""
+    return [split for split in ("test", "validation") if getattr(config, split) is None]
 
 
 def fingerprint(config: DataConfig, split: str) -> str:

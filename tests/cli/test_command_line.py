@@ -53,7 +53,7 @@ ERRORS = [
     (["train", "factors.mlp.rigth=[1,2]"], ["factors.mlp.rigth", "nearest: factors.mlp.right"]),
     (["train", "trainer.steps=abc"], ["trainer.steps=abc", "Integer"]),
     (["train", "factors.mlp.right=[1,x]"], ["factors.mlp.right[1]=x"]),
-    (["train", "logger.tags=a"], ["logger.tags=a"]),
+    (["train", "factors.mlp.right=2"], ["factors.mlp.right=2: a list; factors.mlp.right=[2]"]),
     (["train", "++trainer=3"], ["trainer=3"]),
     (["train", "optimizer.lr=-1"], ["optimizer.lr=-1", "greater than 0"]),
     (["train", "factors=kngpt3"], ["factors=kngpt3", "nearest: kngpt2", "dense"]),

@@ -51,7 +51,7 @@ def test_interpolations_of_other_keys_still_work(shown, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "section", "key", "wanted"),
     [
-        ("calibration.symmetries=hidden", "calibration", "symmetries", ["hidden"]),
+        ("fit.symmetries=hidden", "fit", "symmetries", ["hidden"]),
         ("logger.tags=x", "logger", "tags", ["x"]),
         ("logger.tags=7", "logger", "tags", ["7"]),
         ("logger.tags=[x,y]", "logger", "tags", ["x", "y"]),
