@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import GenerateConfig, ModelConfig
+from kncompress.data.files import text_file, text_lines
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
 from kncompress.runs.record import RunRecord
@@ -68,12 +69,10 @@ def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, 
 def _prompts(config: GenerateConfig) -> list[str]:
     if config.prompts is None:
         return [str(prompt) for prompt in (config.prompt if isinstance(config.prompt, list) else [config.prompt])]
-    try:
-        lines = Path(config.prompts).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"prompts={config.prompts}: cannot be read as text: {reason}") from error
-    found = [line for line in lines if line.strip()]
+    file = text_file(Path(config.prompts).expanduser(), "prompts")
+    if file.rows is not None:
+        raise UserError(f"prompts={config.prompts}: rows of {file.rows}; give a text file with a prompt on each line")
+    found = [line.rstrip("\n") for line in text_lines(file.path, "prompts") if line.strip()]
     if not found:
         raise UserError(f"prompts={config.prompts}: has no line with text; write a prompt on each line")
     return found

@@ -217,7 +217,7 @@ def in_folder(folder: Path, key: str) -> list[TextFile]:
         read = ", ".join(f"{count} {ending}" for ending, count in kinds.items())
         names = ", ".join(path.relative_to(folder).as_posix() for path in left_out[:3])
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        _tell(f"{key}={folder}: reads {len(found)} files ({read}), leaves out {names}{more}")
+        tell(f"{key}={folder}: reads {len(found)} files ({read}), leaves out {names}{more}")
     return found
 
 
@@ -226,7 +226,7 @@ def _ending(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     """Say it once, however often the folder is looked at."""
     if process_rank() == 0:
         print(f"kncompress: {line}", file=sys.stderr, flush=True)

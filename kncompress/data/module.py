@@ -13,7 +13,7 @@ from kncompress.data.tokens import IGNORED_LABEL, Blocks, token_stream
 
 
 class Share(Dataset[dict[str, Tensor]]):
-    """Every ``ranks``-th of the first ``count`` blocks, from ``rank`` on.
+    """Every ``ranks``-th of ``count`` blocks, which are spread evenly over all, from ``rank`` on.
 
     All ranks get equally many, for they work in step: where the blocks do not go round, the last one is seen again
     without labels, which no metric counts.
@@ -29,7 +29,7 @@ class Share(Dataset[dict[str, Tensor]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         position = index * self.ranks + self.rank
-        block = self.blocks[min(position, self.count - 1)]
+        block = self.blocks[min(position, self.count - 1) * len(self.blocks) // self.count]
         if position < self.count:
             return block
         return block | {"labels": block["labels"].new_full((), IGNORED_LABEL).expand_as(block["labels"])}

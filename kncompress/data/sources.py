@@ -10,7 +10,7 @@ from typing import Any
 
 from kncompress.config import DataConfig
 from kncompress.data import sample
-from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, text_file, text_lines
+from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, tell, text_file, text_lines
 from kncompress.data.prose import PUBLISHED, documents_of, row_documents
 from kncompress.data.row_files import COLUMN, row_texts
 from kncompress.data.rows import HUB, SPLITS, RowSource, hub_source
@@ -182,6 +182,8 @@ def split_sources(config: DataConfig, split: str) -> list[Source]:
 
 def _find(entry: str, key: str, text_format: str, column: str | None) -> Source:
     if entry == "sample":
+        if Path(entry).exists():
+            tell(f"{key}=sample: the package's sample text; the folder or file of that name here is ./sample")
         return FileSource("sample", key)
     if entry.startswith(HUB):
         return hub_source(entry, key, text_format, column)

@@ -24,7 +24,7 @@ PROSE = "\n<|endoftext|>\n".join(TEXTS)
 
 @pytest.fixture(autouse=True)
 def said_nothing_yet() -> None:
-    files._tell.cache_clear()
+    files.tell.cache_clear()
 
 
 def read(path: Path, split: str = "all", **options: Any) -> list[str]:

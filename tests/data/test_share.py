@@ -21,3 +21,10 @@ def test_every_block_is_counted_once_and_all_ranks_have_as_many(count: int, rank
     counted = torch.cat([item["labels"] for item in items])
     assert sorted(counted[counted != IGNORED_LABEL].tolist()) == tokens.tolist()
     assert all(item["input_ids"].shape == (context,) for item in items)
+
+
+def test_fewer_blocks_than_there_are_lie_all_over_the_text() -> None:
+    blocks = Blocks(TokenStream(np.arange(100, dtype=np.uint16), 1, 0), 2)
+    items = [item for rank in range(2) for item in Share(blocks, 5, rank, 2)]
+    places = sorted({int(item["input_ids"][0]) // 2 for item in items})
+    assert places == [0, 10, 20, 30, 40]

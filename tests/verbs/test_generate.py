@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs.conftest import read
 
 from kncompress.__main__ import VERBS
+from kncompress.runs.config_file import read_config
 
 PROMPT = "The river, in spring,"
 
@@ -99,7 +100,7 @@ def test_an_empty_prompt_begins_a_text_and_the_context_ends_it(command: Any, tin
     [
         ([], "prompt=null: give prompt=... or prompts=<text file>, one of the two"),
         (["prompt=a", "prompts=b.txt"], "prompt=a: give prompt=... or prompts=<text file>"),
-        (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read as text: No such file"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read (No such file"),
         (["prompt=a", "tokens=0"], "tokens=0: must be greater than 0"),
         (["prompt=a", "top_p=2"], "top_p=2.0: must lie between 0 and 1"),
         (["prompt=a", "temperature=-1"], "temperature=-1.0: must be 0 or more"),
@@ -116,6 +117,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(command: Any, tiny: Path, word
     assert code == 2 and err.count("\n") == 1
     assert message in err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("given", ["prompt=echo ${PATH} ${x", "prompts=p.txt"])
+def test_code_in_a_prompt_is_text(command: Any, tiny: Path, given: str) -> None:
+    Path("p.txt").write_bytes(b"\xef\xbb\xbfecho ${PATH} ${x\n")
+    code, out, err = command("generate", f"model={tiny}", given, "tokens=2", "run_dir=run")
+    assert code == 0, err
+    assert [text["prompt"] for text in read(Path("run"), "result.json")["texts"]] == ["echo ${PATH} ${x"]
+    saved = read_config(Path("run") / "config.yaml")
+    assert saved["prompt"] in (None, "echo ${PATH} ${x") and "echo ${PATH} ${x" in out
 
 
 def test_the_help_names_the_verb(command: Any) -> None:
