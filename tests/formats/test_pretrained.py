@@ -455,7 +455,7 @@ def test_scalars_of_terms_survive_the_folder(tiny, ids, tmp_path, dtype):
         load_model(folder)
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn"])
 def test_attention_kernels_of_another_machine_are_not_asked_for(folder, ids, kernel):
     wanted = load_model(folder)(input_ids=ids).logits
     _edit_config(folder, _attn_implementation=kernel)
