@@ -151,8 +151,7 @@ def _wandb(
             name=job_name,
             tags=tags or None,
             dir=str(folder),
-            # WANDB_RUN_ID, of a queue's script or an agent, would make one run of all jobs of a sweep.
-            id=record.wandb_id or (secrets.token_hex(6) if sweep else None),
+            id=record.wandb_id or _new_id(sweep),
             resume="allow",
             mode=mode,
             config=dict(run_config),
@@ -174,6 +173,11 @@ def _wandb(
         raise
     # Given a started run, the logger neither starts its own nor sets WANDB_MODE for the whole process.
     return WandbLogger(experiment=run, project=config.project, save_dir=str(folder), log_model=False)
+
+
+def _new_id(sweep: str | None) -> str | None:
+    """Id of a run that begins: WANDB_RUN_ID, of a queue's script or an agent, would make one run of a sweep's jobs."""
+    return secrets.token_hex(6) if sweep else os.environ.get("WANDB_RUN_ID")
 
 
 def log_facts(loggers: Sequence[Logger], facts: Mapping[str, float | int | str]) -> None:

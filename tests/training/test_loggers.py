@@ -144,14 +144,17 @@ def test_each_job_of_a_sweep_has_its_own_run_and_exit_code(tmp_path):
 
 
 def test_an_id_in_the_environment_is_that_of_one_run_and_never_of_a_sweep(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    ids = []
+    asked, begin = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["id"]) or begin(**options))
     for job, sweep in (("0", "sweep"), ("1", "sweep"), ("alone", None)):
         with RunRecord.open(tmp_path / job, "train", CONFIG, 0) as record:
             loggers = build_loggers(LoggerConfig(), tmp_path / job, record, CONFIG, job, sweep)
             finish_loggers(loggers, record, 0)
-            ids.append(record.wandb_id)
-    assert len(set(ids)) == 3 and ids[2] == "abc123"
+            assert record.wandb_id == asked[-1]  # given, or W&B would take the one of the environment
+    assert len(set(asked)) == 3 and asked[2] == "abc123"
 
 
 def test_what_wandb_does_not_take_in_the_end_is_a_warning(tmp_path, capfd):
