@@ -54,6 +54,7 @@ class KroneckerLoader(HfQuantizer):
         for module in model.modules():
             if "_is_quantized" in getattr(getattr(module, "config", None), "__dict__", {}):
                 del module.config._is_quantized
+        check_orders(model)
         return model
 
 
@@ -107,6 +108,23 @@ def check_keys(model: Any, missing: set[str], unexpected: set[str], path: str) -
         if keys:
             names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise UserError(f"model.path={path}: the folder {label} weights: {names}")
+
+
+def check_orders(model: Any) -> None:
+    """Fail where the rows or columns of a packed map are in no order: it would compute something else.
+
+    Raises:
+        UserError: names the map.
+    """
+    from kncompress.kron import PackedLinear
+
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and not module.order.is_meta:
+            wanted = range(len(module.order))
+            if sorted(module.order.tolist()) != list(wanted):
+                raise UserError(
+                    f"model.path={model.config.name_or_path}: {name}.order does not have each of 0 to {wanted[-1]} once"
+                )
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kncompress.config import OptimizerConfig
-from kncompress.kron import KroneckerEmbedding
+from kncompress.kron import KroneckerEmbedding, PackedLinear
 from kncompress.kron.gauge import factor_rates
 
 _WRAPPED = "_fsdp_wrapped_module."
@@ -34,7 +34,10 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding | KroneckerEmbedding))
     embeddings = {id(p) for table in tables for p in table.parameters()}
     free = {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.ndim >= 2}
-    matrices = (n for n, p in free.items() if p.ndim == 2 and not n.startswith(("lm_head", "score")))
+    packed = {id(p) for m in model.modules() if isinstance(m, PackedLinear) for p in m.parameters()}
+    matrices = (
+        n for n, p in free.items() if p.ndim == 2 and id(p) not in packed and not n.startswith(("lm_head", "score"))
+    )
     return ParameterGroups(frozenset(matrices), frozenset(free), factor_rates(model))
 
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import FURTHER, KINDS, RARE, config_of, random_model
 
 from kncompress.anatomy.mark import factored_maps
@@ -93,6 +94,18 @@ def test_half_precision_keeps_the_order(ids, tmp_path):
     orders = [module.order for module in loaded.modules() if isinstance(module, PackedLinear)]
     assert orders and all(order.dtype == torch.int32 for order in orders)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_damaged_order_is_refused(tmp_path):
+    model = random_model(config_of("gpt2"))
+    compress_(model, plans(model)[0])
+    folder = save_model(model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.order"][3] = 4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"h.1.mlp.c_fc.order does not have each of 0 to 23 once") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_packed_is_said():

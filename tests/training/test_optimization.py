@@ -10,7 +10,7 @@ from torch import nn
 
 from kncompress.config import OptimizerConfig, TrainerConfig
 from kncompress.errors import UserError
-from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape
+from kncompress.kron import KroneckerEmbedding, KroneckerLinear, KroneckerShape, PackedLinear, PackedShape
 from kncompress.training.batches import plan_batches
 from kncompress.training.optimization import (
     OptimizerPair,
@@ -169,6 +169,14 @@ def test_groups_know_parameters_by_their_names_before_fsdp_cut_them() -> None:
     wrapped.norm = nn.LayerNorm(8)
     decayed, kept = build_optimizer(wrapped, OptimizerConfig(), groups).param_groups
     assert [p.shape for p in decayed["params"]] == [(64,)] and len(kept["params"]) == 2
+
+
+def test_packed_maps_are_factors_to_muon_and_have_rates_of_their_own() -> None:
+    model = nn.ModuleDict({"map": nn.Linear(8, 6), "packed": PackedLinear(PackedShape.of_rank(6, 8, 2))})
+    groups = parameter_groups(model)
+    assert groups.layer_matrices == {"map.weight"}
+    assert groups.decayed == {"map.weight", "packed.kept", "packed.mix"}
+    assert groups.rates.keys() == {"packed.kept", "packed.mix"}
 
 
 @pytest.mark.parametrize("side", ["left", "right", "scale"])
