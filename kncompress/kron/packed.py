@@ -1,8 +1,9 @@
 """Packed outer products: R rows of a matrix of rank R as they are, every other row as a combination of them.
 
-W_hat = P [I; X] K with K (R, N) the pivot rows, X (M - R, R) and P an order of the rows: R (M + N) - R^2 numbers and
+W_hat = P [I; X^T] K with K (R, N) the pivot rows, X (R, M - R) and P an order of the rows: R (M + N) - R^2 numbers and
 multiply-adds, where the two factors of outer products take R (M + N), R^2 of which say nothing: they are the freedom to
-put an invertible R x R matrix between the factors (PIFA: arXiv 2501.19090, ICML 2025). Or columns: W_hat = K [I, X] P.
+put an invertible R x R matrix between the factors (PIFA: arXiv 2501.19090, ICML 2025). By columns it is the transpose
+of such a matrix.
 
 Any R independent rows would do, but with bad ones X is large, and rounding and training suffer. Rows that span the
 largest volume make all entries of X at most 1 in size (Goreinov et al. 1997); rows from which no single exchange gains
@@ -27,9 +28,9 @@ class Packed(NamedTuple):
     """The numbers of packed outer products. ``side`` out: of rows; in: of columns."""
 
     kept: Tensor
-    """(R, N) pivot rows; or (M, R) pivot columns"""
+    """(R, N) pivot rows; or (R, M) pivot columns"""
     mix: Tensor
-    """(M - R, R): the other rows as combinations of them; or (R, N - R) the other columns"""
+    """(R, M - R): what makes the other rows of them; or (R, N - R) the other columns"""
     order: Tensor
     """(M,) int32: place of each row among the pivots and, after them, the others; or (N,): the column at each place"""
 
@@ -55,20 +56,20 @@ def packed_linear(x: Tensor, packed: Packed, side: str, bias: Tensor | None = No
         raise ShapeError(f"x={list(x.shape)}: last side must be {inputs}")
     if side == "out":
         z = dense_product(x, kept)
-        y = _ordered(torch.cat([z, dense_product(z, mix)], dim=-1), order)
+        y = _ordered(torch.cat([z, dense_product(z, mix.T)], dim=-1), order)
         return y if bias is None else y + bias.to(y.dtype)
-    rank = kept.shape[1]
-    pivots, others = _ordered(x, order).tensor_split((rank,), dim=-1)
+    pivots, others = _ordered(x, order).tensor_split((len(kept),), dim=-1)
     z = dense_product(others, mix)
-    return dense_product(z + pivots.to(z.dtype), kept, bias)
+    return dense_product(z + pivots.to(z.dtype), kept.T, bias)
 
 
 def packed_weight(packed: Packed, side: str) -> Tensor:
     """W_hat (M, N), formed."""
     kept, mix, order = packed
+    rows = torch.cat([kept, mix.T @ kept])
     if side == "out":
-        return torch.cat([kept, mix @ kept]).index_select(0, order)
-    return torch.cat([kept, kept @ mix], dim=1).index_select(1, _inverse(order))
+        return rows.index_select(0, order)
+    return rows.index_select(0, _inverse(order)).T.contiguous()
 
 
 def _ordered(x: Tensor, order: Tensor) -> Tensor:
@@ -123,13 +124,11 @@ def pack(factors: Factors, shape: PackedShape) -> Packed:
     dtype = factors.left.dtype
     with without_autocast(factors.left.device):
         left, right = factors.left[:, :, 0].double().T, factors.right[:, 0].double()  # (M, R), (R, N)
-        if shape.side == "out":
-            pivots, others, mix = _interpolated(left, right)
-            order = _inverse(torch.cat([pivots, others]).int())
-            return Packed((left[pivots] @ right).to(dtype), mix.to(dtype), order)
-        pivots, others, mix = _interpolated(right.T, left.T)
-        kept = (left @ right[:, pivots]).to(dtype)
-        return Packed(kept.contiguous(), mix.T.to(dtype).contiguous(), torch.cat([pivots, others]).int())
+        long, wide = (left, right) if shape.side == "out" else (right.T, left.T)
+        pivots, others, mix = _interpolated(long, wide)
+        order = torch.cat([pivots, others]).int()
+        kept, mix = (long[pivots] @ wide).to(dtype), mix.T.to(dtype).contiguous()
+        return Packed(kept, mix, _inverse(order) if shape.side == "out" else order)
 
 
 def _interpolated(long: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,8 @@ from kncompress.kron.packed import Packed, pack, packed_linear, packed_weight
 class PackedLinear(_LinearMap):
     """y = W x + bias with W of rank R in R (M + N) - R^2 numbers; (..., N) -> (..., M).
 
-    Parameters, where M <= N: ``kept`` (R, N), rows of W, and ``mix`` (M - R, R), which makes the others of them; else
-    ``kept`` (M, R), columns, and ``mix`` (R, N - R); ``bias`` (M,) or None. Buffer ``order``, int32, min(M, N) numbers:
+    Parameters, where M <= N: ``kept`` (R, N), rows of W, and ``mix`` (R, M - R), which makes the others of them; else
+    ``kept`` (R, M), columns, and ``mix`` (R, N - R); ``bias`` (M,) or None. Buffer ``order``, int32, min(M, N) numbers:
     which rows or columns those are. Starts from ``reset_parameters()``; nothing is drawn on the meta device.
     """
 
@@ -29,13 +29,10 @@ class PackedLinear(_LinearMap):
     ) -> None:
         super().__init__()
         self.shape = shape
-        rank, (rows, columns) = shape.rank, (shape.out_features, shape.in_features)
-        kept, mix = ((rank, columns), (rows - rank, rank))
-        if shape.side == "in":
-            kept, mix = ((rows, rank), (rank, columns - rank))
-        self.kept = nn.Parameter(torch.empty(kept, device=device, dtype=dtype))
-        self.mix = nn.Parameter(torch.empty(mix, device=device, dtype=dtype))
-        self.register_buffer("order", torch.empty(min(rows, columns), device=device, dtype=torch.int32))
+        short, long = sorted((shape.out_features, shape.in_features))
+        self.kept = nn.Parameter(torch.empty(shape.rank, long, device=device, dtype=dtype))
+        self.mix = nn.Parameter(torch.empty(shape.rank, short - shape.rank, device=device, dtype=dtype))
+        self.register_buffer("order", torch.empty(short, device=device, dtype=torch.int32))
         self._add_bias(bias, device, dtype)
         self.reset_parameters()
 
