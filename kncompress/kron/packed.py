@@ -55,8 +55,7 @@ def packed_linear(x: Tensor, packed: Packed, side: str, bias: Tensor | None = No
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise ShapeError(f"x={list(x.shape)}: last side must be {inputs}")
     if side == "out":
-        z = dense_product(x, kept)
-        y = _ordered(torch.cat([z, dense_product(z, mix.T)], dim=-1), order)
+        y = _completed(dense_product(x, kept), mix, order)
         return y if bias is None else y + bias.to(y.dtype)
     pivots, others = _ordered(x, order).tensor_split((len(kept),), dim=-1)
     z = dense_product(others, mix)
@@ -70,6 +69,20 @@ def packed_weight(packed: Packed, side: str) -> Tensor:
     if side == "out":
         return rows.index_select(0, order)
     return rows.index_select(0, _inverse(order)).T.contiguous()
+
+
+def _completed(z: Tensor, mix: Tensor, order: Tensor) -> Tensor:
+    """z (..., R), the pivots -> (..., M): with the other outputs, in their order."""
+    recording = torch.compiler.is_exporting() or torch.compiler.is_compiling()
+    if recording or (torch.is_grad_enabled() and (z.requires_grad or mix.requires_grad)):
+        return _ordered(torch.cat([z, dense_product(z, mix.T)], dim=-1), order)
+    # The product writes beside the pivots: a copy of all outputs less.
+    flat, rank = z.reshape(-1, len(mix)), len(mix)
+    y = flat.new_empty(len(flat), len(order))
+    y[:, :rank] = flat
+    with without_autocast(z.device):
+        torch.mm(flat, mix.to(z.dtype), out=y[:, rank:])
+    return y.index_select(1, order).view(*z.shape[:-1], len(order))
 
 
 def _ordered(x: Tensor, order: Tensor) -> Tensor:

@@ -96,6 +96,20 @@ def test_product_equals_that_of_the_outer_products(size, dtype):
     assert relative(packed.weight, plain.weight) < (1e-12 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_gradients_the_product_is_the_same(shape, batch, dtype):
+    layer = PackedLinear(shape, dtype=dtype)
+    layer.order = torch.randperm(len(layer.order), dtype=torch.int32)
+    x = torch.randn(*batch, shape.in_features, dtype=dtype)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
+            y = layer(x).detach()
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), y)
+
+
 def test_badly_scaled_factors_lose_nothing():
     shape = PackedShape.of_rank(50, 70, 20)
     left, right = random_factors(shape)

@@ -253,6 +253,7 @@ def test_speed_allows_only_shapes_that_are_faster(table):
         ("768x384(x)1x2", 1.9),
         ("192x768(x)4x1*3", 1.9),
         ("768x1(x)1x768*48", 1.3),
+        ("p*768x1(x)1x768*48", 1.6),
         ("384x384(x)2x2", 24),  # few multiply-adds are not enough where vectors are turned around
         ("768x1(x)1x768*8 + 384x768(x)2x1", 1.9),
         ("768x1(x)1x768*8 + 384x48(x)2x16", 24),
