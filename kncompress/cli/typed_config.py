@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import safe_load
 
+from kncompress.cli.plan_memory import recalled
 from kncompress.cli.presets import preset_file
 from kncompress.cli.schema import nearest_key, unknown_keys, with_lists
 from kncompress.config import RunConfig
@@ -28,6 +29,7 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
     Raises UserError for unknown keys, wrong types, unresolved ``${...}`` and what the dataclasses refuse.
     """
     plain = {key: value for key, value in _container(composed).items() if key != "hydra"}
+    plain = recalled(config, plain, composed)
     for key in unknown_keys(config, plain):
         raise UserError(f"{key}: unknown key{_origin(key, choices or {})}; {nearest_key(config, key)}")
     plain = with_lists(config, plain)

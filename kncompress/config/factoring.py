@@ -40,6 +40,9 @@ class FactorsConfig:
     the map out of it."""
     maps: dict[str, str] = field(default_factory=dict)
     """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
+    made_for: dict[str, Any] = field(default_factory=dict)
+    """The fit and the text of a plan, from ``plan``: values of ``start``, ``fit``, ``calibration`` and ``data``, which
+    ``compress`` and ``train`` take where nothing else is said."""
     scalars: bool = False
     """A number to learn for each term (Krony-PT), 1 at the start, of all factored maps; of single ones by ``s*`` before
     the shape in ``maps``."""

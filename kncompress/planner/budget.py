@@ -79,6 +79,8 @@ class HarmTable:
     """(sum of the harms of many maps, KL of all of them together), of a few uniform plans."""
     exponent: float = 2.0
     """p of harms beyond the references of a map."""
+    made_for: dict[str, Any] = field(default_factory=dict)
+    """The fit and the text, as values of ``factors.made_for``."""
 
     def predicted(self, total: float) -> float:
         """KL of a plan whose harms add up to ``total``: a power law through ``together``."""
@@ -112,6 +114,7 @@ class HarmTable:
             for row in values["maps"]
         )
         facts = {key: values[key] for key in ("model", "text", "parameters", "multiply_adds", "exponent")}
+        facts["made_for"] = dict(values.get("made_for", {}))
         return cls(maps=maps, together=tuple((a, b) for a, b in values["together"]), **facts)
 
 

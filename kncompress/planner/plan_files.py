@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kncompress.planner.budget import BudgetPlan
 from kncompress.planner.candidates import kind_of
 from kncompress.runs.whole_file import replacing, write_text
@@ -24,9 +26,12 @@ def write_plan(folder: Path, plan: BudgetPlan, command: list[str]) -> Path:
         f"# Text: {table.text}.",
         f"# Predicted KL {plan.kl:.4f} nats per token. After a map: its share of parameters, its KL by itself.",
         f"# {shlex.join(command)}",
-        "# Use: python -m kncompress compress factors=<this file> start=calibrated",
-        "maps:",
+        "# Use: python -m kncompress compress factors=<this file>",
     ]
+    if table.made_for:
+        lines.append("# Fit and text, where the command says nothing else:")
+        lines += yaml.safe_dump({"made_for": table.made_for}, sort_keys=False, allow_unicode=True).splitlines()
+    lines.append("maps:")
     for row in table.maps:
         chosen = plan.chosen[row.name]
         note = f"  # {chosen.parameters / row.parameters:.0%}, {plan.harms[row.name]:.5f}"

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,7 +78,32 @@ def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: Ca
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
         facts = str(config.model.path), words
-        return measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, progress)
+        found = measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, progress)
+    return replace(found, made_for=made_for(config))
+
+
+def made_for(config: PlanConfig) -> dict[str, Any]:
+    """The fit and the text of a plan, as values of ``factors.made_for``: the start, and what is not by default."""
+    text = replace(config.calibration, moments=None)
+    data = replace(config.data, validation=None, test=None, cache_dir=None, split="auto")
+    given = {"fit": config.fit, "calibration": text, "data": data}
+    found: dict[str, Any] = {"start": config.start}
+    for name, section in given.items():
+        default = asdict(type(section)())
+        values = {key: value for key, value in asdict(section).items() if value != default[key]}
+        if name == "data" and "source" in values:
+            values["source"] = _absolute(values["source"])
+        if values:
+            found[name] = values
+    return found
+
+
+def _absolute(source: Any) -> Any:
+    """A source, or a list of them, with paths that hold from every folder."""
+    if isinstance(source, list):
+        return [_absolute(one) for one in source]
+    path = Path(str(source)).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def fit_and_score(

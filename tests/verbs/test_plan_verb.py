@@ -90,3 +90,52 @@ def test_bad_input_is_one_line_and_leaves_nothing(command: Any, words: list[str]
     code, _, err = command("plan", *words, given, "run_dir=planned")
     assert code == 2 and said in err and err.count("\n") == 1
     assert not Path("planned").exists()
+
+
+def test_a_plan_remembers_its_fit_and_text(command: Any, words: list[str], tiny: Path, tmp_path: Path) -> None:
+    """``compress`` makes what ``plan`` measured, with not a word on fit and text; words on either come first."""
+    told = ["start=sequential", "fit.sides=both", "fit.sweeps=3", "data.text_format=lines", "calibration.context=32"]
+    code, _, err = command("plan", *words, *told, "budget=0.6", "measure=false", "run_dir=planned")
+    assert code == 0, err
+    given = ["model=" + str(tiny), "factors=planned/plan.yaml"]
+    kept = {"fit": {"sides": "both", "sweeps": 3}, "calibration": {"tokens": 1024, "context": 32}}
+    memory = yaml.safe_load(Path("planned/plan.yaml").read_text())["made_for"]
+    source = next(word for word in words if word.startswith("data.source=")).partition("=")[2]
+    assert memory == {"start": "sequential", **kept, "data": {"source": source, "text_format": "lines"}}
+
+    code, _, err = command("compress", *given, "run_dir=made")
+    assert code == 0, err
+    config = yaml.safe_load(Path("made/config.yaml").read_text())
+    assert config["start"] == "sequential" and config["data"]["source"] == source
+    assert config["data"]["text_format"] == "lines"
+    for section, values in kept.items():
+        assert {key: config[section][key] for key in values} == values
+
+    code, _, err = command("compress", *given, "start=calibrated", "fit.sides=inputs", "data=sample", "run_dir=other")
+    assert code == 0, err
+    config = yaml.safe_load(Path("other/config.yaml").read_text())
+    assert (config["start"], config["fit"]["sides"], config["fit"]["sweeps"]) == ("calibrated", "inputs", 3)
+    assert config["data"]["source"] == "sample" and config["data"]["text_format"] == "auto"
+
+    code, _, err = command("plan", f"model={tiny}", "harm=planned", "budget=0.8", "run_dir=second")
+    assert code == 0, err
+    assert yaml.safe_load(Path("second/plan.yaml").read_text())["made_for"] == memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ("{model: asset:mini}", "factors.made_for.model: unknown key"),
+        ("{fit: 3}", "factors.made_for.fit=3: must be keys"),
+        ("{start: {a: 1}}", "factors.made_for.start"),
+        ("{fit: {sides: neither}}", "fit.sides=neither"),
+        ("{fit: {side: both}}", "fit.side: unknown key"),
+        ("{data: {source: absent.txt}}", "data.source=absent.txt"),
+        ("{calibration: {tokens: [1]}}", "calibration.tokens"),
+    ],
+)
+def test_what_a_plan_says_is_checked(command: Any, tiny: Path, memory: str, said: str) -> None:
+    Path("plan.yaml").write_text(f"made_for: {memory}\nmaps: {{layers.0.mlp.up: keep}}\n")
+    code, _, err = command("compress", f"model={tiny}", "factors=plan.yaml", "start=calibrated", "run_dir=made")
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert not Path("made").exists()
