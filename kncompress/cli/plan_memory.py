@@ -6,13 +6,14 @@ command line or another preset says comes first.
 """
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kncompress.cli.presets import defaults_of
-from kncompress.config import FactoringConfig
+from kncompress.config import DataConfig, FactoringConfig
 from kncompress.errors import UserError
 
 KEYS = ("start", "fit", "calibration", "data")
@@ -43,7 +44,7 @@ def recalled(config: type, plain: dict[str, Any], composed: DictConfig) -> dict[
         if (key == "start") == isinstance(value, dict):
             raise UserError(f"factors.made_for.{key}={value}: must be {'a value' if key == 'start' else 'keys'}")
         if key == "data":
-            if not _text_is_said(composed):
+            if not _text_is_said(plain, composed):
                 found[key] = {**plain.get(key, {}), **value}
         elif key == "start":
             found.setdefault(key, value)
@@ -52,8 +53,10 @@ def recalled(config: type, plain: dict[str, Any], composed: DictConfig) -> dict[
     return found
 
 
-def _text_is_said(composed: DictConfig) -> bool:
+def _text_is_said(plain: dict[str, Any], composed: DictConfig) -> bool:
     """Whether the text is other than that of the verb's own YAML, which everybody gets who says nothing."""
+    if len(plain.get("data", {})) == len(fields(DataConfig)):  # of a run that is resumed
+        return True
     hydra = composed.get("hydra") or (HydraConfig.get() if HydraConfig.initialized() else None)
     if hydra is None:
         return True
@@ -61,4 +64,7 @@ def _text_is_said(composed: DictConfig) -> bool:
     choices = hydra.runtime.choices
     if "experiment" in choices or any(word.lstrip("+~").startswith(("data.", "data=")) for word in words):
         return True
-    return bool(choices.get("data") != defaults_of(str(hydra.job.config_name)).get("data"))
+    try:
+        return bool(choices.get("data") != defaults_of(str(hydra.job.config_name)).get("data"))
+    except OSError:  # a config that is no verb's
+        return True

@@ -5,9 +5,11 @@ information (true labels would give the empirical Fisher, which a wrong model di
 
 Two walks over the layers, and no more than one layer's graph at a time: forward, keeping what enters each layer, then
 back, where each layer is run again from what entered it and hands the gradient down. Besides the moments that takes
-n D (L + 1) numbers for n tokens, L layers and width D.
+n D (L + 1) numbers for n tokens, L layers and width D. Where these are more than ``ROOM`` bytes, only what enters every
+k-th layer is kept, k about the root of L, and the rest made again from that, k layers at a time: 2 n D k numbers.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.anatomy.sites import Site, anatomy_of
-from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, after_head, before_head, evaluating
 from kncompress.compression.moments import MomentFolder, MomentSum, fingerprint, finite, path_in_layer
 from kncompress.compression.work import Work, layer_cost
 from kncompress.errors import UserError
@@ -25,6 +27,8 @@ from kncompress.kron.dense_product import without_autocast
 
 _NUMBERS = 1 << 25
 """Numbers in one temporary of (tokens x vocabulary)."""
+ROOM = 1 << 30
+"""Bytes of hidden states that are kept."""
 _BACKWARD = 4
 """Cost of running a layer forward once more and back, in forward passes."""
 
@@ -83,21 +87,43 @@ def _walked_back(
     with work.moments():
         work.begin("gradients: head")
         hidden = HiddenStates(model, text)
-        entered: list[list[Tensor]] = []
-        for layer in layers:
-            entered.append(list(hidden.chunks))
-            hidden.advance(layer)
+        entered = _Entered(list(layers), hidden)
         gradients = _at_the_end(model, hidden, anatomy.family.head, seed)
     for number in range(len(layers) - 1, first - 1, -1):
         work.begin(f"gradients: layers.{number}")
         here = [site for site in sites if site.layer == number]
         with work.moments():
-            hidden.chunks = entered.pop()
+            hidden = entered.pop()
             totals = {site.name: MomentSum(site.out_features, hidden.device) for site in here}
             _one_layer_back(layers[number], hidden, gradients, here, totals)
         work.finish(_BACKWARD * layer_cost(layers[number], len(text.tokens)))
         for name, total in totals.items():
             yield name, finite(total.moment(), f"the outputs of {name}: their gradient")
+
+
+class _Entered:
+    """What enters each layer, taken from the last one back; ``states``, of the first one, are moved through all."""
+
+    def __init__(self, layers: list[nn.Module], states: HiddenStates) -> None:
+        self.layers = layers
+        size = sum(chunk.nbytes for chunk in states.chunks)
+        every = 1 if size * (len(layers) + 1) <= ROOM else math.ceil(math.sqrt(len(layers)))
+        self._kept: list[HiddenStates] = []
+        for number, layer in enumerate(layers):
+            if number % every == 0:
+                self._kept.append(states.copy())
+            states.advance(layer)
+        self._next = len(layers)
+        """Number of the layer whose states were taken last."""
+
+    def pop(self) -> HiddenStates:
+        """What enters the layer before the one of the last call, at first the last layer."""
+        self._next -= 1
+        while self._kept[-1].layer < self._next:
+            states = self._kept[-1].copy()
+            states.advance(self.layers[states.layer])
+            self._kept.append(states)
+        return self._kept.pop()
 
 
 def _at_the_end(model: Any, hidden: HiddenStates, path: str, seed: int) -> list[Tensor]:
@@ -109,7 +135,7 @@ def _at_the_end(model: Any, hidden: HiddenStates, path: str, seed: int) -> list[
     def of(states: Tensor) -> Tensor:
         x = states.detach().requires_grad_()
         with torch.enable_grad(), without_autocast(hidden.device):
-            logits = head(norm(x))
+            logits = after_head(model.config, head(norm(x)))
         error = logits.detach().float().softmax(-1)
         if not torch.isfinite(error).all():
             raise UserError("model: its logits are not finite on the calibration text; it cannot be fitted")

@@ -165,6 +165,14 @@ def before_head(model: Any) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
+def after_head(config: Any, logits: Tensor) -> Tensor:
+    """The logits of a model from those of its head, (..., V): Granite divides them, Gemma 2 caps them."""
+    scaling, cap = getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    if scaling != 1:
+        logits = logits / scaling
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 @contextmanager
 def recorded(layer: nn.Module, paths: Sequence[str], stop: bool = False) -> Iterator[Inputs]:
     """Within the block, each call of ``layer`` leaves the inputs of the modules at ``paths`` in the result.

@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import config_of, random_model
+from tiny_models import KINDS, config_of, random_model
 
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
+from kncompress.compression import gradients
 from kncompress.compression.compress import compress_
 from kncompress.compression.gradients import output_moments
 from kncompress.compression.layerwise import CalibrationText
@@ -41,8 +42,10 @@ def by_one_pass(model, labels):
     return {module: torch.cat(parts) for module, parts in found.items()}
 
 
-def test_moments_are_those_of_one_pass_through_the_model(model_of_kind, monkeypatch):
-    model, drawn = model_of_kind, []
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2", "gemma3_text", "granite"])
+def test_moments_are_those_of_one_pass_through_the_model(kind, monkeypatch):
+    """Fused maps and single ones, layers that see less than others, logits that are scaled or capped after the head."""
+    model, drawn = random_model(config_of(kind)), []
     draw = torch.multinomial
 
     def remembered(*args, **options):
@@ -55,12 +58,12 @@ def test_moments_are_those_of_one_pass_through_the_model(model_of_kind, monkeypa
     found = output_moments(model, CalibrationText(TOKENS, 32), names)
     labels = torch.cat(drawn).tolist()
     assert len(labels) == len(TOKENS) and set(found) == set(names)
-    gradients = by_one_pass(model, labels)
+    backward = by_one_pass(model, labels)
     anatomy = anatomy_of(model)
     for module, sites in anatomy.modules():
         if sites[0].layer is None:
             continue
-        g = gradients[module].double()
+        g = backward[module].double()
         for site in sites:
             rows = torch.arange(g.shape[1]).unflatten(0, (site.blocks, -1))
             size = site.out_features // site.blocks
@@ -70,6 +73,16 @@ def test_moments_are_those_of_one_pass_through_the_model(model_of_kind, monkeypa
                 found[site.name].second.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())
             )
             assert found[site.name].count == len(TOKENS)
+
+
+def test_states_that_are_made_again_are_the_same(monkeypatch):
+    """With no room but for every second of three layers' states, of a model whose layers see differently far."""
+    model = random_model(config_of("gemma3_text"))
+    names = [name for name, site in anatomy_of(model).sites.items() if site.layer is not None]
+    every = output_moments(model, CalibrationText(TOKENS, 32), names)
+    monkeypatch.setattr(gradients, "ROOM", 0)
+    for name, moment in output_moments(model, CalibrationText(TOKENS, 32), names).items():
+        assert torch.equal(moment.second, every[name].second), name
 
 
 def test_a_step_along_a_map_changes_the_kl_by_half_of_the_error(tiny, ids):
