@@ -14,7 +14,7 @@ from kncompress.cli.overrides import Line, hydras_folders, to_hydra
 from kncompress.cli.presets import References, defaults_of
 from kncompress.cli.resume import find_run, not_own, register_saved
 from kncompress.cli.streams import message
-from kncompress.cli.sweep_folder import read_sweep
+from kncompress.cli.sweep_folder import read_sweep, refuse_code
 from kncompress.cli.sweep_jobs import ReadyJob, SweepErrors, check_jobs, choices_of
 from kncompress.cli.sweep_run import is_hydras, run_sweep
 from kncompress.cli.typed_config import home
@@ -62,6 +62,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
     if resume not in (None, "never", "auto"):
         begun = read_sweep(home(str(resume), "resume"))
         if begun is not None and not child:
+            refuse_code(home(str(resume), "resume"), begun)
             return _dispatch(verb, _line_of_sweep(verb, line, str(resume), begun.verb, begun.words))
         if sweep:
             raise UserError(f"resume={resume}: no sweep in this folder; a sweep goes on by its own command")

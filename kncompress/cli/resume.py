@@ -83,7 +83,8 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
     if config.run_dir is not None:
         folder = Path(config.run_dir).expanduser().absolute()
         if not (folder / "run.json").is_file():
-            run_folder.discard(folder, made=False)  # what a process left that was killed before its run began
+            if run_folder.killed_at_the_start(folder, verb.name):
+                run_folder.discard(folder, made=False)
             return None
         unfinished_run(verb, str(folder))
         _refuse(str(folder), _differences(_saved(verb, folder), given))
@@ -105,6 +106,13 @@ def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
         values = read_config(folder / "config.yaml")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         raise UserError(f"resume={folder}: its config.yaml is damaged; start a new run") from None
+    # A saved configuration is resolved. One that asks for more would have the environment's secrets looked up.
+    for path in _leaves_of(values):
+        if "${" in str(_at(values, path)):
+            raise UserError(
+                f"resume={folder}: its config.yaml has {path}={_at(values, path)}; nothing is looked up for a saved "
+                "value, so it may not hold ${"
+            )
     return plain(verb, cast(DictConfig, OmegaConf.create(literal(values))))
 
 

@@ -5,6 +5,7 @@ The same command goes on in the same folder: finished jobs are kept, the others 
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,8 @@ from kncompress.runs.lock import in_use
 from kncompress.runs.whole_file import read_object, write_text
 
 FILE = "sweep.json"
+_HARMLESS = re.compile(r"\+*hydra(\.sweeper\.(jobs|parallel|seed)=\d+|\.launcher\.n_jobs=\d+|/launcher=\w+)").fullmatch
+"""Settings of Hydra that are numbers, or the name of a launcher."""
 
 
 @dataclass
@@ -44,12 +47,34 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep in ``folder``; None where there is none."""
-    try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Sweep(**{entry.name: values[entry.name] for entry in fields(Sweep)})
-    except (OSError, ValueError, KeyError, TypeError):
+    """The sweep in ``folder``; None where there is none, or where the file is not one."""
+    values = read_object(folder / FILE)
+    lists = [values.get(name) for name in ("words", "overrides", "metrics")]
+    for name in ("jobs", "job_words"):
+        jobs = values.get(name)
+        lists += jobs if isinstance(jobs, list) else [None]
+    if not isinstance(values.get("verb"), str) or not all(map(_is_list_of_texts, lists)):
         return None
+    return Sweep(**{entry.name: values[entry.name] for entry in fields(Sweep)})
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def refuse_code(folder: Path, sweep: Sweep) -> None:
+    """Raises UserError where the words of a sweep that was found in a folder could do more than set values of a verb.
+
+    The folder may be a stranger's. Settings of Hydra can name classes to build, ``${...}`` can look up the
+    environment, and ``@`` puts a preset in another place.
+    """
+    for word in [*sweep.words, *sweep.overrides, *(word for words in sweep.jobs + sweep.job_words for word in words)]:
+        hydras = word.lstrip("+~").startswith("hydra")
+        if "${" in word or "_target_" in word or "@" in word.partition("=")[0] or (hydras and not _HARMLESS(word)):
+            raise UserError(
+                f"resume={folder}: its {FILE} has {word}, which is not taken from a folder; give the sweep's own "
+                "command with run_dir=<folder> instead"
+            )
 
 
 def find_sweep(run_dir: str | None, name: str, sweep: Sweep) -> Path | None:

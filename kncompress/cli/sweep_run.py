@@ -22,6 +22,7 @@ from kncompress.cli.sweep_folder import (
     find_sweep,
     missing,
     read_sweep,
+    refuse_code,
     result_of,
 )
 from kncompress.cli.sweep_jobs import SweepErrors, SweepJobs, choices_of, listed_jobs
@@ -81,6 +82,8 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
     def begun_configs(found: Path) -> Sequence[Any]:
         """Of the jobs that a search has had so far, as they are composed today."""
         begun = read_sweep(found)
+        if begun is not None:
+            refuse_code(found, begun)
         return [found.config for found in jobs.ready(begun.jobs if begun else [], checks=False)]
 
     with _folder(job, configs, begun_configs, name, sweep, fresh) as folder:

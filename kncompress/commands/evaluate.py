@@ -28,7 +28,7 @@ def check(config: EvaluateConfig) -> None:
     if config.model.path is None:
         raise UserError("model.path=null: evaluate needs a model that exists")
     if config.tasks:
-        check_tasks(config.tasks)
+        check_tasks(config.tasks, config.allow_code)
     elif config.lambada is not None:
         if not _has_lines(config.lambada):
             find_sources(config.lambada, "lambada", column=config.data.column)

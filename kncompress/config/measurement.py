@@ -24,6 +24,8 @@ class EvaluateConfig(RunConfig):
     """Tokens in one forward pass."""
     tasks: list[str] = field(default_factory=list)
     """In the place of perplexity: tasks of lm-evaluation-harness, or YAML files in its format (extra ``eval``)."""
+    allow_code: bool = False
+    """Let the YAML file of a task run the Python functions beside it that it names by ``!function``."""
     lambada: str | None = None
     """In the place of perplexity: passages whose last word is to be told: hub:EleutherAI/lambada_openai, a folder of
     jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""

@@ -5,6 +5,7 @@ harness's format, whose data may lie beside it.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,13 +19,36 @@ _BOOTSTRAP = 1000
 """Draws for the standard error of a metric that is no mean."""
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Cheap checks: the harness is installed, files are there. Raises UserError."""
+def check_tasks(names: Sequence[str], allow_code: bool = False) -> None:
+    """Cheap checks: the harness is installed, files are there, and run no code where that is not allowed.
+
+    Raises UserError.
+    """
     if find_spec("lm_eval") is None:
         raise UserError(f"tasks={list(names)}: needs lm-eval: pip install 'kncompress[eval]'")
     for name in names:
         if name.endswith(_YAML) and not Path(name).expanduser().is_file():
             raise UserError(f"tasks={name}: no such file")
+        if name.endswith(_YAML) and not allow_code:
+            _refuse_code(name, Path(name).expanduser())
+
+
+def _refuse_code(name: str, file: Path) -> None:
+    """Raises UserError where a task's file, or one that it includes, names a function of a Python file beside it."""
+    pending, seen = [file], set()
+    while pending:
+        path = pending.pop().resolve()
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "!function" in text:
+            raise UserError(
+                f"tasks={name}: {path.name} has !function, which runs the Python code beside it; read that code, then "
+                "give allow_code=true"
+            )
+        included = re.findall(r"^include:\s*['\"]?([^'\"#\n]+)", text, re.MULTILINE)
+        pending += [path.parent / Path(each.strip()).expanduser() for each in included]
 
 
 def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, Any]:

@@ -112,9 +112,21 @@ def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
     return run
 
 
+def killed_at_the_start(folder: Path, verb: str) -> bool:
+    """Whether ``folder`` holds what a run of ``verb`` leaves that is killed before its record, and nothing else."""
+    hydra = {path.name for path in (folder / ".hydra").glob("*")}
+    if not {"hydra.yaml"} <= hydra <= {"config.yaml", "hydra.yaml", "overrides.yaml"}:
+        return False
+    return {path.name for path in folder.iterdir()} <= {".hydra", "config.yaml", f"{verb}.log", LOCK}
+
+
 def discard(folder: Path, made: bool) -> None:
-    """Remove what Hydra wrote for a run that never began, and the folder too if ``made`` for it."""
-    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / LOCK]:
+    """Remove what was written for a run that never began, and the folder too if ``made`` for it.
+
+    For folders that this command has made or found empty, or that ``killed_at_the_start`` knows.
+    """
+    hydra = [folder / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+    for file in [*hydra, *folder.glob("*.log"), folder / "config.yaml", folder / LOCK]:
         file.unlink(missing_ok=True)
     for empty in (folder / ".hydra", *((folder,) if made else ())):
         with contextlib.suppress(OSError):  # it holds something of the user's or of the verb's

@@ -92,3 +92,15 @@ def test_bad_input_is_one_line(command, tiny, monkeypatch, words, message):  # n
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
     code, _, err = command("evaluate", f"model={tiny}", *words)
     assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_a_task_that_runs_code_is_refused(command, tiny, tmp_path):  # noqa: F811
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'kncompress[eval]'")
+    (tmp_path / "owned.py").write_text("from pathlib import Path\nPath('owned').touch()\n")
+    (tmp_path / "base.yaml").write_text("doc_to_text: !function owned.text\n")
+    (tmp_path / "task.yaml").write_text("include: base.yaml\ntask: t\ndataset_path: json\n")
+    (tmp_path / "other.yaml").write_text("task: t\ndoc_to_text: !function owned.text\n")
+    for name, told in (("task.yaml", "base.yaml"), ("other.yaml", "other.yaml")):
+        code, _, err = command("evaluate", f"model={tiny}", f"tasks=[{tmp_path / name}]", "run_dir=run")
+        assert code == 2 and f"{told} has !function" in err and "allow_code=true" in err and err.count("\n") == 1, err
+        assert not (tmp_path / "work" / "owned").exists() and not (tmp_path / "work" / "run").exists()
