@@ -29,7 +29,7 @@ for shapes in uniform uniform_packed; do
     compress "$shapes-$sides" "$here/$shapes.yaml" calibrated "fit.sides=$sides"
   done
 done
-plan gradients fit.sides=both harms=gradients budget=0.667
+plan gradients fit.sides=both harms=gradients sums=false budget=0.667
 compress gradients "$here/gradients.yaml" calibrated fit.sides=both
 compress gradients-sequential "$here/gradients.yaml" sequential fit.sides=both
 compress gradients-sequential-inputs "$here/gradients.yaml" sequential fit.sides=inputs
@@ -37,8 +37,8 @@ plan gradients_0.8 fit.sides=both harms=gradients budget=0.8 "harm=$out/gradient
 compress gradients_0.8-sequential "$here/gradients_0.8.yaml" sequential fit.sides=both
 plan gradients_0.9 fit.sides=both harms=gradients budget=0.9 "harm=$out/gradients-plan"
 compress gradients_0.9-sequential "$here/gradients_0.9.yaml" sequential fit.sides=both
-plan measured_inputs fit.sides=inputs budget=0.667
+plan measured_inputs fit.sides=inputs sums=false budget=0.667
 compress measured_inputs-sequential "$here/measured_inputs.yaml" sequential fit.sides=inputs
-plan measured fit.sides=both budget=0.667
+plan measured fit.sides=both sums=false budget=0.667
 compress measured-sequential "$here/measured.yaml" sequential fit.sides=both
 python "$here/report.py" "$out"

@@ -21,8 +21,10 @@ from kncompress.runs.lock import in_use
 from kncompress.runs.whole_file import read_object, write_text
 
 FILE = "sweep.json"
-_HARMLESS = re.compile(r"\+*hydra(\.sweeper\.(jobs|parallel|seed)=\d+|\.launcher\.n_jobs=\d+|/launcher=\w+)").fullmatch
-"""Settings of Hydra that are numbers, or the name of a launcher."""
+_HARMLESS = re.compile(
+    r"\+*hydra(\.(sweeper\.(jobs|parallel|seed)|launcher\.n_jobs)=\d+|\.sweeper\.metrics=\[[\w/, ]*\]|/launcher=\w+)"
+).fullmatch
+"""Settings of Hydra that are numbers, names of metrics, or the name of a launcher."""
 
 
 @dataclass

@@ -27,6 +27,8 @@ class PlanConfig(FittingConfig):
     harms: str = "measured"
     """How the harm of a candidate is known: ``measured``: the KL of the logits with one low-rank reference in the place
     of each map; ``gradients``: half of its two-sided error, without a forward pass a map (needs ``fit.sides=both``)."""
+    sums: bool = True
+    """Try Kronecker sums beside low rank. With ``fit.sides=both`` their fits take many times as long."""
     harm_tokens: int = 1024
     """Tokens on which the harm of each map is measured."""
     measure: bool | None = None

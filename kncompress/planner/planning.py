@@ -78,7 +78,7 @@ def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: Ca
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
         facts = str(config.model.path), words
-        found = measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, progress)
+        found = measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, config.sums, progress)
     return replace(found, made_for=made_for(config))
 
 

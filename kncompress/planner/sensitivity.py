@@ -67,6 +67,7 @@ def measure_harms(
     bf16: bool = False,
     facts: tuple[str, str] = ("", ""),
     harms: str = "measured",
+    sums: bool = True,
     progress: Progress | None = None,
 ) -> HarmTable:
     """The harms of a dense model, which is as it was afterwards.
@@ -80,6 +81,7 @@ def measure_harms(
         facts: what model and text are called in the table.
         harms: ``measured``: the KL of a reference shape in the place of each map; ``gradients``: half of tr(G D C D^T),
             for which ``settings`` must weigh both sides. The embedding's are measured either way.
+        sums: try Kronecker sums beside low rank.
         progress: called with what is worked on, and the share that is done.
 
     Raises:
@@ -92,10 +94,12 @@ def measure_harms(
     work.begin("teacher")
     meter = HarmMeter(model, harm_text, bf16)
     costs = {site.name: _cost(anatomy, site, meter) for site in anatomy.sites.values()}
-    screening = sum(_screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy))
+    screening = sums * sum(
+        _screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy)
+    )
     work.expect(sum(costs.values()) + screening)
     felt = _felt(model, anatomy, text, settings, work)
-    kinds = _screen(model, anatomy, text, settings, work, felt)
+    kinds = _screen(model, anatomy, text, settings, work, felt) if sums else {}
     found = _Found()
     readers = _readers(anatomy)
     if not anatomy.tied:

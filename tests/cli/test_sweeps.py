@@ -35,6 +35,11 @@ def rows(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def markdown_rows(folder: str) -> list[str]:
+    """The lines of the table, its columns' padding taken out."""
+    return [" ".join(line.split()) for line in Path(folder, "sweep.md").read_text().splitlines()]
+
+
 def started(folder: str) -> list[str]:
     return [json.loads(path.read_text())["started"] for path in sorted(Path(folder).glob("*/run.json"))]
 
@@ -172,7 +177,7 @@ def test_a_launcher_that_is_not_there_is_named(sweep: Any, monkeypatch: pytest.M
 
 def test_the_table_is_there_as_markdown(sweep: Any) -> None:
     sweep("logger.project=fine,user", "run_dir=s")
-    head, rule, first, second = Path("s/sweep.md").read_text().splitlines()
+    head, rule, first, second = markdown_rows("s")
     assert head.startswith("| job | logger.project | status | perplexity |") and set(rule) <= set("|- ")
     assert first.startswith("| 0 | fine | finished | 10 |") and second.endswith("| trainer.steps=3: too few |")
 
@@ -180,7 +185,7 @@ def test_the_table_is_there_as_markdown(sweep: Any) -> None:
 def test_no_value_breaks_the_table(sweep: Any) -> None:
     code, out, err = sweep("logger.group='two\nlines','a|b'", "seed=1", "run_dir=s")
     assert code == 0, err
-    lines = Path("s/sweep.md").read_text().splitlines()
+    lines = markdown_rows("s")
     assert len(lines) == 4 and lines[2].startswith("| 0 | 'two lines' | finished |")
     assert lines[3].startswith("| 1 | 'a\\|b' | finished |") and "'a|b'" in out
     assert rows("s")[0]["logger.group"] == "'two\nlines'"
