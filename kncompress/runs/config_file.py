@@ -1,11 +1,15 @@
 """``config.yaml``: the resolved configuration of a run, and how two of them differ."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kncompress.errors import UserError
 from kncompress.runs.whole_file import write_text
+
+_LOOKED_UP = re.compile(r"(?<!\\)(\\\\)*\$\{")
+"""``${`` that OmegaConf would look up: behind no backslash, or behind pairs of them."""
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
@@ -24,10 +28,33 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> Any:
-    """Return the nested dict in ``path``; empty where there is no such file."""
+    """Return the nested dict in ``path``; empty where there is no such file.
+
+    Raises:
+        UserError: a value asks for more than stands there. A saved configuration has been resolved; in one from outside
+            ``${oc.env:...}`` would have the environment's secrets looked up and written on.
+    """
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    loaded = OmegaConf.load(path)
+    for key, text in _texts(OmegaConf.to_container(loaded, resolve=False)):
+        if _LOOKED_UP.search(text):
+            raise UserError(f"{path}: has {key}={text}; nothing is looked up for a saved value, so it may not hold ${{")
+    return OmegaConf.to_container(loaded, resolve=True)  # takes the escapes away
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every string in nested dicts and lists."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{path}[{number}]")
+    elif isinstance(value, str):
+        yield path, value
 
 
 def literal(value: Any) -> Any:

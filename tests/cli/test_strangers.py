@@ -85,11 +85,15 @@ def test_a_damaged_sweep_file_is_no_sweep(tmp_path: Path) -> None:
 def test_nothing_is_looked_up_for_a_saved_value(train: Command) -> None:
     assert train("logger.project=flaky", "run_dir=r")[0] == 1
     file = Path("r/config.yaml")
-    assert "project: flaky" in file.read_text()
-    file.write_text(file.read_text().replace("project: flaky", "project: ${oc.env:WANDB_API_KEY}"))
-    code, _, err = train("resume=r")
-    assert code == 2 and "logger.project=${oc.env:WANDB_API_KEY}; nothing is looked up" in err and err.count("\n") == 1
-    assert not found_with_secret()
+    whole = file.read_text()
+    assert "project: flaky" in whole
+    for text in ("${oc.env:WANDB_API_KEY}", "\\\\${oc.env:WANDB_API_KEY}", "x-${logger.name}"):
+        file.write_text(whole.replace("project: flaky", f"project: {text}"))
+        code, _, err = train("resume=r")
+        assert code == 2 and f"logger.project={text}; nothing is looked up" in err and err.count("\n") == 1, err
+        assert not found_with_secret()
+    file.write_text(whole.replace("project: flaky", "project: \\${oc.env:WANDB_API_KEY}"))  # text, as it is written
+    assert train("resume=r")[0] == 0 and not found_with_secret()
 
 
 def test_the_users_own_words_are_looked_up(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
