@@ -67,7 +67,7 @@ def anatomy_of(source: Any, config: Any = None) -> Anatomy:
     family = family_of(source, config)
     sizes = family.sizes(config)
     has_head = not hasattr(source, "named_modules") or _has(source, family.head)
-    tied = bool(getattr(config, "tie_word_embeddings", True))
+    tied = bool(getattr(config, "tie_word_embeddings", True)) and not _apart(source, family)
     sites = [_end("embedding", family.embedding, sizes, family.std(config, False))]
     for layer in range(sizes["layers"]):
         sites.extend(_layer_sites(family, config, sizes, layer))
@@ -108,6 +108,26 @@ def language_task(config: Any) -> str:
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal-lm"
     raise UserError(f"model_type={model_type}: transformers has no model of it that predicts the next token")
+
+
+def heads_agree(model: Any) -> bool:
+    """Whether a model's head is the embedding where its config says so; true for families without a table."""
+    family = FAMILIES.get(model.config.model_type)
+    return family is None or not (getattr(model.config, "tie_word_embeddings", False) and _apart(model, family))
+
+
+def _apart(source: Any, family: Family) -> bool:
+    """Whether a model has a head of its own beside the embedding, whatever its config says.
+
+    Before their weights are read (on the meta device) the two are not tied yet: then the config decides.
+    """
+    if not hasattr(source, "named_modules") or not _has(source, family.head):
+        return False
+    ends = (source.base_model.get_submodule(family.embedding), source.get_submodule(family.head))
+    table, head = (next(end.parameters(), None) for end in ends)
+    if table is None or head is None or table.is_meta or head.is_meta:
+        return False
+    return table is not head and table.data_ptr() != head.data_ptr()
 
 
 def positions_of(config: Any) -> int:

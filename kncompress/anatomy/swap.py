@@ -4,7 +4,8 @@ Both ways to a compressed model end in the same object: ``compress_`` fills the 
 ones, loading fills them from a file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -176,9 +177,13 @@ def swap_(model: Any, shapes: Mapping[str, Shape]) -> None:
 def tie_head_(model: Any, anatomy: Anatomy) -> None:
     """Where embedding and head are tied and the embedding is factored, give the head its factors.
 
-    transformers learns the names of the tied factors, so that it saves them once and ties them at load.
+    transformers learns the names of the tied factors, so that it saves them once and ties them at load. Tokens can be
+    added to a model with a factored embedding or head: ``resize_token_embeddings`` multiplies those two out first.
     """
     embedding = model.base_model.get_submodule(anatomy.family.embedding)
+    ends = [embedding, *([model.get_submodule(anatomy.family.head)] if anatomy.has_head else [])]
+    if any(isinstance(end, FACTORED) for end in ends):
+        model.resize_token_embeddings = MethodType(_resize, model)
     if not (anatomy.has_head and anatomy.tied and isinstance(embedding, KroneckerEmbedding)):
         return
     head = anatomy.family.head
@@ -192,13 +197,32 @@ def tie_head_(model: Any, anatomy: Anatomy) -> None:
     model.all_tied_weights_keys = dict(model._tied_weights_keys)
 
 
-def unswap_(model: Any) -> None:
-    """Put equal dense modules back in the place of factored ones."""
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> Any:
+    """transformers' ``resize_token_embeddings``; nothing changes where the size stays what it is."""
+    size = model.get_input_embeddings().num_embeddings
+    wanted, step = new_num_tokens or size, pad_to_multiple_of or 1
+    if -(-wanted // step) * step == size:
+        return model.get_input_embeddings()
+    unswap_(model, ("embedding", "head"))
+    config = model.config.quantization_config
+    config.maps = {name: shape for name, shape in config.maps.items() if name not in ("embedding", "head")}
+    if not config.maps:
+        del model.config.quantization_config
+    return model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **options)
+
+
+def unswap_(model: Any, groups: Collection[str] | None = None) -> None:
+    """Put equal dense modules back in the place of factored ones; of these groups of maps, where they are given."""
     anatomy = anatomy_of(model)
     for _, sites in anatomy.modules():
+        if groups is not None and sites[0].group not in groups:
+            continue
         old = module_at(model, sites[0])
         if isinstance(old, (*FACTORED, FusedMaps)):
             put_module(model, sites[0], _dense_module(old, sites))
+    model.__dict__.pop("resize_token_embeddings", None)
     if "_tied_weights_keys" in model.__dict__:
         del model._tied_weights_keys
         embedding = model.base_model.get_submodule(anatomy.family.embedding)

@@ -57,7 +57,37 @@ def lora_layers() -> dict[type[nn.Module], type[nn.Module]]:
                 "kncompress.formats.pretrained.to_dense(model), and merge it there"
             )
 
-    return dict.fromkeys((KroneckerLinear, HybridLinear, PackedLinear, FusedMaps), LoraKronecker)
+    kinds = (KroneckerLinear, HybridLinear, PackedLinear, FusedMaps)
+    _include_in_all_linear(kinds)
+    return dict.fromkeys(kinds, LoraKronecker)
+
+
+def _include_in_all_linear(kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have ``target_modules="all-linear"`` of a LoRA configuration name modules of these kinds too.
+
+    A fused module gets one adapter, not one for each of its maps that stayed dense; the head gets none, as in peft.
+    """
+    from peft.tuners import tuners_utils
+
+    of_peft = tuners_utils._maybe_include_all_linear_layers
+
+    def with_factored(config: Any, model: Any) -> Any:
+        wanted = isinstance(config, LoraConfig) and str(config.target_modules).lower() == "all-linear"
+        config = of_peft(config, model)
+        if wanted:
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            named = {name: module for name, module in model.named_modules() if module is not head}
+            ours = {name for name, module in named.items() if isinstance(module, kinds)}
+            inner = {name for name in ours | config.target_modules if _within(name, ours)}
+            config.target_modules = (config.target_modules | ours) - inner
+        return config
+
+    tuners_utils._maybe_include_all_linear_layers = with_factored
+
+
+def _within(name: str, others: set[str]) -> bool:
+    """Whether a module lies inside one of the others."""
+    return any(name.startswith(f"{other}.") for other in others)
 
 
 def _register() -> None:

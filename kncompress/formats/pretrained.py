@@ -10,7 +10,7 @@ import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
 from kncompress.anatomy.mark import factored_maps
-from kncompress.anatomy.sites import language_task
+from kncompress.anatomy.sites import heads_agree, language_task
 from kncompress.anatomy.swap import unswap_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
@@ -59,6 +59,8 @@ def save_model(
         model = copy.deepcopy(model).to(target)
         subject = f"dtype={str(target).removeprefix('torch.')}"
         check_finite(model, subject, "is too large for it; take bfloat16 or float32")
+    if not heads_agree(model):
+        model.config.tie_word_embeddings = False  # or the head would not come back
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filling(folder) as fresh:
         with _no_bars():

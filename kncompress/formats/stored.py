@@ -15,6 +15,7 @@ from kncompress.anatomy.mark import METHOD
 from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
 from kncompress.hub import missing_weights, only_pickled
+from kncompress.runs.whole_file import read_object
 
 ADAPTER = "adapter_config.json"
 CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -94,8 +95,12 @@ def check_weights(folder: Path, path: str | Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("model*.safetensors"))
+    """The single file, or those that the index names: others beside them are no part of the model."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    names = set(read_object(index).get("weight_map", {}).values())
+    return [folder / str(name) for name in sorted(names) if (folder / str(name)).is_file()]
 
 
 def settle(config: Any, folder: Path, path: str | Path) -> None:

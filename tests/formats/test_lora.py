@@ -106,3 +106,17 @@ import peft.tuners.lora.config, kncompress
 print(sorted(kind.__name__ for kind in peft.LoraConfig()._custom_modules))
 """
     assert run_python(code) == "['FusedMaps', 'HybridLinear', 'KroneckerLinear', 'PackedLinear']"
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_all_linear_names_factored_maps_too(kind, folder, ids):
+    """One adapter a module, fused ones among them, as the dense model gets; none for the head."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = []
+    for model in (base, to_dense(base)):
+        config = settings(kind)
+        config.target_modules = "all-linear"
+        wrapped = peft.get_peft_model(model, config)
+        adapted.append({name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")})
+    assert adapted[0] == adapted[1]
+    assert len(adapted[0]) == {"gpt2": 12, "llama.bias": 21, "gpt_neox": 12}[kind]

@@ -1,5 +1,6 @@
 """Folders: written whole, read by plain transformers, equal to what was saved, or refused."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import config_of, random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -476,3 +478,26 @@ def test_weights_quantised_by_others_are_refused_in_one_line(folder, method):
 def _edit_config(folder, **fields):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied", "gemma"])
+def test_tokens_are_added_to_a_factored_embedding(kind, tmp_path, ids):
+    """The same size is no change; another one multiplies embedding and head out, and the rest stays factored."""
+    model = random_model(config_of(kind))
+    compress_(model, Plan({"*": RightFactor((1, 2))}))
+    folder = save_model(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    before = unique_parameters(loaded)
+    for same in ({"new_num_tokens": 96}, {"pad_to_multiple_of": 8}, {}):
+        assert loaded.resize_token_embeddings(**same) is loaded.get_input_embeddings()
+    assert unique_parameters(loaded) == before
+    loaded.resize_token_embeddings(104, mean_resizing=False)
+    assert "embedding" not in factored_maps(loaded) and "layers.1.attn.o" in factored_maps(loaded)
+    again = load_model(save_model(loaded, tmp_path / "larger"))
+    for larger in (loaded, again):
+        logits = larger(ids).logits
+        assert logits.shape == (2, 7, 104)
+        torch.testing.assert_close(logits[..., :96], model(ids).logits, atol=1e-3, rtol=1e-3)
+    again.resize_token_embeddings(112)
+    assert model.resize_token_embeddings(90).num_embeddings == 90
+    assert copy.deepcopy(model)(ids.clamp(max=80)).logits.shape == (2, 7, 90)

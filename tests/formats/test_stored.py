@@ -6,6 +6,7 @@ from importlib.resources import files
 import pytest
 import torch
 from formats.test_pretrained import edit_weights
+from safetensors.torch import load_file, save_file
 from tiny_models import config_of, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,3 +171,38 @@ def test_a_family_without_a_table_is_scored_and_written_with(kind, tmp_path):
     assert largest_difference(loaded, to_dense(loaded)) < 1e-5
     with pytest.raises(UserError, match=f"model_type={kind}: no table of its maps"):
         anatomy_of(loaded)
+
+
+def test_files_that_the_index_does_not_name_are_no_part_of_the_model(folder, tiny, ids, capsys):
+    """A shard of an earlier save, with a head in it."""
+    (folder / "model.safetensors").unlink()
+    tiny.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    save_file({"lm_head.weight": torch.randn(96, 24)}, folder / "model-00009-of-00009.safetensors")
+    model = load_model(folder)
+    assert model.config.tie_word_embeddings and capsys.readouterr().err == ""
+    assert torch.equal(model(ids).logits, tiny(ids).logits)
+
+
+def test_an_index_that_promises_a_weight_which_no_file_has(folder, tiny):
+    (folder / "model.safetensors").unlink()
+    tiny.save_pretrained(folder, max_shard_size="20KB")
+    for file in folder.glob("model-*.safetensors"):
+        weights = load_file(file)
+        if weights.pop("transformer.h.1.mlp.c_fc.bias", None) is not None:
+            save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights: transformer\.h\.1\.mlp\.c_fc\.bias"):
+        load_model(folder)
+
+
+def test_a_head_that_was_put_into_a_model_is_factored_and_saved(tiny, tmp_path, ids):
+    """``set_output_embeddings`` on a model whose config ties them."""
+    head = torch.nn.Linear(24, 96, bias=False)
+    tiny.set_output_embeddings(head)
+    expected = tiny(ids).logits
+    loaded = load_model(save_model(tiny, tmp_path / "dense"))
+    assert torch.equal(loaded(ids).logits, expected)
+    compress_(tiny, Plan({"head": RightFactor((1, 2), terms=2), "embedding": RightFactor((1, 2), terms=2)}))
+    torch.testing.assert_close(tiny(ids).logits, expected, atol=1e-3, rtol=1e-3)
+    again = load_model(save_model(tiny, tmp_path / "student"))
+    assert torch.equal(again(ids).logits, tiny(ids).logits)
