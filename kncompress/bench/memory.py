@@ -95,7 +95,8 @@ def _plain(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fill(model: Any, device: torch.device) -> None:
-    """Give a model on the meta device ones for weights, shared ones once: pages never written to take no memory."""
+    """Fill the weights of a model on the meta device with ones, shared weights once: memory that is never written to
+    would not count."""
     made: dict[int, torch.nn.Parameter] = {}
     kept = list(model.parameters())  # an id is unique only among tensors that live
     for module in model.modules():

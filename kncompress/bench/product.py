@@ -28,7 +28,8 @@ OUTER, PACKED, SPEEDY = "outer", "packed", "speed"
 """Not presets but shapes: outer products of half the parameters; the same, packed; all that a planner may choose under
 ``speed``."""
 _HOPELESS, _SECONDS = 50, 0.5
-"""A rival that takes so many times as long and so many seconds, for an eighth of the tokens, is named and not timed."""
+"""A rival that takes this many times as long as ours, and this many seconds, for an eighth of the tokens is named and
+not timed."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -62,7 +63,7 @@ class Case:
 
 
 def measure_products(setting: Setting, presets: Mapping[str, FactorsConfig]) -> Iterator[Measurement]:
-    """Every kind of map that each preset factors; those that do not fit the model are left out, with a word."""
+    """Every kind of map that each preset factors; presets that do not fit the model are told and left out."""
     fields = copy.deepcopy(setting.fields)
     fields.num_hidden_layers = min(2, fields.num_hidden_layers)  # layers are alike, and 1 is odd
     dense = random_model(fields, setting.config.seed, setting.device, setting.dtype)
@@ -212,7 +213,8 @@ def rival_of(ours: nn.Module, build: Callable[[KroneckerLinear], nn.Module]) -> 
 
 
 def check_pace(ours: nn.Module, rival: nn.Module, x: Tensor, device: torch.device) -> None:
-    """Raises Unavailable where a rival would have a benchmark last for hours; an eighth of ``x`` tells.
+    """Raises Unavailable where a rival would make the benchmark last for hours, judged by the time for an eighth of
+    ``x``.
 
     One of pyfastkron's products with a factor of 1,536x768 takes seven seconds on two cores, for one.
     """

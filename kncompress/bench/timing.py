@@ -11,7 +11,7 @@ _LEAST = 0.02
 """Seconds that one timing lasts at least; shorter calls are repeated within it."""
 _MOST_CALLS = 200
 _MOST_SECONDS, _LEAST_ROUNDS = 20.0, 3
-"""Of one figure, and the rounds that it has all the same (fewer only where fewer are asked for)."""
+"""Most seconds for one figure, and the fewest rounds even if they take longer (fewer where fewer are asked for)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Losses on attention, from queries and keys: no attention map has to be returned by the model.
 
-Fused attention kernels return no maps, so they are formed again here:
+Fused attention kernels return no maps, so the scores are computed again here:
 scores[b, h, i, j] = scaling * query[b, h, i] . key[b, h, j], where query i may see keys 0..i; of a layer with a
 ``window`` of w tokens, keys i - w + 1..i; or, where the student's layer has a ``causal`` that is false (an encoder's),
 every key. A layer may add a ``bias`` to its scores (ALiBi), or cap them: ``softcap`` * tanh(s / ``softcap``). The
@@ -68,7 +68,8 @@ def _map_kl(student: Tensor, teacher: Tensor, hide: Hide) -> tuple[Tensor, Tenso
     lowest = torch.finfo(student.dtype).min
     log_q = hide(student, lowest).log_softmax(-1)
     log_p = hide(teacher, lowest).log_softmax(-1)
-    # Below the smallest normal number exp takes up to a hundred times as long, and hidden pairs would all be there.
+    # exp of numbers that leave float32's normal range takes up to a hundred times as long, and all hidden pairs would
+    # be there.
     least = math.log(torch.finfo(student.dtype).tiny) + 1
     p = torch.clamp(log_p, min=least, out=teacher).exp_()
     total = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())

@@ -1,4 +1,4 @@
-"""The objective of fine-tuning: the insides as in pre-training, logits and labels those of a head over sequences."""
+"""The objective of fine-tuning: inner terms as in pre-training; logits and labels are those of whole sequences."""
 
 import torch.nn.functional as F
 from torch import Tensor

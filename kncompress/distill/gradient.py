@@ -21,7 +21,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if upstream.device.type == "cpu" and float(upstream) == 1:  # the usual case; a copy of logits' size is spared
+        if upstream.device.type == "cpu" and float(upstream) == 1:  # the usual case: no copy of the logits' size
             return (None, None, *ctx.saved_tensors, *([None] * len(ctx.saved_tensors)))
         gradients = [gradient * upstream.to(gradient.dtype) for gradient in ctx.saved_tensors]
         return (None, None, *gradients, *([None] * len(gradients)))

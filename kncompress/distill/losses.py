@@ -1,9 +1,9 @@
 """Losses on features, logits and labels: tensors in, a scalar in float32 out.
 
-Inputs may be bfloat16 or float16, and autocast may be on: the arithmetic is float32 all the same (float64 for
-float64 inputs). Gradients of logits are rounded to the inputs' type before the upstream gradient scales them: in
-float16 the smallest become 0, from which no loss scale saves them. The teacher is a constant: no gradient ever reaches
-its tensors, which may come from ``torch.inference_mode``. A mask (B, T) is true at the tokens that count; false
+Inputs may be bfloat16 or float16, and autocast may be on: the arithmetic is float32 all the same (float64 for float64
+inputs). Gradients of logits are rounded to the inputs' type before the upstream gradient scales them. In float16 the
+smallest ones become 0, and no loss scale can prevent that. The teacher is a constant: no gradient ever reaches its
+tensors, which may come from ``torch.inference_mode``. A mask (B, T) is true at the tokens that count; false
 everywhere gives nan.
 """
 
@@ -20,8 +20,8 @@ IGNORED = -100
 
 Chunk = int | Literal["auto"] | None
 _NUMBERS = {"cpu": 2**18, "cuda": 2**26}
-"""Numbers of a temporary at a time: on CPUs a megabyte, for which the five passes over it took 4 ns a number instead
-of the 9 of a temporary of 200 megabytes; on GPUs large enough for the calls not to count."""
+"""Numbers of a temporary at a time. On CPUs it fits in the cache: the five passes took 4 ns a number with a megabyte
+and 9 ns with 200 megabytes. On GPUs it is large, so that the time of the calls does not count."""
 
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -144,7 +144,7 @@ class Objective:
 
 
 def _given(name: str, source: str, value: Any) -> Any:
-    """``value``, unless there is nothing in it: a loss over nothing would pass for a perfect one."""
+    """``value``; refused where it is missing or empty, because a loss over nothing would look like a perfect one."""
     layers = [value] if value is None or isinstance(value, Tensor) else value
     if not len(layers) or any(layer is None for layer in layers):
         raise ValueError(f"objective.{name}: its weight is above 0, but {source} is missing or empty")

@@ -26,9 +26,9 @@ class Comparison:
     """KL(teacher || student) of the next-token distributions, in nats, mean over the scored tokens."""
     kl_median: float
     kl_99: float
-    """The KL that 99% of the tokens stay below."""
+    """99% quantile of the KL per token."""
     kl_999: float
-    """The KL that 99.9% of the tokens stay below."""
+    """99.9% quantile of the KL per token."""
     same_top: float
     """Share of the tokens where both models have the same likeliest token, in percent."""
     log_ratio_error: float

@@ -49,8 +49,8 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 def continuation(writer: Writer, prompt: str, config: GenerateConfig, seed: int) -> Iterator[Continuation]:
     """What a model writes after ``prompt``: the same object after each token.
 
-    Draws come from ``seed`` alone, one number a token on the CPU, so that two models with like distributions and the
-    same seed write like texts.
+    Random numbers come from ``seed`` alone, one for each token, drawn on the CPU. So two similar models with the same
+    seed write similar texts.
 
     Args:
         writer: its model predicts the next token and has positions left after the prompt.

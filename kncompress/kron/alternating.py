@@ -6,8 +6,8 @@ called large, the other small. The large factors are (R, mb, nb), the small ones
 - ``target`` (mb nb, ms ns) is W C, rearranged as in ``nearest``;
 - ``metric`` (nb nb, ns ns) is C: entry ((j, k), (j', k')) is C[(j, j'), (k, k')] for a large left side.
 
-Both normal matrices are then products with ``metric`` of the Gram matrices X_r^T X_s of the other side's terms:
-nothing of R^2 N^2 numbers is made, only the (R nb)^2 of the system that is solved.
+Both normal matrices are then products of ``metric`` with the Gram matrices X_r^T X_s of the other side's terms. So no
+array of R^2 N^2 numbers is made; the largest is the system that is solved, of (R nb)^2.
 """
 
 from collections.abc import Callable
@@ -72,8 +72,8 @@ def alternate(problem: Problem, start: Factors, sweeps: int, tolerance: float) -
         tolerance: stop where a sweep lowers f by less than this share.
 
     Returns:
-        The factors, and f / ``total`` at the start and after each half step. A half step that rounding makes a
-        step up is not taken; where that was the large side's, the fit ends.
+        The factors, and f / ``total`` at the start and after each half step. A half step that raises f, by rounding,
+        is not taken; if it was one of the large side, the fit ends.
     """
     large, small = (start.right, start.left) if problem.mirrored else (start.left, start.right)
     terms = len(large)

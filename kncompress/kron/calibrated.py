@@ -31,7 +31,8 @@ SWEEPS = 12
 TOLERANCE = 3e-3
 
 _CLOSE = 1e-4
-"""Shares of f this close to nothing, or to no gain, are compared with the start anew: rounding may decide."""
+"""If f or its gain is below this share, rounding may decide: both errors are computed again and the better fit is
+kept."""
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def calibrated_factors(
     """The Kronecker sum of ``shape`` with the least error on the inputs that ``moment`` describes.
 
     The optimum in closed form where n1 or n2 is 1, else alternating least squares, which ends in a local optimum.
-    Same gauge and sign as ``nearest_factors``, and as there a term without use has one null factor. Weights in
+    Gauge and sign are those of ``nearest_factors``. A term that is not needed has one null factor, as there. Weights in
     half precision are fitted in float32, float64 ones in float64.
 
     Args:

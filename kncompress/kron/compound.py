@@ -97,8 +97,9 @@ class HybridShape:
 class PackedShape:
     """Outer products, a map of (M, N) = (out, in) and rank R, in R (M + N) - R^2 numbers instead of R (M + N).
 
-    R pivot rows are kept as they are, and each other row is a combination of them (PIFA: arXiv 2501.19090, ICML 2025).
-    Where M > N it is the columns: then it is N numbers instead of M that the product has to put in order.
+    A low-rank map: R pivot rows are kept as they are, and each other row is a combination of them (PIFA: arXiv
+    2501.19090, ICML 2025). Where M > N, columns take the place of rows, since the product then has only N numbers to
+    put in order instead of M.
 
     Prints as ``p*576x1(x)1x1536*200`` and parses the same text: ``p*`` before the outer products that are packed.
 

@@ -9,9 +9,9 @@ metric p_v I + lambda C. Alternating least squares:
 
 - Left given right, with orthonormal right factors: where m2 = 1 or R = 1, the normal matrix of left row i1 is
   w_(i1) I + lambda G with one G for all rows. One eigenbasis of G solves them all, exactly. Otherwise the rows'
-  weights are R x R matrices sum_(i2) p_(i1,i2) B[i2] B[i2]^T. A small problem has each row's system solved; else
-  their largest eigenvalue takes the place of w, which bounds f from above and touches it at the present factors:
-  f still falls, with shorter steps.
+  weights are R x R matrices sum_(i2) p_(i1,i2) B[i2] B[i2]^T. In a small problem each row's system is solved. In a
+  large one the matrix's largest eigenvalue takes the place of w. That bounds f from above and equals it at the
+  present factors, so f still falls, with shorter steps.
 - Right given left: one exact system of R n2 unknowns for each of the m2 rows of the right factors. Where n1 = 1
   that is the outer-product case, S X + lambda T X C = Q: the eigenbasis of C splits it into n2 systems of R.
 """
@@ -28,9 +28,9 @@ from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _SMOOTHING = 0.1
-"""Share of the frequencies that is spread evenly, so that tokens the calibration text lacks count too."""
+"""Share of the frequencies that is spread evenly, so that tokens missing from the calibration text count too."""
 _EXACT = 1 << 20
-"""Most multiply-adds for left rows with a system of their own; above, they are bounded as said."""
+"""Most multiply-adds for solving a system for each left row; above that the bound of the module's docstring is used."""
 
 SWEEPS = 8
 TOLERANCE = 2e-3
@@ -213,8 +213,8 @@ class _Fit:
 def _shifted(row: Tensor, gram: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     """X (R, n) with (row + values[j] gram) X[:, j] = wanted[:, j], for semidefinite (R, R) matrices.
 
-    Both are made diagonal at once, so that all columns are solved for together; where terms depend on each other,
-    each by itself.
+    Both matrices are made diagonal at once, so that all columns are solved together. Where terms depend on each other
+    that fails, and each column is solved by itself.
     """
     lower, failed = torch.linalg.cholesky_ex(row)
     if failed:

@@ -28,7 +28,8 @@ def regauge(factors: Factors, gauge: Gauge) -> Factors:
         factors: of any type and device.
         gauge: ``equal``: both factors of a term have the same Frobenius norm; ``unit_right``: the right factor
             has norm 1; ``equal_rms``: the entries of both have the same root mean square. A term with a null
-            factor keeps its scales, but for a right factor that ``unit_right`` can make of norm 1.
+            factor keeps its scales, except that ``unit_right`` still gives a right factor norm 1 where it is not
+            null.
 
     Raises:
         ValueError: another gauge.
@@ -134,11 +135,11 @@ def step_scales(shape: KroneckerShape, gauge: Gauge = "equal", std: float = 0.02
 
 
 def factor_rates(model: nn.Module) -> dict[str, float]:
-    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales`` as they are.
-
-    A step of rate h on the left factors moves the weight by h sqrt(R) b, b the root mean square of the right ones; one
-    on the scalars by h sqrt(R) a b. Of packed outer products, one on the pivots moves these by h, and the s others of n
-    rows by h sqrt(R) a, a the root mean square of what makes them of the pivots; one on a moves those by h sqrt(R) b.
+    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales`` and the
+    factors' present sizes. With a and b the root mean squares of left and right factors, a step of rate h on the left
+    factors moves the weight by h sqrt(R) b, one on the scalars by h sqrt(R) a b. Packed outer products: with a that
+    of the coefficients and b that of the pivots, a step on the pivots moves the pivots by h and the other rows by h
+    sqrt(R) a; a step on the coefficients moves the other rows by h sqrt(R) b.
     """
     rates: dict[str, float] = {}
     for name, module in model.named_modules():

@@ -18,10 +18,10 @@ from kncompress.kron.shape import KroneckerShape, ShapeError
 class _Factored(nn.Module):
     """Left and right factors of ``shape`` as parameters, and where it has scalars ``scale`` (R,), which starts at 1.
 
-    A scale of 1 keeps the gauge of the factors, and with it what a step of theirs does. An Adam step of rate h then
-    turns a term up or down by the share h: between the factors' own steps, which are about h over the size of an
-    entry, and none. With unit-norm factors and the norm in the scale, at about 0.02 sqrt(M N), one rate for all
-    would tear the factors and leave the scale where it is.
+    Scale starts at 1, so the factors keep their size and learning rate. An Adam step of rate h then changes a term by
+    the share h, less than a step of the factors does. The other way, factors of norm 1 and the norm in the scale,
+    does not train with one rate: the norm is about 0.02 sqrt(M N), so a step would be far too large for the factors
+    and far too small for the scale.
     """
 
     def __init__(self, shape: KroneckerShape, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -44,7 +44,7 @@ class _Factored(nn.Module):
             self.scale = nn.Parameter(left.new_ones(len(left)))
 
     def scaled_factors(self) -> tuple[Tensor, Tensor]:
-        """The factors, the smaller of the two times the scalars where there are any."""
+        """The factors; where there are scalars, the smaller factor is multiplied by them."""
         if self.scale is None:
             return self.left, self.right
         scale = self.scale[:, None, None]
@@ -64,9 +64,9 @@ class _Factored(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Random factors whose formed weight has mean 0 and standard deviation ``std`` (GPT-2's is 0.02).
 
-        The factors of a term have equal norms, as nearest factors have. Left factors are normal. Right
-        factors are orthogonal to each other; a single one has entries of equal size, so that no part of the
-        map starts near 0.
+        The factors of a term have equal norms, as nearest factors have. Left factors are drawn from a normal
+        distribution. Right factors are orthogonal to each other. A single right factor has entries of equal size and
+        random sign, so that no part of the map starts near 0.
         """
         if self.left.is_meta:
             return
@@ -203,7 +203,7 @@ class KroneckerEmbedding(_Factored):
 
     Row i is sum_r s_r left[r, i // m2] (x) right[r, i % m2]. Parameters ``left`` (R, m1, n1), ``right``
     (R, m2, n2) and ``scale`` (R,) or None for s = 1. Positions that hold ``padding_idx`` give no gradient, as in
-    ``nn.Embedding``; the row itself starts null only where it shares its left factors with no other row (m2 = 1).
+    ``nn.Embedding``; the row itself starts at 0 only where m2 = 1, since otherwise other rows share its left factors.
 
     Raises:
         ShapeError: ``padding_idx`` is not one of the V rows.

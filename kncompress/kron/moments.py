@@ -39,11 +39,12 @@ class Moment:
 class PreparedMoment:
     """A moment made safe to divide by: ridged, and factored once for all maps that share the input.
 
-    The ridge adds ``ridge`` times the mean of the diagonal to it. None chooses it from the data: the shrinkage
-    towards a multiple of the identity that is best in the Frobenius norm for Gaussian inputs (oracle approximating
-    shrinkage: Chen, Wiesel, Eldar & Hero 2010), within 1e-4 and 0.1: few tokens or inputs that fill the space need
-    more, many tokens less. It is raised tenfold as long as the sum has no Cholesky factor in float64. A null
-    moment becomes the identity: then nothing is known about the inputs, and the nearest factors are the best.
+    Few tokens say little about rare directions of the inputs, so ``ridge`` times the mean of the diagonal is added to
+    the diagonal. None chooses the ridge from the data, between 1e-4 and 0.1: less for many tokens, more for few
+    tokens or inputs that spread in all directions. The rule is oracle approximating shrinkage, the best in the
+    Frobenius norm for Gaussian inputs (Chen, Wiesel, Eldar & Hero 2010). While the matrix has no Cholesky factor in
+    float64, the ridge grows tenfold. A null moment becomes the identity: nothing is known about the inputs, and the
+    nearest factors are the best.
 
     Args:
         moment: of the inputs.
@@ -76,7 +77,7 @@ class PreparedMoment:
         self.scale = max(0.0, float(exact.diagonal().mean()))
         """Mean of the diagonal: mean square of an input."""
         self.plain = exact.to(dtype)
-        """(N, N): what errors are measured by; without ridge."""
+        """(N, N): the moment without ridge; errors are measured by it."""
         self.ridge = _shrinkage(exact, moment.count) if ridge is None else ridge
         """Relative to ``scale``; final once ``matrix`` or ``cholesky`` was asked for."""
 

@@ -68,7 +68,8 @@ def nearest_factors(weight: Tensor, shape: KroneckerShape) -> Factors:
 def check_weight(weight: Tensor, shape: KroneckerShape) -> None:
     """Raises ShapeError where the weight is not (M, N), ValueError where it is not finite."""
     _check_shape(weight, shape)
-    # Numbers that are not all finite have no finite sum, which is much faster to take; it may have overflowed, too.
+    # The sum is much faster than a look at each number. It is not finite where a number is not, or where it
+    # overflowed.
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
         raise ValueError("weight: holds values that are not finite")
 
@@ -81,9 +82,9 @@ def _check_shape(weight: Tensor, shape: KroneckerShape) -> None:
 def _one_term(weight: Tensor, shape: KroneckerShape) -> Factors | None:
     """One term of which a factor is a row or a column of a few numbers, in two passes over the float32 weight.
 
-    None for other shapes, and where squares of the weight leave float32. An error of the Gram matrix of relative size
-    e turns the factor by e s1^2 / (s1^2 - s2^2) for singular values s1 and s2, and makes the distance squared larger by
-    no more than e^2 times the weight's.
+    None for other shapes, and where squares of the weight leave float32. Accuracy: a relative error e of the Gram
+    matrix turns the factor by e s1^2 / (s1^2 - s2^2), with s1 and s2 the largest singular values. The squared
+    distance grows by at most e^2 times the squared norm of the weight.
     """
     (m1, n1), (m2, n2) = shape.left, shape.right
     small_right = m2 * n2 <= m1 * n1
@@ -159,7 +160,7 @@ def balanced(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def sign_of(right: Tensor) -> Tensor:
     """(R, 1): 1 or -1, so that the first of each row's largest entries becomes positive."""
     size = right.abs()
-    # Entries within rounding of the largest count as largest, or noise would choose among equals.
+    # Entries that equal the largest up to rounding count as largest; else noise would choose the sign.
     first = (size >= 0.999 * size.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     return torch.where(right.gather(1, first) < 0, -1.0, 1.0)
 

@@ -1,13 +1,13 @@
 """Packed outer products: R rows of a matrix of rank R as they are, every other row as a combination of them.
 
-W_hat = P [I; X^T] K with K (R, N) the pivot rows, X (R, M - R) and P an order of the rows: R (M + N) - R^2 numbers and
-multiply-adds, where the two factors of outer products take R (M + N), R^2 of which say nothing: they are the freedom to
-put an invertible R x R matrix between the factors (PIFA: arXiv 2501.19090, ICML 2025). By columns it is the transpose
+W_hat = P [I; X^T] K with K (R, N) the pivot rows, X (R, M - R) and P an order of the rows: R (M + N) - R^2 numbers
+and multiply-adds. The two factors of a low-rank map take R (M + N). R^2 of these are redundant, since any invertible
+R x R matrix can be put between the factors (PIFA: arXiv 2501.19090, ICML 2025). By columns it is the transpose
 of such a matrix.
 
-Any R independent rows would do, but with bad ones X is large, and rounding and training suffer. Rows that span the
-largest volume make all entries of X at most 1 in size (Goreinov et al. 1997); rows from which no single exchange gains
-more than ``_SLACK`` come near, and are cheap to find.
+Any R independent rows would do, but with bad ones X is large, and rounding and training suffer. The rows that span
+the largest volume make all entries of X at most 1 in size (Goreinov et al. 1997), but cost more to find. Rows that no
+single exchange improves by more than ``_SLACK`` come near and are cheap.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     kept: Tensor
     """(R, N) pivot rows; or (R, M) pivot columns"""
     mix: Tensor
-    """(R, M - R): what makes the other rows of them; or (R, N - R) the other columns"""
+    """(R, M - R): coefficients of the other rows in the pivots; or (R, N - R), of the other columns"""
     order: Tensor
     """(M,) int32: place of each row among the pivots and, after them, the others; or (N,): the column at each place"""
 
@@ -76,7 +76,7 @@ def _completed(z: Tensor, mix: Tensor, order: Tensor) -> Tensor:
     recording = torch.compiler.is_exporting() or torch.compiler.is_compiling()
     if recording or (torch.is_grad_enabled() and (z.requires_grad or mix.requires_grad)):
         return _ordered(torch.cat([z, dense_product(z, mix.T)], dim=-1), order)
-    # The product writes beside the pivots: a copy of all outputs less.
+    # The product writes beside the pivots, which spares a copy of all outputs.
     flat, rank = z.reshape(-1, len(mix)), len(mix)
     y = flat.new_empty(len(flat), len(order))
     y[:, :rank] = flat
@@ -94,7 +94,8 @@ def _ordered(x: Tensor, order: Tensor) -> Tensor:
 
 
 class _Ordered(torch.autograd.Function):
-    """``index_select`` with an order, whose gradient is another one: torch would add up, which takes much longer."""
+    """``index_select`` with a permutation. Its gradient is a permutation too; torch's own would add up, which takes
+    much longer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
@@ -117,8 +118,7 @@ def _inverse(order: Tensor) -> Tensor:
 def pack(factors: Factors, shape: PackedShape) -> Packed:
     """The same matrix as the outer products ``factors``, packed; worked out in float64.
 
-    Where they are of less than full rank, the pivots that are too many are rows as good as any other, and no other row
-    makes use of them.
+    Where the rank is below R, the surplus pivots are arbitrary rows, and no other row uses them.
 
     Args:
         factors: left (R, M, 1), right (R, 1, N), finite.
@@ -169,8 +169,8 @@ def dominant_rows(basis: Tensor) -> Tensor:
     """(k,) int64: rows of ``basis`` (n, k), of full rank, such that combinations of them make each other row with
     coefficients of at most 1 + ``_SLACK`` in size.
 
-    Rows that Gaussian elimination with row pivoting takes, then exchanges: one with a coefficient c multiplies the
-    volume that the rows span by c, so they come to an end.
+    Starts from the rows that Gaussian elimination with row pivoting takes, then exchanges rows. An exchange at a
+    coefficient c multiplies the volume that the rows span by c, so the exchanges end.
     """
     size, count = basis.shape
     if count == 0:

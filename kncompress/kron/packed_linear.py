@@ -1,4 +1,4 @@
-"""A layer whose weight is of low rank and packed: pivot rows or columns, and what makes the others of them."""
+"""A layer with a packed low-rank weight: pivot rows or columns, and the coefficients of the others in these."""
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from kncompress.kron.packed import Packed, pack, packed_linear, packed_weight
 class PackedLinear(_LinearMap):
     """y = W x + bias with W of rank R in R (M + N) - R^2 numbers; (..., N) -> (..., M).
 
-    Parameters, where M <= N: ``kept`` (R, N), rows of W, and ``mix`` (R, M - R), which makes the others of them; else
-    ``kept`` (R, M), columns, and ``mix`` (R, N - R); ``bias`` (M,) or None. Buffer ``order``, int32, min(M, N) numbers:
-    which rows or columns those are. Starts from ``reset_parameters()``; nothing is drawn on the meta device.
-    """
+    Parameters, where M <= N: ``kept`` (R, N), rows of W, and ``mix`` (R, M - R), the coefficients of the other rows
+    in these; else ``kept`` (R, M), columns, and ``mix`` (R, N - R); ``bias`` (M,) or None. Buffer ``order``, int32,
+    min(M, N) numbers: which rows or columns those are. Starts from ``reset_parameters()``; nothing is drawn on the
+    meta device."""
 
     shape: PackedShape
     order: Tensor
