@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -184,11 +184,11 @@ def text_lines(file: Path, key: str = "data.source") -> Iterator[str]:
             yield line
 
 
-def in_folder(folder: Path, key: str) -> list[TextFile]:
+def in_folder(folder: Path, key: str, column: str = "text") -> list[TextFile]:
     """The files of text and rows below ``folder``, in the order of their names; once a process, what is left out.
 
-    Hidden files and folders are never read (an editor's copies are there), and where there are rows, Markdown is
-    not: the card of a data set is no text of it.
+    Hidden files and folders are never read (an editor's copies are there), nor a .json of one object without
+    ``column`` (a tokenizer, settings). Where there are rows, Markdown is not: the card of a data set is no text of it.
 
     Raises UserError where there is none, or a file that should be one cannot be read.
     """
@@ -203,11 +203,16 @@ def in_folder(folder: Path, key: str) -> list[TextFile]:
     found = []
     for path in [path for path in chosen if path.stat().st_size]:
         try:
-            found.append(text_file(path, key))
+            file = text_file(path, key)
         except UserError:
             if named[path] != ".json":  # which may be anything: settings, say
                 raise
             chosen.remove(path)
+        else:
+            if named[path] == ".json" and _is_one_object(file, key, column):
+                chosen.remove(path)
+            else:
+                found.append(file)
     if not found:
         endings = ", ".join((*PROSE, *ROWS))
         raise UserError(f"{key}={folder}: the folder holds no text file ({endings})")
@@ -219,6 +224,19 @@ def in_folder(folder: Path, key: str) -> list[TextFile]:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         tell(f"{key}={folder}: reads {len(found)} files ({read}), leaves out {names}{more}")
     return found
+
+
+def _is_one_object(file: TextFile, key: str, column: str) -> bool:
+    """Whether a file named .json holds one object that is no row."""
+    if file.rows != "jsonl":
+        return False
+    with file.open(key) as stream:
+        line = stream.readline()
+        if stream.read(_HEAD).strip():
+            return False
+    with suppress(ValueError):
+        return column not in json.loads(line)
+    return False
 
 
 def _ending(path: Path) -> str:

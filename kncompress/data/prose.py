@@ -27,11 +27,17 @@ def documents_of(lines: Iterable[str], text_format: str, cut: int | None = None)
             found = map(_published, wikitext.articles(lines))
         case "lines":
             # Rows as the Hugging Face data sets have them: blank ones empty, others with their line end.
-            rows = (row for line in lines for row in line.splitlines(keepends=True) or [""])
+            rows = (row for line in lines for row in _with_ends(line))
             found = iter(["\n\n".join(row if row.strip() else "" for row in rows)])
         case _:
             found = split_documents(lines, cut)
     return (document for document in found if document.strip())
+
+
+def _with_ends(text: str) -> list[str]:
+    """Lines of ``text`` with their ends; only a line feed is one, not U+2028 or a form feed (``splitlines``)."""
+    *lines, rest = text.split("\n")
+    return [*(f"{line}\n" for line in lines), *([rest] if rest or not lines else [])]
 
 
 def _published(article: list[str]) -> str:

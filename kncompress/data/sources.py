@@ -189,7 +189,7 @@ def _find(entry: str, key: str, text_format: str, column: str | None) -> Source:
         return hub_source(entry, key, text_format, column)
     path = Path(entry).expanduser()
     if path.is_dir():
-        return FileSource(entry, key, tuple(in_folder(path, key)), path, text_format, column)
+        return FileSource(entry, key, tuple(in_folder(path, key, column or COLUMN)), path, text_format, column)
     if not path.is_file():
         raise UserError(
             f"{key}={entry}: no such file or folder; give `sample`, a text file or a folder of them, hub:ID"

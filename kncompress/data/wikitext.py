@@ -27,7 +27,7 @@ _QUOTED = re.compile(r'(^|[\s(\[])" ?([^"]*?) ?"(?=[\s,.;:!?)\]]|$)')
 def articles(lines: Iterable[str]) -> Iterator[list[str]]:
     """The lines of each article; an article begins at a top-level heading."""
     article: list[str] = []
-    for line in (part for piece in lines for part in piece.splitlines()):
+    for line in (part for piece in lines for part in piece.removesuffix("\n").split("\n")):
         if _TITLE.match(line) and article:
             yield article
             article = []

@@ -229,3 +229,19 @@ def test_a_folder_without_text_says_so(tmp_path: Path) -> None:
     (tmp_path / ".hidden.txt").write_text("a")
     (tmp_path / "empty.txt").write_text("")
     assert "the folder holds no text file (.txt," in refused(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_tokenizer_beside_the_data_is_left_out(tmp_path: Path, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "row.json").write_text('{"text": "one row"}')
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "vocab": ["a word"] * rows}))
+    assert read(tmp_path) == ["a", "one row"]
+    assert capsys.readouterr().err.endswith("leaves out tokenizer.json\n")
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    odd = "one\u2029still\x85one\u2028and\x0con"
+    (tmp_path / "a.raw").write_text(f" = T = \n{odd}\n", encoding="utf-8")
+    assert read(tmp_path / "a.raw", text_format="lines") == [f" = T = \n\n\n{odd}\n"]
+    assert read(tmp_path / "a.raw") == [f"T\n\n{odd}"]
