@@ -4,7 +4,7 @@ from torch import nn
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 _WRITTEN_OUT = (NewGELUActivation, FastGELUActivation)
-"""GELU by tanh, as eight operations; under autocast its power runs, and goes on, in float32."""
+"""GELU by tanh, as eight operations. Under autocast the power, and all that follows it, runs in float32."""
 
 
 def fuse_gelu_(model: nn.Module) -> int:

@@ -23,8 +23,8 @@ _SWEEPS = 20
 
 
 def measure_fit(setting: Setting, plan: Plan) -> Iterator[Measurement]:
-    """``fit``: seconds of ``compress_`` on the whole model; its speed-up is that of all maps whose smaller factor has
-    two elements, one by one (``fit/<map>``). ``fit/<map>/calibrated``: least squares on random inputs.
+    """``fit``: seconds of ``compress_`` on the whole model. Its speed-up counts the maps whose smaller factor has two
+    elements, one by one (``fit/<map>``). ``fit/<map>/calibrated``: least squares on random inputs.
     """
     setting.say("fit: all maps")
     dense = random_model(setting.fields, setting.config.seed, setting.device, torch.float32)

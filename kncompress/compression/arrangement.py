@@ -1,8 +1,8 @@
 """Which symmetries of a dense model let its factors lose less, and how much less.
 
-An order of the hidden units, a basis of the heads or an order of the residual coordinates leaves the model's function
-as it is, and costs nothing at run time, but factors do see it. Each is kept where the fit itself, nearest or
-calibrated, has less error with it, and left out elsewhere.
+The order of the hidden units, the basis of a head and the order of the residual coordinates can change without
+changing what the model computes, and at no cost at run time. But the error of the factors changes. Each change is
+kept only where the fit, nearest or calibrated, has less error with it.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -1,8 +1,9 @@
-"""Fits against outputs of another model: what a map reads has drifted from what the dense model's map reads.
+"""Fits against the dense model's outputs, for maps whose inputs differ from the dense model's.
 
-With x what the dense map reads, x~ what its factored twin reads and d = x - x~, the least squares map from x~ to W x is
-W + W E[d x~^T] C~^-1 with C~ = E[x~ x~^T], and factoring that under C~ is the whole problem: what no map of x~ can give
-does not depend on the factors. With the ridge of C~ the target stays W in directions of which nothing is known.
+Let x be what the dense map reads, x~ what its factored twin reads, and d = x - x~. The least squares map from x~ to W
+x is W + W E[d x~^T] C~^-1 with C~ = E[x~ x~^T]. It is enough to factor that map under C~, since the error that no map
+of x~ can remove does not depend on the factors. Thanks to the ridge of C~ the target stays W in directions about
+which nothing is known.
 """
 
 from typing import NamedTuple

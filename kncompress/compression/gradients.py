@@ -4,8 +4,8 @@ The loss is the cross-entropy of labels that the model itself draws, so that the
 information (true labels would give the empirical Fisher, which a wrong model distorts).
 
 Two walks over the layers, and no more than one layer's graph at a time: forward, keeping what enters each layer, then
-back, where each layer is run again from what entered it and hands the gradient down. Besides the moments that takes
-n D (L + 1) numbers for n tokens, L layers and width D. Where these are more than ``ROOM`` bytes, only what enters every
+back, where each layer is run again from what entered it and hands the gradient down. Besides the moments this takes n
+D (L + 1) numbers for n tokens, L layers and width D. Where these are more than ``ROOM`` bytes, only what enters every
 k-th layer is kept, k about the root of L, and the rest made again from that, k layers at a time: 2 n D k numbers.
 """
 

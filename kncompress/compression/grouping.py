@@ -1,9 +1,9 @@
-"""An order, or a basis, in which neighbours are as good as multiples of each other.
+"""An order, or a basis, in which neighbours are nearly multiples of each other.
 
 A factor (k, 1) or (1, k) with one term makes the k rows or columns of every group multiples of one vector, by the same
 k numbers in all groups. With G the Gram matrix of the rows in the metric of the inputs, it keeps
-max_b sum_g b^T G[g, g] b over unit vectors b: half of the squared norm where b = (1, 1) and neighbours are unlike,
-and all that the strong members of the groups hold where b = (1, 0).
+max_b sum_g b^T G[g, g] b of the squared norm, over unit vectors b. For example
+b = (1, 1) keeps half of it where neighbours are unlike, and b = (1, 0) keeps what the first members of the groups hold.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from kncompress.anatomy.symmetries import HeadBasis
 
 _ROUNDS = 3
 _GAIN = 1e-3
-"""Rounds end where one keeps less than this share more."""
+"""Rounds end when one gains less than this share."""
 _FLOOR = 1e-6
-"""Least eigenvalue of a moment, relative to its largest: a basis much longer one way than another rounds ill."""
+"""Smallest eigenvalue allowed, relative to the largest; below it the basis would be badly conditioned."""
 
 
 def grouped_order(grams: Sequence[Tensor], size: int) -> Tensor:
@@ -104,11 +104,11 @@ def _exchange(tables: list[np.ndarray], factors: list[np.ndarray], order: np.nda
 
 
 def balanced_basis(written: Tensor, read: Tensor, size: int) -> HeadBasis:
-    """The basis of each head in which its numbers are uncorrelated and as strong where written as where read.
+    """The basis of each head in which its numbers are uncorrelated, and as strong where written as where read.
 
-    In it both moments are the same diagonal matrix, as in balanced truncation: leaving out the numbers with the least
-    entries loses about the least of the product of the two maps. Numbers are dealt to groups of ``size`` neighbours:
-    the strongest share of them takes the first places, and so on.
+    Both moments are the same diagonal matrix then, as in balanced truncation. So leaving out the numbers with the
+    smallest entries loses about the least of the product of the two maps. Numbers are dealt to groups of ``size``
+    neighbours: the strongest share of them takes the first places, and so on.
 
     Args:
         written: (G, d, d), second moment of what enters the heads.

@@ -22,7 +22,7 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text that moments are taken over: cut into blocks of ``context`` tokens, the rest being a shorter one."""
+    """Text that moments are taken over, in blocks of ``context`` tokens; the last one may be shorter."""
 
     tokens: np.ndarray
     """(n,) integers"""
@@ -30,7 +30,7 @@ class CalibrationText:
     batch_tokens: int = 4096
     """Most tokens in one forward pass; a block at least."""
     moments: str | Path | None = None
-    """Folder where the moments of a dense model's inputs on it are kept; None: they are not kept."""
+    """Folder that keeps the moments of the dense model's inputs on this text; None: they are not kept."""
 
     def batches(self) -> Iterator[Tensor]:
         """(B, T) int64, in order.
@@ -72,7 +72,7 @@ class HiddenStates:
         self.chunks: list[Tensor] = []
         """(B, T, D) each"""
         self._shapes: list[torch.Size] = []
-        # Masks and positions depend on the shape of the batch alone, and on the layer where some see less than others.
+        # Masks and positions depend only on the batch's shape, and on the layer where some layers have a window.
         self._options: dict[tuple[torch.Size, int], Options] = {}
         layers = model.base_model.get_submodule(family.layers)
         differ = len(set(getattr(model.config, "layer_types", None) or ())) > 1
@@ -175,9 +175,8 @@ def after_head(config: Any, logits: Tensor) -> Tensor:
 
 @contextmanager
 def recorded(layer: nn.Module, paths: Sequence[str], stop: bool = False) -> Iterator[Inputs]:
-    """Within the block, each call of ``layer`` leaves the inputs of the modules at ``paths`` in the result.
-
-    ``stop``: end the call, by an exception, once all of them were seen.
+    """Record the inputs of the modules at ``paths`` at each call of ``layer`` within the block. ``stop``: end the
+    call by an exception once all of them were seen.
     """
     found: Inputs = {}
 
@@ -199,9 +198,8 @@ def recorded(layer: nn.Module, paths: Sequence[str], stop: bool = False) -> Iter
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) within the block; after it every module is back in its own mode.
-
-    Modules that were put into the model meanwhile get the model's.
+    """Evaluation mode (no dropout) within the block; on exit every module gets its own mode back. Modules that were
+    added within the block get the model's mode.
     """
     training, modes = model.training, [(module, module.training) for module in model.modules()]
     model.eval()

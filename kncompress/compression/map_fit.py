@@ -28,7 +28,7 @@ from kncompress.kron import (
 from kncompress.kron.moments import formed_rows
 
 _SPREAD = 1e-5
-"""Share of the inputs' mean square that must vary for a fit to be centred."""
+"""Least variance of the inputs, as a share of their mean square, for a fit to be centred."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def fit_embedding(
 ) -> Fitted:
     """Factors of an embedding (V, D) for tokens of these frequencies (V,) and the inputs of a head tied to it.
 
-    Its weighted error is the root of what is left of both aims together, each counted alike at the start.
+    Its weighted error covers both aims together; each has the same weight at the start.
     """
     history: list[float] = []
     moment = None if head is None else head.prepared(False)
@@ -126,7 +126,7 @@ def calibrated_parts(
 
 def gauged(parts: tuple[Factors, ...], settings: FitConfig) -> tuple[Factors, ...]:
     """The same sums in the gauge asked for."""
-    if settings.gauge == "equal":  # as the fits leave them
+    if settings.gauge == "equal":  # the fits end in this gauge
         return parts
     return tuple(regauge(part, settings.gauge) for part in parts)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What the maps of a model see: second moments and means of their inputs over sample text.
+"""Second moments and means of the inputs of a model's maps over sample text.
 
 The hidden states of the text are moved through the model one layer at a time, so that there is one pass over it in
 all and no more than the moments of one layer are held at once. Products are float32, sums float64 (float32 on

@@ -1,8 +1,9 @@
 """Block-wise reconstruction: after the fit, each block is trained for a few steps against the dense block's outputs.
 
-Hidden states of both models are cached and moved one block at a time. A block reads what the blocks repaired before it
-give, and answers for the hidden states of the dense model after it, so that it also takes back some of the error that
-it is handed. No logits and no backward pass through more than one block: a pass costs three passes of the blocks.
+Hidden states of both models are cached and moved one block at a time. A block reads the outputs of the repaired
+blocks before it and is trained towards the dense model's hidden states after it, so it also corrects some of the
+error in its input. There are no logits, and no backward pass through more than one block: one pass over the text
+costs about three passes of the blocks.
 """
 
 import copy
@@ -32,7 +33,8 @@ HELD_SHARE = 8
 def relative_error(states: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of |states - target|^2 / |target|^2, each (..., D); a scalar.
 
-    By token: GPT-2 and Llama give the first token states a hundred times as large as the others.
+    The mean is over tokens, because GPT-2 and Llama give the first token states a hundred times as large as the
+    others.
     """
     gap = (states - target).float().square().sum(-1)
     return (gap / target.float().square().sum(-1).clamp_min(1e-12)).mean()
@@ -118,7 +120,7 @@ class BlockRepair:
         return weighted_mean(found)
 
     def _repair(self, layer: nn.Module, number: int, states: HiddenStates, held: HiddenStates) -> None:
-        """Train one block; what has the least error on the held-out states is kept, be it the start."""
+        """Train one block; the weights with the least error on the held-out states are kept, the start included."""
         trained = list(layer.parameters())
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -165,7 +167,8 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def groups(layer: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """A group for each parameter: factors take the rate at which they move their map as ``lr`` would a dense one."""
+    """A group for each parameter: each factor takes the rate at which a step moves its map's weight as ``lr`` would
+    move a dense one."""
     rates = factor_rates(layer)
     return [{"params": [p], "lr": lr * rates.get(name, 1.0)} for name, p in layer.named_parameters()]
 

@@ -1,9 +1,10 @@
 """Sequential fit: every layer is fitted on what the already factored model feeds it, against the dense outputs.
 
 With x what a map reads in the dense model and x~ what it reads in the factored one, the least squares map from x~ to
-W x is W E[x x~^T] C~^-1, where C~ = E[x~ x~^T]. Its factors under C~ solve the whole problem, for what no map of x~
-can give does not depend on them. The ridge of C~ stands in E[x x~^T] too: in directions of which nothing is known the
-target stays W. With d = x - x~ it is W + W E[d x~^T] (C~ + ridge)^-1, which is W itself before the first factored map.
+W x is W E[x x~^T] C~^-1, where C~ = E[x~ x~^T]. It is enough to factor that map under C~, since the error that no map
+of x~ can remove does not depend on the factors. The ridge of C~ stands in E[x x~^T] too: in directions of which
+nothing is known the target stays W. With d = x - x~ it is W + W E[d x~^T] (C~ + ridge)^-1, which is W itself before
+the first factored map.
 
 Hidden states of both models are cached and moved one layer at a time. Within a layer the maps are fitted in the
 order in which they are run (Q, K and V, then O, then into the hidden layer, then out of it), each on the inputs that
@@ -38,7 +39,7 @@ ROOM = 1 << 30
 
 
 class LayerInputs:
-    """What enters the modules of a dense layer: kept from one pass where there is room, else run for anew.
+    """What enters the modules of a dense layer: kept from one pass where there is room, else computed again.
 
     Args:
         states: hidden states before the layer; moved through it.
@@ -98,7 +99,7 @@ class SequentialFit:
         self.fits: dict[str, Fitted] = {}
         self.dense = HiddenStates(model, text)
         self.factored: HiddenStates | None = None
-        """What the factored model has; None while it is what the dense one has."""
+        """Hidden states of the factored model; None while they equal the dense model's."""
         if embed is not None:
             embed()
             self.factored = HiddenStates(model, text)

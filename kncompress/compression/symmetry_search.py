@@ -28,11 +28,12 @@ Found = Mapping[str, InputMoment]
 """Moments by input; empty for a fit without a text."""
 
 _MOST = 16
-"""Largest group of neighbours that an order is sought for."""
+"""Largest group of neighbours for which an order is searched."""
 
 
 class SymmetrySearch:
-    """Tries symmetries on ``model``; ``hidden``, ``values`` and ``queries`` change it where that helps, and tell so."""
+    """Tries symmetries on ``model``. ``hidden``, ``values`` and ``queries`` change it where that helps, and return
+    whether they did."""
 
     def __init__(self, model: Any, anatomy: Anatomy, shapes: Mapping[str, Shape], settings: FitConfig) -> None:
         self.model, self.anatomy, self.shapes, self.settings = model, anatomy, shapes, settings

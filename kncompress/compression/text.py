@@ -1,4 +1,4 @@
-"""The text that factors are fitted on, and what a person sees while that goes on."""
+"""The text that factors are fitted on, and the progress that is shown meanwhile."""
 
 import os
 import time

@@ -44,8 +44,8 @@ class FactorsConfig:
     """The fit and the text of a plan, from ``plan``: values of ``start``, ``fit``, ``calibration`` and ``data``, which
     ``compress`` and ``train`` take where nothing else is said."""
     scalars: bool = False
-    """A number to learn for each term (Krony-PT), 1 at the start, of all factored maps; of single ones by ``s*`` before
-    the shape in ``maps``."""
+    """Whether each term has a scalar to learn (Krony-PT), 1 at the start. For single maps: ``s*`` before the shape in
+    ``maps``."""
 
 
 @dataclass
@@ -86,9 +86,10 @@ class FitConfig:
     bias: bool = True
     """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
     symmetries: list[str] = field(default_factory=list)
-    """Exact changes of the dense weights, made before the fit where it then loses less: ``hidden``: order of each
-    layer's feed-forward units; ``heads``: basis of each head's values, and without rotary embeddings of its queries and
-    keys; ``residual``: one order of the residual coordinates, from the weights alone. A start at random has none."""
+    """Changes of the dense weights before the fit that do not change what the model computes, kept where the fit then
+    loses less: ``hidden``: order of each layer's feed-forward units; ``heads``: basis of each head's values, and
+    without rotary embeddings of its queries and keys; ``residual``: one order of the residual coordinates, from the
+    weights alone. A start at random has none."""
 
     def __post_init__(self) -> None:
         check_positive("fit.sweeps", self.sweeps)

@@ -27,8 +27,8 @@ class EvaluateConfig(RunConfig):
     allow_code: bool = False
     """Let the YAML file of a task run the Python functions beside it that it names by ``!function``."""
     lambada: str | None = None
-    """In the place of perplexity: passages whose last word is to be told: hub:EleutherAI/lambada_openai, a folder of
-    jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""
+    """In the place of perplexity: passages whose last word is to be predicted: hub:EleutherAI/lambada_openai, a
+    folder of jsonl or parquet files with a column ``text``, or a .txt file with a passage on each line."""
     limit: int | None = None
     """Only the first items of each task, or passages; null: all."""
     compare: str | None = None

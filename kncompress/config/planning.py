@@ -25,8 +25,9 @@ class PlanConfig(FittingConfig):
     harm: str | None = None
     """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
     harms: str = "measured"
-    """How the harm of a candidate is known: ``measured``: the KL of the logits with one low-rank reference in the place
-    of each map; ``gradients``: half of its two-sided error, without a forward pass a map (needs ``fit.sides=both``)."""
+    """Where the harm of a candidate comes from. ``measured``: the KL of the logits with one low-rank reference in the
+    place of each map. ``gradients``: half of its two-sided error, without a forward pass for each map (needs
+    ``fit.sides=both``)."""
     sums: bool = True
     """Try Kronecker sums beside low rank. With ``fit.sides=both`` their fits take many times as long."""
     harm_tokens: int = 1024

@@ -30,7 +30,7 @@ class Cell:
     best_epoch: int
     steps: int
     seconds: float
-    """Of training; of a teacher from the cache those that it took then."""
+    """Of training; for a teacher from the cache, of its training back then."""
     examples_per_second: float
     cached: bool = False
     """A teacher that an earlier run has fine-tuned."""

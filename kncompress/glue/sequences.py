@@ -21,7 +21,7 @@ from kncompress.glue.files import Example
 
 SEPARATOR = "\n"
 _BUCKET = 50
-"""Batches of which the lengths are sorted together."""
+"""Batches whose sequences are sorted by length together."""
 _TEXTS_AT_ONCE = 1000
 
 

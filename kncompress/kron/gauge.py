@@ -135,11 +135,12 @@ def step_scales(shape: KroneckerShape, gauge: Gauge = "equal", std: float = 0.02
 
 
 def factor_rates(model: nn.Module) -> dict[str, float]:
-    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales`` and the
-    factors' present sizes. With a and b the root mean squares of left and right factors, a step of rate h on the left
-    factors moves the weight by h sqrt(R) b, one on the scalars by h sqrt(R) a b. Packed outer products: with a that
-    of the coefficients and b that of the pivots, a step on the pivots moves the pivots by h and the other rows by h
-    sqrt(R) a; a step on the coefficients moves the other rows by h sqrt(R) b.
+    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales``.
+
+    It takes the factors' present sizes: a and b are the root mean squares of the left and right factors. A step of
+    rate h on the left factors moves the weight by h sqrt(R) b, one on the scalars by h sqrt(R) a b. In packed outer
+    products, with a of the coefficients and b of the pivots, a step on the pivots moves the pivots by h and the other
+    rows by h sqrt(R) a; a step on the coefficients moves the other rows by h sqrt(R) b.
     """
     rates: dict[str, float] = {}
     for name, module in model.named_modules():

@@ -1,8 +1,9 @@
 """A parameter budget spent where it does the least harm: a table of harms, a multiple-choice knapsack, a plan.
 
-The harm of a map's shape is the KL that a reference shape in the same place was measured to do to the logits, carried
-over by the weighted error: KL_ref (error / error_ref)^p, with p about 2 for small errors. Harms of several maps add up;
-how far the sum is from the KL of all of them together is measured too, and corrected by a power.
+Harm is the KL of the logits when one map is replaced. It is measured for a reference shape of each map, and follows
+for other shapes from their weighted error: KL_ref (error / error_ref)^p, with p about 2 for small errors. Harms of
+several maps are added up. The KL of many maps replaced together is measured too, and the sum is corrected by a power
+law.
 """
 
 import math
@@ -19,12 +20,15 @@ from kncompress.planner.quiet_solver import c_output_dropped
 
 FORMAT = "kncompress harms 1"
 FASTER, FASTER_PACKED, FASTER_SINGLE, FASTER_MIXING = 1.3, 1.6, 1.9, 24
-"""Dense multiply-adds over a shape's, at least, under the constraint ``speed``: of outer products; of packed ones, that
-put inputs or outputs in order (float32 on one CPU core, 512 vectors, maps of SmolLM2-135M and GPT-2 small: at 1.33
-times fewer 0.85 to 1.28 of the dense pace, at 2 times fewer 1.4 and more); of right factors of one row or column, whose
-outputs take a pass more; of those with several of both, which have to turn the vectors
-around between the products. In bfloat16 a dense map is so fast that such passes cost as much as half of it or more
-(experiments/throughput, ``speed``: 4x4 at a quarter of the multiply-adds took longer on GPT-2 small)."""
+"""How many times fewer multiply-adds than the dense map a shape needs under the constraint ``speed``.
+
+Of outer products (low rank); of packed ones, which put inputs or outputs in order; of right factors with one row or
+column, whose outputs take one more pass; of right factors with several of both, which turn the vectors around between
+the products. Packed, measured in float32 on one CPU core with 512 vectors and the maps of SmolLM2-135M and GPT-2 small:
+0.85 to 1.28 of the dense speed at 1.33 times fewer, 1.4 and more at 2 times fewer. In bfloat16 a dense map is so fast
+that the passes cost half of its time or more (experiments/throughput, ``speed``: 4x4 at a quarter of the multiply-adds
+was slower on GPT-2 small).
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class MapHarms:
     references: tuple[Reference, ...]
 
     def harm(self, error: float, exponent: float) -> float:
-        """KL in nats per token that a shape of that error does by itself: a power law through the references."""
+        """KL in nats per token of a shape with that error, alone: a power law through the references."""
         if error <= 0:
             return 0.0
         points = sorted((math.log(r.error), math.log(r.kl)) for r in self.references if r.error > 0 and r.kl > 0)
@@ -184,7 +188,8 @@ def _fast(row: MapHarms, option: Option) -> bool:
 
 
 def advantage(shape: Shape) -> float:
-    """Dense multiply-adds over those of ``shape`` from which on its product is surely no slower than the dense one."""
+    """How many times fewer multiply-adds than the dense map this kind of shape needs for its product to be surely no
+    slower."""
     if isinstance(shape, PackedShape):
         return FASTER_PACKED
     if any(min(part.right) > 1 for part in shape.sums):
@@ -210,9 +215,9 @@ def budget_count(budget: float, parameters: int) -> int:
 def knapsack(sizes: Sequence[Sequence[int]], harms: Sequence[Sequence[float]], budget: int) -> list[int]:
     """One option of every map, of least total harm among those whose sizes add up to ``budget`` at most.
 
-    A multiple-choice knapsack as a mixed-integer program, solved by HiGHS (scipy's ``milp``): exact, where a
-    Lagrangian alone leaves the gap of the last map unspent, and quick, since the relaxation has at most two fractional
-    options and dominated ones are left out. Dynamic programming over sizes of 10^8 is out of reach.
+    A multiple-choice knapsack as a mixed-integer program, solved exactly by HiGHS (scipy's ``milp``). It is quick:
+    the relaxation has at most two fractional options, and dominated options are left out. A Lagrangian alone would
+    leave part of the budget unspent, and dynamic programming over sizes of 10^8 is out of reach.
 
     Args:
         sizes: of each map's options.
@@ -248,7 +253,7 @@ def knapsack(sizes: Sequence[Sequence[int]], harms: Sequence[Sequence[float]], b
 
 
 def undominated(sizes: Sequence[int], harms: Sequence[float]) -> list[int]:
-    """Options than which no other is both no larger and no more harmful, smallest first."""
+    """Options that no other option dominates (no larger and no more harmful), smallest first."""
     kept: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], harms[i])):
         if not kept or harms[i] < harms[kept[-1]]:
@@ -268,7 +273,7 @@ def _solve(sizes: np.ndarray, harms: np.ndarray, owner: np.ndarray, budget: floa
         LinearConstraint(one_each, 1, 1),
         LinearConstraint(csr_array(sizes[None] / unit), -np.inf, budget / unit),
     ]
-    # HiGHS stops at an absolute gap of 1e-6 too, so harms are scaled to what the relaxation comes to.
+    # HiGHS also stops at an absolute gap of 1e-6, so harms are scaled by the relaxation's total.
     with c_output_dropped():
         relaxed = milp(harms, constraints=constraints, bounds=Bounds(0, 1))
         scale = 1e3 / relaxed.fun if relaxed.fun is not None and relaxed.fun > 0 else 1 / max(harms.max(), 1e-300)

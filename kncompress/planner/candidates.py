@@ -1,8 +1,9 @@
-"""Shapes that one map may take, and the weighted error of each, without a fit where that can be had.
+"""Shapes that one map may take, and the weighted error of each.
 
-Outer products need none: one eigendecomposition tells the error of every rank (whitened SVD). They are packed, which
-takes fewer numbers and multiply-adds and changes nothing else. Kronecker sums are fitted, so their kinds are tried on
-few layers first, and only those that beat the packed outer products of their size there are fitted on all.
+Outer products (low rank) need no fit: one eigendecomposition gives the error of every rank (whitened SVD). They are
+packed, which takes fewer numbers and multiply-adds and changes nothing else. Kronecker sums have to be fitted. So
+each kind is tried on a few layers first, and fitted on all only where it beats packed outer products of its size
+there.
 """
 
 import math
@@ -26,16 +27,16 @@ from kncompress.kron import (
 from kncompress.kron.dense_product import without_autocast
 
 STEPS = 32
-"""Ranks in the ladder of outer products, whose numbers are evenly spread up to those of the dense map."""
+"""Ranks tried for a low-rank map; their parameters are evenly spread up to those of the dense map."""
 SIDES = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 4))
 """Right factors of Kronecker sums, besides (2, k) with k of ``LONG``."""
 LONG = (16, 32)
 TERM_SHARES = (0.3, 0.5, 0.7)
-"""Parts of the dense parameters that sums of several terms are sized for."""
+"""Shares of the dense parameters for which sums of several terms are sized."""
 SCREEN_SHARE = 0.5
 SCREEN_SWEEPS = 3
 MARGIN = 0.03
-"""Of the error, by which a kind must beat outer products on a screened map to be fitted on others."""
+"""Relative gain that a family of shapes needs on a screened map to be tried everywhere."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def sums(outputs: int, inputs: int) -> Iterator[list[KroneckerShape]]:
 
 
 def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
-    """Each of the smaller shapes with outer products beside it, in about as many numbers."""
+    """Each of the smaller shapes with outer products added, both with about as many numbers."""
     found: list[Shape] = []
     for shape in shapes:
         rank = shape.parameters // (shape.out_features + shape.in_features)
@@ -169,7 +170,7 @@ def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
 def error_of(
     weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int, outputs: PreparedMoment | None = None
 ) -> float:
-    """Error of a fitted shape by the ridged moments; of packed outer products that of them unpacked."""
+    """Error of a fitted shape by the ridged moments. Packing changes no error."""
     history: list[float] = []
     if isinstance(shape, HybridShape):
         calibrated_hybrid(weight, shape, moment, rounds=2, history=history, outputs=outputs)
@@ -214,5 +215,5 @@ def _against(
 
 
 def kind_of(name: str) -> str:
-    """What maps of the same place in several layers share: ``mlp.up`` of ``layers.3.mlp.up``."""
+    """Name of a map without its layer: ``mlp.up`` for ``layers.3.mlp.up``."""
     return name.split(".", 2)[2] if name.startswith("layers.") else name

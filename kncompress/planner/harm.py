@@ -1,12 +1,9 @@
 """The harm that replaced maps do to a model's next-token distributions: KL(teacher || model), measured cheaply.
 
-The dense model's hidden states at the input of every layer are kept, so that a replaced map costs the layers from its
-own on. Only the change of the logits is computed: with p the dense distribution, d the change and E the mean under p,
-
-    KL = log E[exp d] - E[d],
-
-exactly. Since d is as small as the harm, products in bfloat16 serve for it where they would drown a KL taken from two
-sets of logits: the error is relative to d itself.
+The dense model's hidden states at the input of every layer are kept, so a replaced map only costs the layers from its
+own on. Only the change d of the logits is computed: with p the dense distribution and E the mean under p, KL = log
+E[exp d] - E[d], exactly. The rounding of bfloat16 products is relative to d, which is as small as the harm. In a KL
+of two sets of logits it would be relative to the logits and drown the harm.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +28,7 @@ class _Layers(HiddenStates):
     def move(self, layer: nn.Module, at: int, number: int, states: Tensor, bf16: bool) -> Tensor:
         """The output of ``layer``, the ``at``-th, for ``states`` (B, T, D) in the place of batch ``number``."""
         args, options = self.options(number, at)
-        # No cache of cast weights: they change in place.
+        # The weights change in place, so their cast copies must not be cached.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             output = layer(states.to(self.device), *args, **options)
         return output[0] if isinstance(output, tuple) else output
@@ -130,7 +127,7 @@ class HarmMeter:
         return (logits if self.head.bias is None else logits + self.head.bias) * self.scale
 
     def _changed(self, rows: Tensor, change: Tensor) -> Tensor:
-        """How far the model's logits move where its head's, at ``rows``, move by ``change``."""
+        """Change of the model's logits at ``rows`` where the outputs of its head change by ``change``."""
         if self.scale != 1:
             change = change * self.scale
         if self.softcap is None:
@@ -153,7 +150,7 @@ def divergence(p: Tensor, change: Tensor) -> float:
 
 @contextmanager
 def replaced(model: Any, weights: Mapping[Site, Tensor]) -> Iterator[None]:
-    """Within the block maps of a dense model have these weights (out, in); after it their own, bit by bit."""
+    """Temporarily replace these weights (out, in); restored bit for bit on exit."""
     kept: list[tuple[nn.Module, Site, Tensor]] = []
     try:
         for site, weight in weights.items():

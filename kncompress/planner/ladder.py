@@ -1,4 +1,5 @@
-"""What each map of a model may become, by size alone: the ladder of outer products, and of the embedding more."""
+"""The candidates of each map that need no screening: outer products of rising rank, and one-term sums of the
+embedding."""
 
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.kron import KroneckerShape, ShapeError
@@ -6,7 +7,7 @@ from kncompress.planner.budget import HarmTable, MapHarms
 from kncompress.planner.candidates import Option, outer, outer_ranks, packed, ranks
 
 EMBEDDING_STEPS = 8
-"""Ranks of an embedding: its fits take long, so the ladder is short, and begins at ``EMBEDDING_FROM`` steps."""
+"""Ranks tried for an embedding. Its fits take long, so there are few, from step ``EMBEDDING_FROM`` on."""
 EMBEDDING_FROM = 3
 EMBEDDING_SIDES = ((1, 2), (1, 4))
 """Right factors of one-term sums for an embedding."""

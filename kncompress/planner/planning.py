@@ -61,7 +61,8 @@ def read_harms(folder: Path) -> HarmTable:
 
 
 def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tuple[CalibrationText, CalibrationText]:
-    """The text of the moments and, after it, that of the harms; of a short text the end serves twice.
+    """The text for the moments and, after it, the text for the harms. Where the text is short, its end serves for
+    both.
 
     The moments are kept in the folder ``moments`` where the configuration names none.
     """

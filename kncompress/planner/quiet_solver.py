@@ -13,7 +13,7 @@ _STDOUT = 1
 def c_output_dropped() -> Iterator[None]:
     """What C code prints on standard output in the block goes nowhere.
 
-    HiGHS prints lines of its insides, which no option of scipy's ``milp`` keeps it from. The buffer of C's library is
+    HiGHS prints debugging lines, and no option of scipy's ``milp`` stops it. The buffer of C's library is
     emptied on both sides of the change, or a pipe would get those lines later.
     """
     try:

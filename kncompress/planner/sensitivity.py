@@ -1,7 +1,7 @@
-"""Measures a ``HarmTable``: the error of every candidate of every map, and the KL that reference shapes do.
+"""Measures a ``HarmTable``: the error of every candidate of every map, and the KL of reference shapes.
 
-One pass over the calibration text; of the moments no more than those of a layer are held. Reference shapes are outer
-products, whose weights come out of the same eigendecomposition as all their errors.
+It makes one pass over the calibration text and holds the moments of one layer at a time. Reference shapes are outer
+products (low rank), because the eigendecomposition that gives all their errors gives their weights too.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from kncompress.planner.ladder import dense_adds, keep, sizes
 REFERENCE_SHARE = 0.5
 """Share of the parameters of the packed outer products whose KL is measured for every map."""
 FAR_SHARE = 0.2
-"""That of a second reference, for the maps of every third layer: it measures the exponent."""
+"""Share of a second reference, for the maps of every third layer; the two together give the exponent."""
 FAR_EVERY = 3
 TOGETHER = (0.75, 0.5)
 """Shares at which the KL of all maps of the layers together is compared with the sum."""
@@ -266,7 +266,7 @@ def _rank(weight: Tensor, share: float) -> int:
 
 
 def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
-    """By error; a KL below that of a smaller error is rounding, and raised to it."""
+    """Sorted by error. A KL below that of a smaller error is rounding, and is raised to that one."""
     made: list[Reference] = []
     for reference in sorted(references, key=lambda r: r.error):
         made.append(Reference(reference.error, max(reference.kl, made[-1].kl if made else 0.0)))

@@ -119,9 +119,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where ``every`` steps have passed; where a validation is due, only after it.
-
-        A run that resumed from before the validation would take it for done.
+        """Save where ``every`` steps have passed. Where a validation is due, save only after it: a run that resumes
+        would otherwise skip that validation.
         """
         if self.every is not None and trainer.global_step % self.every == 0 and not self.validation_is_due(trainer):
             self.save(trainer)

@@ -77,7 +77,7 @@ class Distillation(L.LightningModule):
         return Outputs(logits, **{name: getattr(taps, name) for name in taps.names})
 
     def forget(self) -> None:
-        """Let go of what the taps recorded: once the loss is taken, the backward pass needs less of it."""
+        """Free what the taps recorded: after the loss is computed, the backward pass needs only part of it."""
         for taps in (self.student_taps, self.teacher_taps):
             if taps is not None:
                 taps.forget()
@@ -114,7 +114,7 @@ def teacher_layers(student: Any, teacher: Any, layers: Sequence[int] | None = No
 
 
 _SHARES = ("attention_dropout", "attn_dropout_p", "dropout", "hidden_dropout", "layerdrop")
-"""Shares that are dropped, as modules hold them that have no ``nn.Dropout``: Llama's attention, OPT's layers, ..."""
+"""Attributes that hold a dropout rate in modules without ``nn.Dropout``: Llama's attention, OPT's layers, ..."""
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -22,8 +22,8 @@ class DivergedError(FloatingPointError):
 class NonFiniteLoss(Callback):
     """Raises :class:`DivergedError` when the loss or the gradient norm is NaN or infinite.
 
-    It looks after the backward pass and before the optimiser steps, so that the weights and the checkpoints
-    stay good; once per optimiser step, for a look waits for the device. All ranks stop together.
+    It looks after the backward pass and before the optimiser's step, so that weights and checkpoints stay good. It
+    looks once per step only, since each look waits for the device. All ranks stop together.
     """
 
     def __init__(self, advice: str = ADVICE) -> None:

@@ -141,7 +141,7 @@ def _wandb(
     tags = list(dict.fromkeys([*config.tags, *tags, *record.fields["wandb_tags"]]))
 
     if wandb.run is not None:
-        # One left open would swallow this run: init returns it, or Lightning goes on in it.
+        # A run left open would swallow this one: init would return it, or Lightning would go on in it.
         wandb.finish(exit_code=1)
     try:
         run = wandb.init(
@@ -195,7 +195,7 @@ def finish_loggers(
 ) -> None:
     """End the W&B run with the process's true exit code, so that the next job of a sweep starts its own.
 
-    What W&B does not take is a warning in ``record``: the run itself has ended by now.
+    A failure of W&B is only a warning in ``record``, since the run itself has ended by now.
 
     Args:
         exit_code: 0, or what the process will exit with: W&B shows anything else as failed.
