@@ -39,7 +39,7 @@ from kncompress.training import signals
 
 _DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_DIR)
 FAILED = ".failed"
-"""File in a sweep's folder once a job has failed, where that is to stop it."""
+"""File that marks a sweep's folder once a job has failed and ``fail_fast`` is to stop the others."""
 _CHILD_WAITS = 30.0
 """Seconds that a failed process of a distributed run gives the main process to fail by itself."""
 _OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
@@ -175,7 +175,7 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], b
     ``began``: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
     """
     if in_use(folder):
-        return  # this job was refused, for another process is at work in the folder
+        return  # another process is at work in the folder, so this job was refused
     if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
         return  # a single run that never began leaves nothing
     keep_outcome(folder, job.verb.name, outcome, began)

@@ -51,7 +51,7 @@ class Launcher:
         if not numbers:
             return
         words = {n: launched(self.job.verb, self.folder, n, self.sweep.jobs[n]) for n in numbers}
-        # One that goes on is checked in its folder, with the checkpoint there.
+        # A resumed job is checked in its folder, because its checkpoint is there.
         fresh = [n for n in numbers if not (self.folder / str(n)).exists()]
         ready = {n: job for n in fresh if (job := self.jobs.alone(self.sweep.jobs[n])) is not None}
         first = numbers[0]

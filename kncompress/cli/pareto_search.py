@@ -20,12 +20,12 @@ from kncompress.errors import UserError
 
 TARGET = f"{__name__}.Search"
 _ASKED = 20
-"""Trials that are asked for in a row without a new job until the search ends: the space is small, or exhausted."""
+"""The search ends after so many trials in a row without a new job: then the space is small, or exhausted."""
 
 _CHECKED = 16
-"""Values of a range up to which every one is checked before the search starts."""
+"""Ranges of at most so many values have every value checked before the search starts."""
 _TRIED = 6
-"""Jobs with one value that are checked until one is valid: a value may be wrong only beside some others."""
+"""Most jobs checked for one value until one is valid, since a value may be wrong only beside some others."""
 
 
 def is_search(composed: DictConfig) -> bool:
@@ -120,7 +120,8 @@ class Search:
     def _batch(self, study: Any, launcher: Launcher) -> list[int]:
         """Up to ``parallel`` new jobs; none where there are enough or the space is exhausted.
 
-        Values that do not go together, three terms of two numbers say, are no job: they are told, and the study knows.
+        Values that do not go together (say three terms of two numbers) are no job: they are told, and recorded in the
+        study.
         """
         import optuna
 
@@ -130,7 +131,7 @@ class Search:
             asked += 1
             trial = study.ask(self._distributions())
             overrides = self._overrides(trial.params)
-            if (again := launcher.find(overrides)) is not None:  # known: the sampler is told, nothing is computed
+            if (again := launcher.find(overrides)) is not None:  # known already: nothing runs
                 values = self._values(launcher.folder, again)
                 state = None if values else optuna.trial.TrialState.FAIL
                 study.tell(trial, values, state=state)

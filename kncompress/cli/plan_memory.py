@@ -1,4 +1,5 @@
-"""What a plan remembers of the fit and the text that it was made for, taken where nothing else is said.
+"""The fit and the text that a plan was made for: the plan's file keeps them, and they are used unless something else
+is given.
 
 A plan that was made for one fit is worth little with another: one for calibrated factors, say, with nearest ones.
 ``plan`` writes both into its file, as ``made_for``. A verb that is given the file takes them from there; what the
@@ -54,7 +55,7 @@ def recalled(config: type, plain: dict[str, Any], composed: DictConfig) -> dict[
 
 
 def _text_is_said(plain: dict[str, Any], composed: DictConfig) -> bool:
-    """Whether the text is other than that of the verb's own YAML, which everybody gets who says nothing."""
+    """Whether the user chose a text: it differs from the default in the verb's own YAML."""
     if len(plain.get("data", {})) == len(fields(DataConfig)):  # of a run that is resumed
         return True
     hydra = composed.get("hydra") or (HydraConfig.get() if HydraConfig.initialized() else None)

@@ -1,4 +1,5 @@
-"""Standard output and error: a reader who has enough is no error, and a message fits two lines of a terminal."""
+"""Standard output and error: a reader that goes away (``| head``) is no error, and a message fits two lines of a
+terminal."""
 
 import os
 import shutil
@@ -13,7 +14,7 @@ _LONGEST = 1000
 
 
 class _Pipe:
-    """A stream that goes on into nothing once its reader has gone (``| head -1``): the run ends as it would have."""
+    """A stream whose output is dropped once its reader has gone (``| head -1``), so that the run ends as usual."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -39,7 +40,7 @@ class _Pipe:
             self._forget()
 
     def _forget(self) -> None:
-        """Have the descriptor lead to nothing: what is still in the buffer, and what children write, goes there."""
+        """Redirect the descriptor to nowhere, so that the rest of the buffer and the output of children are dropped."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

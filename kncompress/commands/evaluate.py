@@ -119,7 +119,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
     if score.window_perplexity is not None:
         metrics["perplexity_window_mean"] = score.window_perplexity
     if config.tokens is None or config.tokens >= len(stream):
-        # The few tokens that no window scores count as the mean of the others.
+        # Tokens that no window scores are few, and count as the mean of the others.
         metrics["bits_per_byte"] = bits_per_byte(score.nll * len(stream), stream.text_bytes)
     return metrics
 

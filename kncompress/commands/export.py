@@ -28,10 +28,11 @@ _CLASSIFIER = "ForSequenceClassification"
 _WINDOW = 1024
 """Most tokens in a window of the text."""
 _ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
-"""Most that a logit may change, as a share of the largest; in 16 bits ten roundings: 2^-10 and 2^-7 of a number."""
+"""Most that a logit may change, as a share of the largest. In 16 bits it allows ten roundings, each 2^-10 (float16)
+or 2^-7 (bfloat16) of a number."""
 _ROUNDINGS = 3
-"""The same in a model of many layers, where 16 bits alone change more: so many times that, two models of it that round
-apart being up to twice as far from each other as each is from float32."""
+"""In a model of many layers 16 bits alone change more than that. Then this many times their change is allowed: two
+models that round differently can be twice as far from each other as each is from float32."""
 
 
 def check(config: ExportConfig) -> None:
@@ -73,7 +74,7 @@ def _is_classifier(fields: Any) -> bool:
 def _load(config: ExportConfig, dtype: str = "float32", folder: Path | None = None) -> Any:
     """The model as transformers reads it in this type, from ``folder`` where one is given.
 
-    A cast of a model that is there would round its rotary frequencies too, which transformers keeps in float32.
+    Casting a loaded model would also round its rotary frequencies, which transformers keeps in float32.
     """
     assert config.model.path is not None
     task = {"task": "sequence-classification"} if _is_classifier(model_config(config.model)) else {}
@@ -184,7 +185,7 @@ def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, fl
 def _accompany(config: ExportConfig, model: Any, folder: Path) -> None:
     """What a reader of an ONNX file needs beside it: tokenizer and config."""
     fields = copy.deepcopy(model.config)
-    if hasattr(fields, "quantization_config"):  # the graph tells the factors
+    if hasattr(fields, "quantization_config"):  # the graph holds the factors
         del fields.quantization_config
     fields.save_pretrained(folder)
     tokenizer = tokenizer_if_any(config.model)

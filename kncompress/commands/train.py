@@ -142,7 +142,8 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
 
 
 def _keep_table(job: TrainingJob, file: Path, write: bool) -> None:
-    """Every map's shape and error in ``file``; that of a resumed run, which knows nothing of the repair, is not new."""
+    """Every map's shape and error in ``file``. A resumed run keeps the earlier file, since it knows nothing of the
+    repair."""
     if write and job.compression is not None and not file.exists():
         write_text(file, job.compression.as_json())
 
@@ -210,7 +211,8 @@ def fit(config: TrainConfig, plan: StudentPlan, job: TrainingJob, run_dir: Path,
 
 
 def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, best: Path) -> None:
-    """Back to the weights with the lowest validation loss; the last ones compete even where none was due for them."""
+    """Back to the weights with the lowest validation loss. The last ones are validated too, even where no validation
+    was due."""
     last = trainer.validate(module, job.data, verbose=False)[0]["validation/loss"]
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     if any(score is not None and float(score) < last for score in scores):

@@ -23,7 +23,7 @@ from kncompress.data.progress import TokenisingProgress
 from kncompress.errors import UserError
 
 SAVE_SECONDS = 1.0
-"""Between two records of the state: the work that a kill costs."""
+"""Seconds between two records of the state: the most work that a kill costs."""
 DOCUMENTS_AT_ONCE = 256
 CHARACTERS_AT_ONCE = 2**20
 """A batch for the tokenizer ends with the first of the two; the documents of one batch are in memory at a time."""
@@ -91,7 +91,7 @@ class Build:
             for batch in batches(documents):
                 ids = encode(batch, tokenizer, end_of_text)
                 stream.write(np.concatenate(ids).astype(self.dtype).tobytes())
-                # One assignment: an exception between two would record documents without their tokens.
+                # One assignment, because an exception between two would record documents without their tokens.
                 state = State(
                     state.documents + len(batch),
                     state.tokens + sum(map(len, ids)),
@@ -111,7 +111,7 @@ class Build:
         _write(self.partial / _STATE, asdict(state))
 
     def _recorded(self) -> State:
-        """What an earlier process left that is surely on disk; nothing where that cannot be told."""
+        """What an earlier process left and recorded as on disk; nothing without a valid record."""
         try:
             state = State(**json.loads((self.partial / _STATE).read_text()))
             if (self.partial / _TOKENS).stat().st_size >= state.tokens * self.dtype.itemsize:

@@ -1,7 +1,7 @@
 """What a file is, by its name and by its content, and how it is opened: the one place that decides it.
 
-A file holds running text or rows (JSON, CSV, Parquet, Arrow), perhaps packed by gzip, bzip2 or xz. Whatever else it is
-(an archive, a picture, a page of markup) is refused by what it is, never scored as text.
+A file holds running text or rows (JSON, CSV, Parquet, Arrow), perhaps packed by gzip, bzip2 or xz. Anything else (an
+archive, a picture, a page of markup) is refused, and the error says what it is.
 """
 
 import bz2

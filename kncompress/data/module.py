@@ -15,8 +15,8 @@ from kncompress.data.tokens import IGNORED_LABEL, Blocks, token_stream
 class Share(Dataset[dict[str, Tensor]]):
     """Every ``ranks``-th of ``count`` blocks, which are spread evenly over all, from ``rank`` on.
 
-    All ranks get equally many, for they work in step: where the blocks do not go round, the last one is seen again
-    without labels, which no metric counts.
+    All ranks get equally many, because they work in step. Where the blocks cannot be shared evenly, the last one is
+    repeated without labels, and no metric counts it.
     """
 
     def __init__(self, blocks: Blocks, count: int, rank: int = 0, ranks: int = 1) -> None:

@@ -1,7 +1,7 @@
 """Files of rows (JSON, CSV, Parquet, Arrow): their texts, one a row, read as they are taken.
 
-A row that breaks is refused by its file, number and reason; a value that is no text (a list, bytes) is never turned
-into one.
+A broken row is refused, with file, row number and reason. A value that is no text (a list, bytes) is never turned
+into text.
 """
 
 import csv

@@ -230,7 +230,8 @@ def read_split(config: DataConfig, split: str, reading: Reading | None = None) -
 def read_kinds(config: DataConfig) -> list[tuple[float, Iterator[str]]]:
     """(share, documents) of each kind of training text: a source of the list, WikiText of it as prose and as published.
 
-    The latter where its training text is named as such, for documents are held out by their text.
+    The latter only where files or splits are named as training text, since other documents are held out by a hash of
+    their text.
     """
     held_out = _held_out(config)
     kinds = []

@@ -51,7 +51,7 @@ def _passages(document: str, parts: int = 40) -> list[str]:
 
 
 def place(document: str, held_out: Sequence[str], seed: int, shares: Mapping[str, float] = HELD_OUT) -> str:
-    """The split of one document by its hash alone: what a corpus too large for memory is split by."""
+    """The split of one document by its hash alone, for a corpus too large for memory."""
     point = _point("split", document, seed)
     for split in held_out:
         if point < shares[split]:

@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model does not know of itself."""
+    """Facts about a model that its folder does not hold."""
 
     base: str | None = None
     """Model that it was made from: a hub id, or where it lay."""

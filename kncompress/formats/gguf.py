@@ -1,6 +1,6 @@
 """GGUF files: one file with weights (mostly quantised), configuration and tokenizer, read through transformers.
 
-What comes back is an ordinary float32 model that has forgotten where it is from.
+The result is an ordinary float32 model without any mark of its origin.
 """
 
 import copy

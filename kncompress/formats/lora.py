@@ -91,7 +91,7 @@ def _within(name: str, others: set[str]) -> bool:
 
 
 def _register() -> None:
-    """Have each new ``LoraConfig`` carry the layers."""
+    """Make each new ``LoraConfig`` carry the layers."""
     checks = LoraConfig.__post_init__
 
     def __post_init__(self: LoraConfig) -> None:

@@ -1,6 +1,6 @@
 """What a model folder holds, told by its small files and the headers of its weights, before a model is made of it.
 
-Where config.json and the weights contradict each other, the weights are right: they were trained, it was written.
+Where config.json and the weights contradict each other, the weights count, because they were trained.
 """
 
 import json

@@ -11,7 +11,8 @@ _NAMED = 12
 
 
 def pareto_front(points: Points) -> list[int]:
-    """Indices of the points that no other one matches in both values and beats in one, by rising first value."""
+    """Indices of the points on the Pareto front, by rising first value: no other point is as good in both values and
+    better in one."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)

@@ -31,8 +31,8 @@ def read_config(path: Path) -> Any:
     """Return the nested dict in ``path``; empty where there is no such file.
 
     Raises:
-        UserError: a value asks for more than stands there. A saved configuration has been resolved; in one from outside
-            ``${oc.env:...}`` would have the environment's secrets looked up and written on.
+        UserError: a value asks for more than stands there. A saved configuration is resolved. In a stranger's one
+        ``${oc.env:...}`` would look up secrets of the environment and write them.
     """
     from omegaconf import OmegaConf
 

@@ -11,7 +11,7 @@ from kncompress.errors import UserError
 LOCK = ".lock"
 """The lock's file in the folder."""
 _PATIENCE = 1.0
-"""Seconds: who only asks whether the folder is in use holds the lock for a moment."""
+"""Seconds to wait for the lock: a process that only asks whether the folder is in use holds it for a moment."""
 
 
 def lock(folder: Path, key: str = "run_dir") -> FileLock:

@@ -9,7 +9,7 @@ from kncompress.runs.whole_file import write_text
 
 
 class MetricsFile:
-    """A CSV file that grows row by row and survives a kill, a resume and a metric that turns up late.
+    """A CSV file that grows row by row and survives a kill, a resume and a new metric in a later row.
 
     Each row is on disk once :meth:`add` returns. Values of the same step, such as those of training and of
     the validation after it, share a row. A resumed run calls :meth:`rewind`, so that no step is there twice.

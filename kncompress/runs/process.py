@@ -18,8 +18,8 @@ _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID"
 def process_rank() -> int:
     """Return this process's rank as its launcher tells it by environment variables; 0 where there is none.
 
-    They count only beside what shows that the launcher is at work here: a shell, a container or a notebook may keep
-    those of another time, and a run that takes itself for a second process writes no record.
+    A rank counts only together with other variables of its launcher. A shell, a container or a notebook may keep an
+    old rank, and a run that takes itself for a second process writes no record.
     """
     rank = os.environ.get("RANK", "")
     if "TORCHELASTIC_RUN_ID" in os.environ and rank.isdecimal():

@@ -224,9 +224,8 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
 
 
 def keep_outcome(folder: Path, verb: str, outcome: Mapping[str, Any], began: bool) -> None:
-    """Bring ``result.json`` and ``run.json`` in line with how a job ended, where its record could not.
-
-    It may never have been opened, or closed before a signal or an error came.
+    """Make ``result.json`` and ``run.json`` say how a job ended, where its record could not: it was never opened, or
+    was closed before a signal or an error came.
 
     Args:
         outcome: ``status``, ``exit_code`` and, where there are any, ``error`` and ``metrics``.
