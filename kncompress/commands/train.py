@@ -22,10 +22,11 @@ from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
+from kncompress.reports.logged_run import LoggedRun
 from kncompress.reports.summary import ModelScores, gap_closed, write_summary
-from kncompress.reports.wandb_content import alert, compression_facts, log_maps, log_model, log_samples
+from kncompress.reports.wandb_content import compression_facts, log_maps, log_model, log_samples
 from kncompress.runs.past_runs import COMPRESSION, SAMPLES
-from kncompress.runs.record import RunRecord, outcome
+from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
 from kncompress.training.batches import blocks_of_a_step
 from kncompress.training.checkpoints import (
@@ -36,11 +37,11 @@ from kncompress.training.checkpoints import (
     check_checkpoint,
     checkpoint_callbacks,
 )
-from kncompress.training.divergence import DivergedError, NonFiniteLoss
-from kncompress.training.loggers import RewindMetrics, build_loggers, finish_loggers, log_facts
+from kncompress.training.divergence import NonFiniteLoss
+from kncompress.training.loggers import RewindMetrics, log_facts
 from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
 from kncompress.training.pretraining import ILKDPretraining
-from kncompress.training.processes import end_children, processes
+from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress
 from kncompress.training.run_state import RunState
 from kncompress.training.samples import write_samples
@@ -98,47 +99,49 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
     with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
         L.seed_everything(config.seed, verbose=False)
         job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
-        sweep, tags = _sweep(run_dir), _presets()
-        loggers = build_loggers(config.logger, run_dir, record, asdict(config), run_dir.name, sweep, tags)
-        code = 1
-        metrics: dict[str, float] = {}
-        trainer: L.Trainer | None = None
-        try:
+        with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
-            trainer = _trainer(config, job, run_dir, loggers, [start, RunState(config.seed, record.wandb_id)])
-            _keep_table(job, run_dir / COMPRESSION, trainer.is_global_zero)
-            repair = _repair_facts(job, run_dir / "repair.json", trainer.is_global_zero)
-            maps = [asdict(row) for row in job.compression.rows] if job.compression is not None else []
-            log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
-            log_maps(loggers, maps)
+            callbacks = [start, RunState(config.seed, record.wandb_id)]
+            trainer = logged.trainer = _trainer(config, job, run_dir, logged.loggers, callbacks)
+            repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
             tokens_per_second = fit(config, plan, job, run_dir, trainer)
-            job.student.eval()
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
-            metrics |= repair | {"tokens_per_second": tokens_per_second}
+            logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
-                facts = CardFacts(config.model.path, config.data.source, metrics)
-                model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
-                with record.tolerating("samples"):
-                    _keep_samples(config, job, run_dir / SAMPLES, trainer.strategy.root_device, loggers)
-                with record.tolerating("W&B artifact"):
-                    log_model(loggers if config.logger.artifact else [], model, run_dir / COMPRESSION, maps, metrics)
-                record.finish("finished", metrics, model)
+                _keep_results(config, job, record, logged, trainer.strategy.root_device)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
-                print(f"model: {model}", flush=True)
-            code = 0
-        except BaseException as error:
-            code = outcome(error)[1]
-            if isinstance(error, DivergedError):
-                with record.tolerating("W&B alert"):
-                    alert(loggers, "training diverged", f"{run_dir.name}: {error}")
-            raise
-        finally:
-            try:
-                finish_loggers(loggers, record, code, metrics)
-            finally:  # a signal may come while W&B uploads
-                if trainer is not None:
-                    end_children(trainer, failed=code != 0)
-    return metrics
+                print(f"model: {run_dir / 'model'}", flush=True)
+    return logged.metrics
+
+
+def _maps(job: TrainingJob) -> list[dict[str, Any]]:
+    """Every factored map's shape and error."""
+    return [asdict(row) for row in job.compression.rows] if job.compression is not None else []
+
+
+def _tell_start(
+    config: TrainConfig, job: TrainingJob, run_dir: Path, loggers: Sequence[Logger], write: bool
+) -> dict[str, float]:
+    """Keep and log what is known before the first step; returns what the repair did."""
+    _keep_table(job, run_dir / COMPRESSION, write)
+    repair, maps = _repair_facts(job, run_dir / "repair.json", write), _maps(job)
+    log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
+    log_maps(loggers, maps)
+    return repair
+
+
+def _keep_results(
+    config: TrainConfig, job: TrainingJob, record: RunRecord, logged: LoggedRun, device: torch.device
+) -> None:
+    """The model, texts that it writes, and the record's end; a run can do without the texts and W&B's artifact."""
+    run_dir, loggers = record.folder, logged.loggers
+    facts = CardFacts(config.model.path, config.data.source, logged.metrics)
+    model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
+    with record.tolerating("samples"):
+        _keep_samples(config, job, run_dir / SAMPLES, device, loggers)
+    with record.tolerating("W&B artifact"):
+        log_model(loggers if config.logger.artifact else [], model, run_dir / COMPRESSION, _maps(job), logged.metrics)
+    record.finish("finished", logged.metrics, model)
 
 
 def _keep_table(job: TrainingJob, file: Path, write: bool) -> None:
@@ -207,6 +210,7 @@ def fit(config: TrainConfig, plan: StudentPlan, job: TrainingJob, run_dir: Path,
     elif best is not None:
         _keep_best(trainer, module, job, best)
     module.close()
+    job.student.eval()
     return tokens_per_second
 
 
