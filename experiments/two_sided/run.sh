@@ -6,7 +6,7 @@ here="$(dirname "$0")"
 out="${1:-runs/two_sided}"
 finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
 text="$KNCOMPRESS_DATA/wikitext2"
-fit=("data.source=$text/wiki.train.tokens" data.text_format=lines calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+fit=("data.source=$text/wiki.train.tokens" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
 
 evaluate() { # name, model
   finished "$out/$1-wikitext2" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-wikitext2" \
@@ -24,11 +24,7 @@ plan() { # name, overrides
 }
 
 evaluate dense smollm2
-for shapes in uniform uniform_packed; do
-  for sides in inputs both; do
-    compress "$shapes-$sides" "$here/$shapes.yaml" calibrated "fit.sides=$sides"
-  done
-done
+compress uniform_packed-both "$here/uniform_packed.yaml" calibrated fit.sides=both
 plan gradients fit.sides=both harms=gradients sums=false budget=0.667
 compress gradients "$here/gradients.yaml" calibrated fit.sides=both
 compress gradients-sequential "$here/gradients.yaml" sequential fit.sides=both
@@ -37,6 +33,10 @@ plan gradients_0.8 fit.sides=both harms=gradients budget=0.8 "harm=$out/gradient
 compress gradients_0.8-sequential "$here/gradients_0.8.yaml" sequential fit.sides=both
 plan gradients_0.9 fit.sides=both harms=gradients budget=0.9 "harm=$out/gradients-plan"
 compress gradients_0.9-sequential "$here/gradients_0.9.yaml" sequential fit.sides=both
+compress uniform_packed-inputs "$here/uniform_packed.yaml" calibrated fit.sides=inputs
+for sides in inputs both; do
+  compress "uniform-$sides" "$here/uniform.yaml" calibrated "fit.sides=$sides"
+done
 plan measured_inputs fit.sides=inputs sums=false budget=0.667
 compress measured_inputs-sequential "$here/measured_inputs.yaml" sequential fit.sides=inputs
 plan measured fit.sides=both sums=false budget=0.667
