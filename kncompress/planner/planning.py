@@ -87,7 +87,7 @@ def made_for(config: PlanConfig) -> dict[str, Any]:
     """The fit and the text of a plan, as values of ``factors.made_for``: the start, and what is not by default."""
     text = replace(config.calibration, moments=None)
     data = replace(config.data, validation=None, test=None, cache_dir=None, split="auto")
-    given = {"fit": config.fit, "calibration": text, "data": data}
+    given: dict[str, Any] = {"fit": config.fit, "calibration": text, "data": data}
     found: dict[str, Any] = {"start": config.start}
     for name, section in given.items():
         default = asdict(type(section)())

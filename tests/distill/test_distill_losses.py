@@ -55,7 +55,7 @@ def test_mse_accumulates_in_float32():
 # --- logits
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.5])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_logits_kl_is_the_definition(temperature, mask):
     student, teacher = normal(3, 5, 7, seed=1), normal(3, 5, 7, seed=2)
@@ -202,7 +202,7 @@ def test_cross_entropy_refuses_labels_of_another_shape():
 
 
 @pytest.mark.parametrize("chunk", ["auto", 1, 4, None])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.5])
 def test_both_terms_in_one_walk(chunk, temperature):
     """Value, terms and gradient are those of torch's own functions on all logits at once."""
     student, teacher = normal(3, 5, 11).requires_grad_(), normal(3, 5, 11)
