@@ -1,5 +1,6 @@
 """A text's hidden states, moved through a model one layer at a time: one pass of one layer a step."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,8 +110,8 @@ class HiddenStates:
 
     def copy(self) -> "HiddenStates":
         """The same states, to be moved on independently."""
-        twin = object.__new__(HiddenStates)
-        twin.__dict__ |= self.__dict__ | {"chunks": list(self.chunks)}
+        twin = copy.copy(self)
+        twin.chunks = list(self.chunks)
         return twin
 
     @property

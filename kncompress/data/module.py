@@ -84,7 +84,7 @@ class TextDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         steps = self.trainer.global_step if self.trainer else 0
-        return {"consumed": steps * self.step_blocks, "seed": self.seed}
+        return {"consumed": steps * self.step_blocks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.consumed = state["consumed"]

@@ -56,13 +56,13 @@ def card_text(model: Any, facts: CardFacts | None = None) -> str:
 
 
 def _front(task: str | None, base: str | None, factored: bool) -> str:
-    lines = ["---", "library_name: transformers"]
-    if task is not None:
-        lines.append(f"pipeline_tag: {task}")
-    if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists():  # anything else the hub refuses
-        lines.append(f"base_model: {base}")
+    from huggingface_hub import ModelCardData
+
+    if base is not None and (not _HUB_ID.fullmatch(base) or Path(base).exists()):  # the hub takes ids alone
+        base = None
     tags = ["kncompress", "kronecker"] if factored else ["kncompress"]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    data = ModelCardData(library_name="transformers", pipeline_tag=task, base_model=base, tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _parameters(model: Any, maps: Mapping[str, str]) -> str:

@@ -87,11 +87,6 @@ class HybridShape:
         """Multiply-adds of the dense map for one input vector: M N."""
         return self.parts[0].dense_multiply_adds
 
-    @property
-    def numbers_written(self) -> int:
-        """Numbers written between the two products of each part for one input vector."""
-        return sum(part.numbers_written for part in self.parts)
-
 
 @dataclass(frozen=True)
 class PackedShape:
@@ -184,11 +179,6 @@ class PackedShape:
     def dense_multiply_adds(self) -> int:
         """Multiply-adds of the dense map for one input vector: M N."""
         return self.outer.dense_multiply_adds
-
-    @property
-    def numbers_written(self) -> int:
-        """Numbers written beside the result for one input vector: between the products, and to be put in order."""
-        return self.rank + min(self.out_features, self.in_features)
 
 
 Shape = KroneckerShape | HybridShape | PackedShape
