@@ -119,5 +119,6 @@ def test_auto_passes_over_runs_that_are_finished_or_of_another_configuration(
 
 def test_the_further_processes_of_a_run_find_the_first_at_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FileLock(run / ".lock"):
+        monkeypatch.setenv("KNCOMPRESS_RUN_DIR", "run")
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert unfinished_run(probe_verb.VERB, str(run)) == run.absolute()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import CodeGenConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from kncompress.anatomy.layerdrop import config_of_layers
 from kncompress.compression.student_plan import StudentPlan, student_layers
@@ -66,8 +66,8 @@ def test_mistakes_are_named(depth, message):
 
 
 def test_a_family_without_a_table_is_named():
-    with pytest.raises(UserError, match="model_type=bloom"):
-        student_layers(FactorsConfig(depth=2), BloomConfig())
+    with pytest.raises(UserError, match="model_type=codegen"):
+        student_layers(FactorsConfig(depth=2), CodeGenConfig())
 
 
 def test_factors_count_the_students_layers():
