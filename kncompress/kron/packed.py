@@ -74,14 +74,14 @@ def packed_weight(packed: Packed, side: str) -> Tensor:
 def _completed(z: Tensor, mix: Tensor, order: Tensor) -> Tensor:
     """z (..., R), the pivots -> (..., M): with the other outputs, in their order."""
     recording = torch.compiler.is_exporting() or torch.compiler.is_compiling()
-    if recording or (torch.is_grad_enabled() and (z.requires_grad or mix.requires_grad)):
+    recording = recording or (torch.is_grad_enabled() and (z.requires_grad or mix.requires_grad))
+    if recording or z.dtype != mix.dtype:  # of other types under autocast
         return _ordered(torch.cat([z, dense_product(z, mix.T)], dim=-1), order)
     # The product writes beside the pivots, which spares a copy of all outputs.
     flat, rank = z.reshape(-1, len(mix)), len(mix)
     y = flat.new_empty(len(flat), len(order))
     y[:, :rank] = flat
-    with without_autocast(z.device):
-        torch.mm(flat, mix.to(z.dtype), out=y[:, rank:])
+    torch.mm(flat, mix, out=y[:, rank:])
     return y.index_select(1, order).view(*z.shape[:-1], len(order))
 
 
