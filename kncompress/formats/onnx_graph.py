@@ -74,6 +74,7 @@ def write_onnx(model: Any, file: Path) -> None:
         DeduplicateInitializersPass(size_limit=1 << 40)(program.model)
         ClearMetadataAndDocStringPass()(program.model)  # stack traces, with the paths of this machine
         _name_sizes(program.model)
+        _multiply_in_float32(program.model)
         program.save(str(file), external_data=_weight_bytes(program.model) > _EXTERNAL)
 
 
@@ -109,6 +110,20 @@ def _name_sizes(model: Any) -> None:
     for value in model.graph.outputs:
         fixed = [size for size in value.shape if isinstance(size, int)]
         value.shape = Shape([*names[: len(value.shape) - len(fixed)], *fixed])
+
+
+def _multiply_in_float32(model: Any) -> None:
+    """Falcon multiplies its position biases in bfloat16, for which onnxruntime has no product: widen, round after."""
+    import onnx_ir
+
+    wide, narrow = onnx_ir.DataType.FLOAT, onnx_ir.DataType.BFLOAT16
+    for node in [node for node in model.graph if node.op_type == "Mul" and node.outputs[0].dtype == narrow]:
+        casts = [onnx_ir.node("Cast", [value], {"to": wide}) for value in node.inputs]
+        product = onnx_ir.node("Mul", [cast.outputs[0] for cast in casts])
+        rounded = onnx_ir.node("Cast", product.outputs, {"to": narrow})
+        old, new = node.outputs[0], rounded.outputs[0]
+        new.type, new.shape = old.type, old.shape
+        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], [*casts, product, rounded], [old], [new])
 
 
 def _weight_bytes(model: Any) -> int:
