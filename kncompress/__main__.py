@@ -1,5 +1,6 @@
 """The command line: ``python -m kncompress VERB [overrides]``. Imports nothing heavy."""
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -64,6 +65,11 @@ def _exit_code(words: list[str]) -> int:
         return _command(words)
     except UserError as error:
         print(message(f"kncompress: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(message(f"kncompress: {error.filename}: longer than the name of a file may be"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

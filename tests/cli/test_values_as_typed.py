@@ -67,6 +67,13 @@ def test_a_lone_value_of_another_list_is_told_how_to_write_it(command):
     assert (code, err) == (2, "kncompress: factors.mlp.right=2: a list; factors.mlp.right=[2]\n")
 
 
+@pytest.mark.parametrize("word", ["evaluate data.source", "generate model", "evaluate model"])
+def test_a_word_that_no_file_can_be_called_is_one_line(word, command):
+    verb, key = word.split()
+    code, _, err = command(verb, f"{key}={'x' * 5000}")
+    assert code == 2 and "longer than the name of a file may be" in err and "Traceback" not in err
+
+
 def test_tasks_and_trainings_take_one(shown, tmp_path):
     (tmp_path / "mine.yaml").touch()
     assert shown("evaluate", "tasks=mine.yaml")[0]["tasks"] == ["mine.yaml"]
