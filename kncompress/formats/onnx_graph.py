@@ -123,7 +123,9 @@ def _multiply_in_float32(model: Any) -> None:
         rounded = onnx_ir.node("Cast", product.outputs, {"to": narrow})
         old, new = node.outputs[0], rounded.outputs[0]
         new.type, new.shape = old.type, old.shape
-        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], [*casts, product, rounded], [old], [new])
+        onnx_ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [*casts, product, rounded], [old], [new]
+        )
 
 
 def _weight_bytes(model: Any) -> int:
