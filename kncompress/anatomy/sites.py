@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from kncompress.anatomy.families import FAMILIES, Family
 from kncompress.errors import UserError
@@ -31,6 +31,28 @@ class Site:
     conv1d: bool
     mirrored: bool
     std: float
+
+    @property
+    def kind(self) -> str:
+        """The name without its layer, as ``mlp.up``."""
+        return place_of(self.name).kind
+
+
+class Place(NamedTuple):
+    """Where the name of a map puts it."""
+
+    layer: int | None
+    """None for embedding and head."""
+    kind: str
+    """The name without its layer."""
+
+
+def place_of(name: str) -> Place:
+    """Layer and kind of a map: (3, ``mlp.up``) for ``layers.3.mlp.up``."""
+    match name.split(".", 2):
+        case ["layers", layer, kind] if layer.isdecimal():
+            return Place(int(layer), kind)
+    return Place(None, name)
 
 
 @dataclass(frozen=True)

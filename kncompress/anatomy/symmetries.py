@@ -45,8 +45,7 @@ class HeadBasis(NamedTuple):
 
 def layer_sites(anatomy: Anatomy, layer: int) -> dict[str, Site]:
     """{``attn.q``, ..., ``mlp.down``: site} of one layer."""
-    sites = [site for site in anatomy.sites.values() if site.layer == layer]
-    return {site.name.split(".", 2)[2]: site for site in sites}
+    return {site.kind: site for site in anatomy.sites.values() if site.layer == layer}
 
 
 @torch.no_grad()

@@ -136,9 +136,9 @@ def _cases(label: str, plan: Plan, dense: Any) -> Iterator[Case]:
 
 def kind_of_module(sites: list[Site]) -> str:
     """``mlp.up``; ``attn.qkv`` for maps that the dense model keeps in one module."""
-    names = [site.name.partition(".")[2].partition(".")[2] if site.layer is not None else site.name for site in sites]
-    prefix = names[0].rpartition(".")[0]
-    return names[0] if len(names) == 1 else f"{prefix}." + "".join(name.rpartition(".")[2] for name in names)
+    kinds = [site.kind for site in sites]
+    prefix = kinds[0].rpartition(".")[0]
+    return kinds[0] if len(kinds) == 1 else f"{prefix}." + "".join(kind.rpartition(".")[2] for kind in kinds)
 
 
 def _measure(setting: Setting, case: Case, backward: bool) -> Measurement:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from kncompress.anatomy.sites import place_of
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import BYTES, InspectedMap, Inspection
 from kncompress.terminal import text_table
@@ -58,7 +59,7 @@ def grouped(maps: Sequence[InspectedMap]) -> list[tuple[str, int, InspectedMap]]
     """Maps that differ in their layer alone, together: (name as ``layers.{1,3,5}.mlp.up``, how many, one of them)."""
     groups: dict[tuple[Any, ...], list[InspectedMap]] = defaultdict(list)
     for row in maps:
-        groups[_inner(row), row.out_features, row.in_features, row.shape].append(row)
+        groups[place_of(row.name).kind, row.out_features, row.in_features, row.shape].append(row)
     return [(_group_name(rows), len(rows), rows[0]) for rows in groups.values()]
 
 
@@ -76,16 +77,11 @@ def number_list(numbers: Sequence[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
-def _inner(row: InspectedMap) -> str:
-    """Name of a map within its layer; the whole name of embedding and head."""
-    return row.name.split(".", 2)[2] if row.name.startswith("layers.") else row.name
-
-
 def _group_name(rows: Sequence[InspectedMap]) -> str:
     if len(rows) == 1:
         return rows[0].name
-    numbers = [int(row.name.split(".")[1]) for row in rows]
-    return f"layers.{{{number_list(numbers)}}}.{_inner(rows[0])}"
+    numbers = [layer for row in rows if (layer := place_of(row.name).layer) is not None]
+    return f"layers.{{{number_list(numbers)}}}.{place_of(rows[0].name).kind}"
 
 
 def _maps(inspection: Inspection, every_map: bool) -> str:

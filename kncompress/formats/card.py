@@ -3,11 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kncompress.anatomy.sites import anatomy_of
+from kncompress.anatomy.sites import anatomy_of, place_of
 from kncompress.kron import parse_shape
 
 TASKS = {
@@ -104,13 +103,15 @@ def _plan(maps: Mapping[str, str]) -> str:
     if not maps:
         return ""
 
-    def kind(item: tuple[str, str]) -> tuple[str, str]:
-        return re.sub(r"^layers\.\d+\.", "layers.*.", item[0]), item[1]
-
-    rows = []
-    for (name, shape), group in groupby(sorted(maps.items(), key=kind), key=kind):
-        layers = sorted(int(member.split(".")[1]) for member, _ in group if member.startswith("layers."))
-        rows.append(f"| {name} | {', '.join(map(str, layers)) or '-'} | {shape} |")
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, shape in maps.items():
+        layer, kind = place_of(name)
+        layers = groups.setdefault((kind if layer is None else f"layers.*.{kind}", shape), [])
+        layers.extend([] if layer is None else [layer])
+    rows = [
+        f"| {name} | {', '.join(map(str, sorted(layers))) or '-'} | {shape} |"
+        for (name, shape), layers in sorted(groups.items())
+    ]
     return "\n".join(["## Plan", "", "| map | layers | shape |", "| --- | --- | --- |", *rows])
 
 

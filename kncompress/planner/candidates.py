@@ -212,8 +212,3 @@ def _against(
     middle = min(shapes, key=lambda shape: abs(shape.parameters / dense - SCREEN_SHARE))
     known = spectrum.error_at(middle.parameters)
     return error_of(weight, middle, moment, SCREEN_SWEEPS, outputs) / known if known > 0 else math.inf
-
-
-def kind_of(name: str) -> str:
-    """Name of a map without its layer: ``mlp.up`` for ``layers.3.mlp.up``."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name

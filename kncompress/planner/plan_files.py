@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from kncompress.anatomy.sites import place_of
 from kncompress.planner.budget import BudgetPlan
-from kncompress.planner.candidates import kind_of
 from kncompress.runs.whole_file import replacing, write_text
 from kncompress.terminal import text_table
 
@@ -75,7 +75,7 @@ def plan_table(plan: BudgetPlan) -> str:
     """For a terminal: a line for each kind of map, with shares of all layers from the lowest to the highest."""
     kinds: dict[str, list[str]] = {}
     for row in plan.table.maps:
-        kinds.setdefault(kind_of(row.name), []).append(row.name)
+        kinds.setdefault(place_of(row.name).kind, []).append(row.name)
     rows = {row.name: row for row in plan.table.maps}
     head = ("map", "maps", "kept", "parameters", "lowest", "highest", "multiply-adds", "error", "KL")
     cells: list[tuple[str, ...]] = []
@@ -100,9 +100,9 @@ def draw_plan(file: Path, plan: BudgetPlan) -> bool:
     except ImportError:
         return False
     rows = {row.name: row for row in plan.table.maps}
-    inner = [name for name in rows if name.startswith("layers.")]
-    kinds = list(dict.fromkeys(kind_of(name) for name in inner))
-    layers = 1 + max((int(name.split(".")[1]) for name in inner), default=-1)
+    inner = {name: place for name in rows if (place := place_of(name)).layer is not None}
+    kinds = list(dict.fromkeys(place.kind for place in inner.values()))
+    layers = 1 + max((place.layer or 0 for place in inner.values()), default=-1)
     figure = Figure(figsize=(0.8 * len(kinds) * 2 + 3, 0.22 * layers + 2.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, (title, value) in zip(axes, _panels(plan, rows).items(), strict=True):

@@ -31,7 +31,7 @@ from kncompress.kron import (
     prepare_outputs,
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference
-from kncompress.planner.candidates import Option, Spectrum, error_of, kind_of, packed, packed_rank, ranks, screened
+from kncompress.planner.candidates import Option, Spectrum, error_of, packed, packed_rank, ranks, screened
 from kncompress.planner.harm import HarmMeter
 from kncompress.planner.ladder import dense_adds, keep, sizes
 
@@ -190,10 +190,10 @@ def _screen(
             weight, bias = _weight(model, site)
             prepared = shared.prepared(bias and settings.bias)
             assert site.layer is not None
-            winners[site.layer, kind_of(site.name)] = screened(weight, prepared, felt(site))
+            winners[site.layer, site.kind] = screened(weight, prepared, felt(site))
             work.finish(_screen_cost(site))
     return {
-        site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], kind_of(site.name)]
+        site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], site.kind]
         for site in anatomy.sites.values()
         if site.layer is not None
     }

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kncompress.anatomy.sites import place_of
+
 Points = Sequence[tuple[float, float]]
 _MARGIN = {"t": 20}
 """Pixels above a picture, which has its heading in the page."""
@@ -102,7 +104,8 @@ def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def _grid(maps: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    places = {_place(row["name"]): row for row in maps}
+    found = [(place_of(row["name"]), row) for row in maps]
+    places = {("-" if place.layer is None else str(place.layer), place.kind): row for place, row in found}
     layers = list(dict.fromkeys(layer for layer, _ in places))
     kinds = list(dict.fromkeys(kind for _, kind in places))
 
@@ -110,11 +113,6 @@ def _grid(maps: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
         return [[places.get((layer, kind), {}).get(column) for kind in kinds] for layer in layers]
 
     return {"z": cells(key), "x": kinds, "y": layers, "text": [[text or "" for text in row] for row in cells("shape")]}
-
-
-def _place(name: str) -> tuple[str, str]:
-    parts = name.split(".")
-    return (parts[1], ".".join(parts[2:])) if parts[0] == "layers" and len(parts) > 2 else ("-", name)
 
 
 def _xy(points: Points) -> dict[str, list[float]]:
