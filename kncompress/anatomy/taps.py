@@ -227,11 +227,3 @@ ALL_ATTENTION_FUNCTIONS.register(_SDPA, _tapped_sdpa)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 ALL_ATTENTION_FUNCTIONS.register(_EAGER, _tapped_eager)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-
-
-def capture(model: Any, names: Iterable[str] = NAMES) -> Taps:
-    """Taps for a ``with`` block: ``with capture(teacher, {"hidden"}) as taps: teacher(ids); taps.hidden``.
-
-    The records stay readable after the block. Raises as ``Taps`` does.
-    """
-    return Taps(model, names)

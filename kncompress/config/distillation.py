@@ -62,7 +62,7 @@ class OptimizerConfig:
     """Rate at the end as a share of the peak."""
     factor_rates: str = "one"
     """``one``: every factor takes ``lr``; ``scaled``: each takes the rate at which a step moves its map's weight as
-    ``lr`` would move a dense one (``kron.gauge.step_scales``)."""
+    ``lr`` would move a dense one (``kron.gauge.factor_rates``)."""
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, ("adamw", "muon"))

@@ -3,7 +3,7 @@
 from kncompress.kron.calibrated import calibrated_factors
 from kncompress.kron.compound import HybridShape, PackedShape, Shape, parse_shape, with_scalars
 from kncompress.kron.embeddings import calibrated_embedding
-from kncompress.kron.gauge import Gauge, regauge, step_scales
+from kncompress.kron.gauge import Gauge, regauge
 from kncompress.kron.hybrid_linear import HybridLinear
 from kncompress.kron.hybrids import calibrated_hybrid, nearest_hybrid
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
@@ -42,7 +42,6 @@ __all__ = [
     "prepare_outputs",
     "regauge",
     "relative_error",
-    "step_scales",
     "two_sided_error",
     "two_sided_factors",
     "weighted_error",

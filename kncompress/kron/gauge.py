@@ -6,7 +6,7 @@ the difference.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.nearest import Factors, balanced, sign_of
 from kncompress.kron.packed_linear import PackedLinear
-from kncompress.kron.shape import KroneckerShape
 
 Gauge = Literal["equal", "unit_right", "equal_rms"]
 GAUGES: tuple[Gauge, ...] = ("equal", "unit_right", "equal_rms")
@@ -86,61 +85,19 @@ def orthonormal(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
     return basis.T.contiguous(), mix @ large
 
 
-class Scales(NamedTuple):
-    """Learning rates of the two factors, relative to that of a dense weight."""
-
-    left: float
-    right: float
-
-
-def step_scales(shape: KroneckerShape, gauge: Gauge = "equal", std: float = 0.02) -> Scales:
-    """Rates at which one Adam step of either factor moves the entries of W_hat by a root mean square of 1.
-
-    An Adam step of rate h moves each entry of a parameter by about h. Moving the left factors by D moves the
-    entry ((i1, i2), (j1, j2)) by sum_r D_r[i1, j1] B_r[i2, j2]: its mean square over all entries, for steps
-    whose signs differ between the terms, is h^2 R b^2, with b the root mean square of a right factor's entries.
-    So the left factors take the rate 1 / (sqrt(R) b) for a root mean square of 1, and the right factors
-    1 / (sqrt(R) a). Weights of standard deviation ``std`` with terms of equal size have R a^2 b^2 = std^2, so
-    the product of the two rates is 1 / (sqrt(R) std), and the gauge settles their quotient left / right = a / b:
-
-    - ``equal``: a / b = sqrt(m2 n2 / (m1 n1)): the small factor takes the larger rate;
-    - ``unit_right``: b = 1 / sqrt(m2 n2), so the rates are sqrt(m2 n2 / R) and 1 / (std sqrt(m2 n2));
-    - ``equal_rms``: both take the same, R^(-1/4) / sqrt(std).
-
-    It says what a step does to the weight, as a dense weight's own rate of 1 would, and not which rate trains
-    best. Both factors step at once, so the two moves add up.
-
-    Args:
-        shape: of the sum.
-        gauge: of the factors at the start.
-        std: root mean square of the weight's entries.
-
-    Raises:
-        ValueError: another gauge, or ``std`` is not above 0.
-    """
-    if gauge not in GAUGES:
-        raise ValueError(f"gauge={gauge}: not one of {', '.join(GAUGES)}")
-    if not std > 0:
-        raise ValueError(f"std={std}: must be above 0")
-    left, right = math.prod(shape.left), math.prod(shape.right)
-    product = std / math.sqrt(shape.terms)  # a b
-    if gauge == "unit_right":
-        b = 1 / math.sqrt(right)
-    elif gauge == "equal":
-        b = math.sqrt(product * math.sqrt(left / right))
-    else:
-        b = math.sqrt(product)
-    a = product / b
-    return Scales(1 / (math.sqrt(shape.terms) * b), 1 / (math.sqrt(shape.terms) * a))
-
-
 def factor_rates(model: nn.Module) -> dict[str, float]:
-    """{name of a parameter: its rate} for all factors and their scalars, by the rule of ``step_scales``.
+    """{name of a parameter: its rate} for all factors and their scalars, where that of a dense weight is 1.
 
-    It takes the factors' present sizes: a and b are the root mean squares of the left and right factors. A step of
-    rate h on the left factors moves the weight by h sqrt(R) b, one on the scalars by h sqrt(R) a b. In packed outer
-    products, with a of the coefficients and b of the pivots, a step on the pivots moves the pivots by h and the other
-    rows by h sqrt(R) a; a step on the coefficients moves the other rows by h sqrt(R) b.
+    At these rates one Adam step of either factor moves the entries of W_hat by a root mean square of 1: by as much as
+    a step of rate 1 moves those of a dense weight. An Adam step of rate h moves each entry of a parameter by about h.
+    Moving the left factors by D moves the entry ((i1, i2), (j1, j2)) of W_hat by sum_r D_r[i1, j1] B_r[i2, j2]. Where
+    the signs of D differ between the terms, the mean square of that is h^2 R b^2, with b the root mean square of the
+    right factors' entries. So the left factors take the rate 1 / (sqrt(R) b). With a that of the left factors', the
+    right factors take 1 / (sqrt(R) a) and the scalars 1 / (sqrt(R) a b). The small factor of a pair of equal norms
+    takes the larger rate. Both factors step at once, so that their moves add up.
+
+    In packed outer products, with a of the coefficients and b of the pivots, a step on the pivots moves the pivots by h
+    and the other rows by h sqrt(R) a; a step on the coefficients moves the other rows by h sqrt(R) b.
     """
     rates: dict[str, float] = {}
     for name, module in model.named_modules():

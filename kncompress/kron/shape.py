@@ -153,8 +153,3 @@ class KroneckerShape:
     def dense_multiply_adds(self) -> int:
         """Multiply-adds of the dense map for one input vector: M N."""
         return self.out_features * self.in_features
-
-    @property
-    def numbers_written(self) -> int:
-        """Numbers written between the two products for one input vector, in the cheaper order."""
-        return product_cost(self.left, self.right, self.terms, self.order)[1]

@@ -12,7 +12,7 @@ from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import FusedMaps, dense_bias, dense_weight, module_at, set_weight_
 from kncompress.anatomy.symmetries import HeadBasis, permute_hidden_, permute_residual_, turn_queries_, turn_values_
-from kncompress.anatomy.taps import capture
+from kncompress.anatomy.taps import Taps
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
@@ -175,7 +175,7 @@ def test_a_newer_family_loses_nothing_and_shows_its_attention(kind, ids):
     compress_(model, Plan({site.name: full_rank(site.out_features, site.in_features) for site in sites}))
     torch.testing.assert_close(model(ids).logits, expected, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(to_dense(model)(ids).logits, expected, atol=2e-3, rtol=1e-3)
-    with capture(dense) as taps:
+    with Taps(dense) as taps:
         assert torch.equal(dense(ids).logits, expected)
     if kind == "falcon.rw":  # transformers' own code adds its biases twice where it shows the maps
         slopes = 2.0 ** -torch.tensor([2, 4, 6, 8]).view(4, 1, 1)
@@ -199,7 +199,7 @@ def test_a_newer_family_loses_nothing_and_shows_its_attention(kind, ids):
 def test_the_gradient_of_attention_with_a_cap_or_a_bias(kind, ids):
     """In float64, of the student's queries and keys, by both losses."""
     model = random_model(config_of(kind)).double()
-    with capture(model, {"attention"}) as taps, torch.no_grad():
+    with Taps(model, {"attention"}) as taps, torch.no_grad():
         model(ids)
     teacher = taps.attention[2]
     query, key = (tensor.detach().mul(1.3).requires_grad_() for tensor in (teacher.query, teacher.key))
@@ -258,7 +258,7 @@ def test_verbs_that_need_the_next_token_refuse_bert():
 def test_bert_attention_is_compared_both_ways(ids):
     """A query of an encoder sees later keys: maps from the taps are those that transformers shows."""
     model = random_model(config_of("bert"))
-    with capture(model) as taps:
+    with Taps(model) as taps:
         model(ids)
     model.set_attn_implementation("eager")
     shown = model(ids, output_attentions=True, output_hidden_states=True)

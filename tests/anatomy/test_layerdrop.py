@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, GP
 from kncompress.anatomy.layerdrop import config_of_layers, keep_layers_
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.anatomy.taps import capture
+from kncompress.anatomy.taps import Taps
 from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model
@@ -53,7 +53,7 @@ def test_the_kept_layers_see_and_make_what_they_should(model_of_kind, ids):
         lambda _, args, kwargs, output: args[0] if args else kwargs["hidden_states"], with_kwargs=True
     )
     keep_layers_(model_of_kind, (0, 2))
-    with capture(model_of_kind, {"hidden", "attention"}) as taps:
+    with Taps(model_of_kind, {"hidden", "attention"}) as taps:
         torch.testing.assert_close(model_of_kind(ids).logits, whole(ids, use_cache=False).logits)
     assert len(taps.hidden) == len(taps.attention) == 2
 

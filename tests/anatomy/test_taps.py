@@ -9,7 +9,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.anatomy.taps import Taps, capture
+from kncompress.anatomy.taps import Taps
 from kncompress.compression.compress import compress_
 from kncompress.distill import attention_kl
 
@@ -32,14 +32,14 @@ def test_logits_equal_plain_sdpa(model, ids, mask):
     """With and without padding: the mask of the tapped attention is sdpa's."""
     assert model.config._attn_implementation == "sdpa"
     plain, padded = model(ids).logits, model(ids, attention_mask=mask).logits
-    with capture(model):
+    with Taps(model):
         assert torch.equal(model(ids).logits, plain)
         assert torch.equal(model(ids, attention_mask=mask).logits, padded)
     assert not torch.allclose(plain, padded)
 
 
 def test_attention_agrees_with_eager_maps(model, ids):
-    with capture(model, {"attention"}) as taps:
+    with Taps(model, {"attention"}) as taps:
         model(ids)
     model.set_attn_implementation("eager")
     maps = model(ids, output_attentions=True).attentions
@@ -55,7 +55,7 @@ def test_taps_of_every_kind(model_of_kind, ids):
     """Queries and keys after their rotation; of a Llama fewer key heads than query heads, which share them."""
     compress_(model_of_kind, Plan({"layers.1.*": RightFactor((2, 1))}))
     plain = model_of_kind(ids).logits
-    with capture(model_of_kind) as taps:
+    with Taps(model_of_kind) as taps:
         assert torch.equal(model_of_kind(ids).logits, plain)
     model_of_kind.set_attn_implementation("eager")
     shown = model_of_kind(ids, output_attentions=True, output_hidden_states=True)
@@ -95,7 +95,7 @@ def test_attention_losses_see_the_window_that_the_model_sees(ids, padded):
     taps, maps = [], []
     for model in (student, teacher):
         plain = model(ids, attention_mask=mask).logits
-        with capture(model, {"attention"}) as tap:
+        with Taps(model, {"attention"}) as tap:
             assert torch.equal(model(ids, attention_mask=mask).logits, plain)
         taps.append(tap.attention)
         model.set_attn_implementation("eager")
@@ -113,13 +113,13 @@ def test_attention_losses_see_the_window_that_the_model_sees(ids, padded):
 def test_scaling_by_layer_is_recorded(tiny_config, ids):
     tiny_config.scale_attn_by_inverse_layer_idx = True
     model = GPT2LMHeadModel(tiny_config)
-    with capture(model, {"attention"}) as taps:
+    with Taps(model, {"attention"}) as taps:
         model(ids)
     assert [tap.scaling for tap in taps.attention] == pytest.approx([12**-0.5 / n for n in (1, 2, 3)])
 
 
 def test_embedding_hidden_and_feed_forward(model, ids):
-    with capture(model) as taps:
+    with Taps(model) as taps:
         states = model(ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(taps.embedding, states[0])
     for layer in (0, 1):
@@ -132,7 +132,7 @@ def test_embedding_hidden_and_feed_forward(model, ids):
 
 
 def test_gradients_flow_through_every_tap(model, ids):
-    with capture(model) as taps:
+    with Taps(model) as taps:
         model(ids)
         first = next(model.transformer.wte.parameters())
         for tensor in (taps.embedding, taps.attention[2].query, taps.hidden[1], taps.feed_forward[2]):
@@ -154,7 +154,7 @@ def test_a_new_forward_starts_new_records(model, ids):
 
 def test_generation_with_cache_under_taps(model, ids):
     plain = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    with capture(model, {"attention"}) as taps:
+    with Taps(model, {"attention"}) as taps:
         assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False), plain)
     assert taps.attention[0].query.shape == (2, 2, 1, 12)
     assert taps.attention[0].key.shape == (2, 2, 10, 12)
@@ -178,20 +178,20 @@ def test_nothing_is_left_behind(tiny, ids, implementation):
 
 
 def test_closed_after_an_error_in_the_block(tiny):
-    with pytest.raises(KeyError), capture(tiny):
+    with pytest.raises(KeyError), Taps(tiny):
         raise KeyError
     assert tiny.config._attn_implementation == "sdpa"
 
 
 def test_attention_that_bypasses_the_taps_is_an_error(tiny, ids):
-    with capture(tiny, {"attention"}):
+    with Taps(tiny, {"attention"}):
         tiny.set_attn_implementation("eager")
         with pytest.raises(RuntimeError, match="attention recorded 0 times in a forward pass, not 3"):
             tiny(ids)
 
 
 def test_reading_before_a_forward_or_without_a_tap_is_an_error(tiny, ids):
-    with capture(tiny, {"hidden"}) as taps:
+    with Taps(tiny, {"hidden"}) as taps:
         with pytest.raises(RuntimeError, match="hidden recorded 0 times"):
             _ = taps.hidden
         tiny(ids)
@@ -204,7 +204,7 @@ def test_reading_before_a_forward_or_without_a_tap_is_an_error(tiny, ids):
 def test_two_models_side_by_side_and_one_tapped_twice(tiny, ids):
     """Teacher and student made from one config object share its attention setting."""
     other = GPT2LMHeadModel(tiny.config).eval()
-    with capture(tiny) as taps:
+    with Taps(tiny) as taps:
         tiny(ids)
         query = taps.attention[0].query
         other(ids)
@@ -216,6 +216,6 @@ def test_two_models_side_by_side_and_one_tapped_twice(tiny, ids):
 
 def test_classifier_can_be_tapped(tiny_config, ids):
     model = GPT2ForSequenceClassification(tiny_config)
-    with capture(model) as taps:
+    with Taps(model) as taps:
         model(ids)
     assert len(taps.attention) == 3

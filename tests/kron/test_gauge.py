@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kncompress.kron import KroneckerShape, kronecker_weight, nearest_factors, regauge, step_scales
-from kncompress.kron.gauge import GAUGES, canonical
+from kncompress.kron import KroneckerShape, kronecker_weight, nearest_factors, regauge
+from kncompress.kron.gauge import GAUGES, canonical, factor_rates
+from kncompress.kron.layers import KroneckerLinear
 
 TEXTS = ["24x20(x)1x2", "10x8(x)4x4*8", "1x12(x)9x1*5", "2x2(x)9x8*3"]
 
@@ -40,10 +41,6 @@ def test_unknown_gauge_is_named():
     shape = KroneckerShape((6, 5), (2, 2))
     with pytest.raises(ValueError, match="gauge=even: not one of equal, unit_right, equal_rms"):
         regauge(nearest_factors(torch.randn(12, 10), shape), "even")
-    with pytest.raises(ValueError, match="gauge=even"):
-        step_scales(shape, "even")
-    with pytest.raises(ValueError, match="std=0"):
-        step_scales(shape, std=0)
 
 
 @pytest.mark.parametrize("gauge", GAUGES)
@@ -55,11 +52,13 @@ def test_a_step_of_one_moves_the_weight_by_one(text, gauge):
     right = torch.randn(shape.terms, *shape.right).double()
     size = std * (shape.dense_parameters / shape.terms) ** 0.5
     left *= size / (left.flatten(1).norm(dim=1) * right.flatten(1).norm(dim=1))[:, None, None]
-    left, right = regauge((left, right), gauge)
-    scales = step_scales(shape, gauge, std)
+    left, right = regauge((left.float(), right.float()), gauge)
+    layer = KroneckerLinear(shape, bias=False)
+    layer.set_factors(left, right)
+    rates = factor_rates(layer)
     moves = {"left": [], "right": []}
     for _ in range(200):
-        signs = (torch.randn_like(left).sign() * scales.left, torch.randn_like(right).sign() * scales.right)
+        signs = (torch.randn_like(left).sign() * rates["left"], torch.randn_like(right).sign() * rates["right"])
         moves["left"].append(kronecker_weight(signs[0], right).square().mean())
         moves["right"].append(kronecker_weight(left, signs[1]).square().mean())
     for move in moves.values():
