@@ -4,17 +4,12 @@ Hydra's own completion (``-sc``) knows no verbs, and of the keys only those that
 dataclasses. It also imports Hydra at each TAB. So candidates come from the verb table, the dataclasses and ``conf/``.
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
-from functools import cache
 from pathlib import Path
 
 from kncompress.cli.overrides import FLAGS
 from kncompress.cli.presets import GROUPS_WITH_PATHS, config_folder, defaults_of, groups, options
-from kncompress.cli.schema import Key, keys, sections
+from kncompress.cli.schema import keys
 from kncompress.cli.verbs import Verb
 from kncompress.errors import UserError
 
@@ -95,47 +90,13 @@ def _values(verb: Verb, path: str) -> tuple[list[str], bool]:
         return sorted(file.stem for file in folder.glob("*.yaml")), False
     if path in _groups(verb):
         return options(path), path in GROUPS_WITH_PATHS
-    found: Key | None = next((key for key in keys(verb.config) if key.path == path), None)
+    found = next((key for key in keys(verb.config) if key.path == path), None)
     if found is None:
         return [], False
-    config: type = verb.config
-    values = list(choices(config).get(path, ()))
+    values = list(found.choices)
     if found.type.startswith("bool"):
         values += ["true", "false"]
     if "null" in (found.default, *found.type.split(" | ")):
         values.append("null")
-    files = found.type.startswith(("str", "Any", "list[str]", "dict")) and path not in choices(config)
+    files = found.type.startswith(("str", "Any", "list[str]", "dict")) and not found.choices
     return values, files
-
-
-@cache
-def choices(config: type) -> dict[str, tuple[str, ...]]:
-    """``{key: the values that are allowed}``, read from the checks of the dataclass and its sections."""
-    found: dict[str, tuple[str, ...]] = {}
-    for section in sections(config).values():
-        if section is not None:
-            found |= choices(section)
-    for owner in config.__mro__:
-        check = vars(owner).get("__post_init__") if is_dataclass(owner) else None
-        if check is None or not inspect.isfunction(check):
-            continue
-        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check_choice":
-                key, _, allowed = node.args
-                texts = tuple(_texts(allowed, owner))
-                if isinstance(key, ast.Constant) and texts:
-                    found.setdefault(str(key.value), texts)
-    return found
-
-
-def _texts(node: ast.expr, owner: type) -> Iterable[str]:
-    """The strings of a tuple as it is written: constants, ``self.NAME`` and ``*self.NAME``."""
-    if isinstance(node, ast.Constant):
-        yield str(node.value)
-    elif isinstance(node, ast.Tuple):
-        for item in node.elts:
-            yield from _texts(item, owner)
-    elif isinstance(node, ast.Starred):
-        yield from _texts(node.value, owner)
-    elif isinstance(node, ast.Attribute):
-        yield from getattr(owner, node.attr, ())

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from kncompress.cli.spelling import nearest
+from kncompress.config.checks import choices_of
 from kncompress.errors import UserError
 
 
@@ -21,6 +22,8 @@ class Key:
     type: str
     default: str | None
     doc: str
+    choices: tuple[str, ...]
+    """The values that it may have; none where they are not known one by one."""
 
 
 def sections(config: type) -> dict[str, type | None]:
@@ -49,7 +52,7 @@ def keys(config: type, prefix: str = "") -> Iterator[Key]:
             default = item.default
         else:
             default = item.default_factory() if item.default_factory is not MISSING else None
-        yield Key(path, kind, "null" if default is None else str(default), doc)
+        yield Key(path, kind, "null" if default is None else str(default), doc, choices_of(item))
 
 
 @cache

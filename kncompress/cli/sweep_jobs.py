@@ -10,7 +10,7 @@ from kncompress.cli.engine import Engine
 from kncompress.cli.resume import OWN, not_own
 from kncompress.cli.typed_config import check_homes, typed
 from kncompress.cli.verbs import Verb
-from kncompress.config import RunConfig
+from kncompress.config import ModelRunConfig, RunConfig
 from kncompress.errors import UserError
 from kncompress.hub import check_model
 
@@ -56,7 +56,7 @@ def check_jobs(verb: Verb, jobs: Sequence[ReadyJob]) -> None:
 
 
 def _check_model(job: ReadyJob) -> None:
-    if not job.is_checked:
+    if isinstance(job.config, ModelRunConfig) and not job.is_checked:
         check_model(job.config.model.path, job.config.model.gguf_file)
 
 

@@ -20,7 +20,7 @@ from kncompress.config.glue import FineTuningConfig, GlueConfig, GlueDataConfig
 from kncompress.config.measurement import BenchConfig, EvaluateConfig
 from kncompress.config.planning import InspectConfig, PlanConfig
 from kncompress.config.reports import DashboardConfig, DoctorConfig, ReportConfig
-from kncompress.config.run import DataConfig, ModelConfig, RunConfig
+from kncompress.config.run import DataConfig, ModelConfig, ModelRunConfig, RunConfig
 from kncompress.config.training import LoggerConfig, SamplesConfig, TrainConfig, TrainerConfig
 from kncompress.config.use import ExportConfig, GenerateConfig
 
@@ -45,6 +45,7 @@ __all__ = [
     "InspectConfig",
     "LoggerConfig",
     "ModelConfig",
+    "ModelRunConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PlanConfig",

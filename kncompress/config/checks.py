@@ -1,12 +1,37 @@
 """Checks of single values; what they refuse is a UserError that names the key."""
 
+from dataclasses import Field, field, fields
 from typing import Any
 
 from kncompress.errors import UserError
 
+_CHOICES = "choices"
+
+
+def choice(default: Any, *allowed: str) -> Any:
+    """A field of a dataclass with one of ``allowed`` for a value, or a list of some of them."""
+    metadata = {_CHOICES: allowed}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def choices_of(item: Field[Any]) -> tuple[str, ...]:
+    """What a field made by ``choice`` allows; of others nothing."""
+    return tuple(item.metadata.get(_CHOICES, ()))
+
+
+def check_choices(config: Any, section: str = "") -> None:
+    """Raises UserError where a field made by ``choice`` holds something else; ``section`` ends with a dot."""
+    for item in fields(config):
+        value, allowed = getattr(config, item.name), choices_of(item)
+        for one in value if isinstance(value, list) else [value]:
+            if allowed:
+                check_choice(f"{section}{item.name}", one, allowed)
+
 
 def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises UserError where ``value`` is none of ``allowed``. Shell completion reads the calls of this by its name."""
+    """Raises UserError where ``value`` is none of ``allowed``."""
     if value not in allowed:
         raise UserError(f"{key}={value}: not one of {', '.join(allowed)}")
 

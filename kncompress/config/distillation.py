@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, check_share, choice
 from kncompress.errors import UserError
 
 
@@ -14,7 +14,7 @@ class ObjectiveConfig:
     """MSE of the embedding outputs."""
     attention: float = 0.0
     """Attention of every layer: KL(teacher || student) of the maps, or MSE of the scores."""
-    attention_form: str = "kl"
+    attention_form: str = choice("kl", "kl", "mse")
     """``kl`` (KnGPT2) or ``mse`` (KroneckerBERT: pre-softmax scores)."""
     hidden: float = 0.0
     """MSE of the hidden states after every layer."""
@@ -34,7 +34,7 @@ class ObjectiveConfig:
             check_not_negative(f"objective.{name}", getattr(self, name))
         if not any(getattr(self, name) for name in self.TERMS):
             raise UserError(f"objective: every weight is 0; give at least one of {', '.join(self.TERMS)}")
-        check_choice("objective.attention_form", self.attention_form, ("kl", "mse"))
+        check_choices(self, "objective.")
         check_positive("objective.temperature", self.temperature)
 
     @property
@@ -47,7 +47,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """The optimiser and its schedule: linear warm-up, then cosine."""
 
-    name: str = "adamw"
+    name: str = choice("adamw", "adamw", "muon")
     """``adamw``, or ``muon``: Muon (its step scaled to the size of AdamW's) for the dense matrices inside the
     layers, AdamW for everything else."""
     lr: float = 1e-3
@@ -60,13 +60,12 @@ class OptimizerConfig:
     """Share of the steps in which the rate rises."""
     final: float = 0.1
     """Rate at the end as a share of the peak."""
-    factor_rates: str = "one"
+    factor_rates: str = choice("one", "one", "scaled")
     """``one``: every factor takes ``lr``; ``scaled``: each takes the rate at which a step moves its map's weight as
     ``lr`` would move a dense one (``kron.gauge.factor_rates``)."""
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ("adamw", "muon"))
-        check_choice("optimizer.factor_rates", self.factor_rates, ("one", "scaled"))
+        check_choices(self, "optimizer.")
         check_positive("optimizer.lr", self.lr)
         check_not_negative("optimizer.weight_decay", self.weight_decay)
         for name in ("beta1", "beta2", "warmup", "final"):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive
-from kncompress.config.run import DataConfig, RunConfig
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, choice
+from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
 
@@ -73,10 +73,10 @@ class CalibrationConfig:
 class FitConfig:
     """How factors are fitted: to the weights alone, or to what the maps see on the calibration text."""
 
-    gauge: str = "equal"
+    gauge: str = choice("equal", "equal", "unit_right", "equal_rms")
     """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
     (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
-    sides: str = "inputs"
+    sides: str = choice("inputs", "inputs", "both")
     """What a calibrated or sequential fit weighs errors by: the ``inputs`` of each map, or ``both``: inputs and the
     gradients of the loss at its outputs, so that errors count as the logits feel them."""
     output_ridge: float = 0.1
@@ -85,7 +85,7 @@ class FitConfig:
     """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
     bias: bool = True
     """Have the biases of factored maps take the mean of the error; a map without bias gets none."""
-    symmetries: list[str] = field(default_factory=list)
+    symmetries: list[str] = choice([], "hidden", "heads", "residual")
     """Changes of the dense weights before the fit that do not change what the model computes, kept where the fit then
     loses less: ``hidden``: order of each layer's feed-forward units; ``heads``: basis of each head's values, and
     without rotary embeddings of its queries and keys; ``residual``: one order of the residual coordinates, from the
@@ -94,10 +94,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_positive("fit.sweeps", self.sweeps)
         check_positive("fit.output_ridge", self.output_ridge)
-        check_choice("fit.sides", self.sides, ("inputs", "both"))
-        check_choice("fit.gauge", self.gauge, ("equal", "unit_right", "equal_rms"))
-        for name in self.symmetries:
-            check_choice("fit.symmetries", name, ("hidden", "heads", "residual"))
+        check_choices(self, "fit.")
 
 
 @dataclass
@@ -115,7 +112,7 @@ class RepairConfig:
 
 
 @dataclass
-class FittingConfig(RunConfig):
+class FittingConfig(ModelRunConfig):
     """Keys of the verbs that fit factors to a model."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -129,16 +126,14 @@ class FactoringConfig(FittingConfig):
     """Keys of the verbs that factor a model by given shapes."""
 
     factors: FactorsConfig = field(default_factory=FactorsConfig)
-    start: str = "nearest"
+    start: str = choice("nearest", "nearest", "random", "calibrated", "sequential")
     """Start of the factors: ``random``; ``nearest`` to the weights; ``calibrated``: the least error on the inputs of
     each map; ``sequential``: the same, on inputs from the layers factored before, against the dense outputs."""
-    dtype: str = "float32"
+    dtype: str = choice("float32", "float32", "float16", "bfloat16")
     """Type of the saved weights: float32, float16 or bfloat16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("start", self.start, ("nearest", "random", "calibrated", "sequential"))
-        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         if self.repair.passes and self.start == "random":
             raise UserError(f"repair.passes={self.repair.passes}: needs a start that is fitted, not random")
 

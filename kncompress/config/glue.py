@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, choice
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
 from kncompress.config.factoring import FactorsConfig
-from kncompress.config.run import RunConfig
+from kncompress.config.run import ModelRunConfig
 from kncompress.errors import UserError
 
 
@@ -44,21 +44,20 @@ class FineTuningConfig:
     """Keep the model's dropout while training."""
     gradient_clip: float = 1.0
     """Largest gradient norm; 0 leaves it alone."""
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "auto", "cpu", "gpu")
     """``cpu``, ``gpu`` or ``auto``."""
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "fp32", "bf16")
     """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 where the hardware multiplies it natively. Scores: fp32."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
             check_positive(f"fine_tuning.{name}", getattr(self, name))
         check_not_negative("fine_tuning.gradient_clip", self.gradient_clip)
-        check_choice("fine_tuning.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        check_choice("fine_tuning.precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choices(self, "fine_tuning.")
 
 
 @dataclass
-class GlueConfig(RunConfig):
+class GlueConfig(ModelRunConfig):
     """``glue``: fine-tune a teacher on GLUE tasks, then its students, plain and distilled from it (ILKD).
 
     ``model`` is the teacher; ``teacher=`` and ``teacher.KEY=`` mean the same. Every cell (task, seed, model) is a
@@ -75,9 +74,9 @@ class GlueConfig(RunConfig):
     """``all``: every task that the source has; or some of cola sst2 mrpc stsb qqp mnli qnli rte wnli ax polarity."""
     seeds: Any = 1
     """How many, counted from ``seed``; or a list of them. A seed sets the new head, the order of examples, dropout."""
-    training: list[str] = field(default_factory=lambda: ["plain", "ilkd"])
+    training: list[str] = choice(["plain", "ilkd"], "plain", "ilkd")
     """How the student is fine-tuned: ``plain``, ``ilkd``, or both."""
-    baseline_training: list[str] = field(default_factory=lambda: ["ilkd"])
+    baseline_training: list[str] = choice(["ilkd"], "plain", "ilkd")
     """How the baselines are."""
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -93,13 +92,8 @@ class GlueConfig(RunConfig):
     resume: str | None = None
     """Folder of an unfinished run to continue; ``auto``, ``never``: as in ``train``."""
 
-    RECIPES = ("plain", "ilkd")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("training", "baseline_training"):
-            for name in getattr(self, key):
-                check_choice(key, name, self.RECIPES)
         seeds = self.seeds if isinstance(self.seeds, list) else [self.seeds]
         if not seeds or any(type(seed) is not int for seed in seeds) or (self.seeds == seeds[0] and seeds[0] < 1):
             raise UserError(f"seeds={self.seeds}: must be a number from 1, or a list of seeds")

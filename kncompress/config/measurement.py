@@ -3,14 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_window
+from kncompress.config.checks import check_not_negative, check_positive, check_window, choice
 from kncompress.config.factoring import FactorsConfig
-from kncompress.config.run import DataConfig, RunConfig
+from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
+
+PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
+"""Of ``bench``."""
 
 
 @dataclass
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(ModelRunConfig):
     """``evaluate``: perplexity of a model on a text, by both protocols; or its scores on ``tasks`` or ``lambada``."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -57,16 +60,16 @@ class EvaluateConfig(RunConfig):
 
 
 @dataclass
-class BenchConfig(RunConfig):
+class BenchConfig(ModelRunConfig):
     """``bench``: speed and memory of this package beside its rivals, and beside what this machine can do at best.
 
     Weights are random, of the sizes of ``model``. Ours and the rivals take turns in one process, or in pairs of fresh
     ones (``step``, ``startup``, ``memory``); figures are medians.
     """
 
-    parts: Any = "all"
+    parts: Any = choice("all", "all", *PARTS)
     """``all``, or some of ``product``, ``step``, ``fit``, ``generate``, ``tokens``, ``startup``, ``memory``."""
-    size: str = "full"
+    size: str = choice("full", "full", "small")
     """``full``: the maps of ``model``, 2,048 tokens; ``small``: a GPT-2 of two layers 48 wide, for a look at the verb;
     its figures mean nothing."""
     presets: list[str] = field(default_factory=lambda: ["kngpt2", "kronypt_81m", "kronypt_80m", "outer", "packed"])
@@ -74,9 +77,9 @@ class BenchConfig(RunConfig):
     packed, of more rank; ``speed``: shapes that ``plan speed=true`` may choose."""
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     """Of the student in the other parts."""
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "fp32", "bf16")
     """``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "auto", "cpu", "gpu")
     """``cpu``, ``gpu`` or ``auto``."""
     threads: int | None = None
     """CPU threads; null: as torch has it."""
@@ -89,17 +92,10 @@ class BenchConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """The text of ``tokens``."""
 
-    PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("threads", "tokens", "repeats"):
             check_positive(name, getattr(self, name))
-        check_choice("size", self.size, ("full", "small"))
-        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        check_choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        for name in self.chosen:
-            check_choice("parts", name, ("all", *self.PARTS))
         if self.factors.depth is not None:
             raise UserError(f"factors.depth={self.factors.depth}: bench compares models of one depth; give null")
 
@@ -107,4 +103,4 @@ class BenchConfig(RunConfig):
     def chosen(self) -> list[str]:
         """Parts to measure, in order."""
         named = list(self.parts) if isinstance(self.parts, list | tuple) else [self.parts]
-        return list(self.PARTS) if "all" in named else [str(name) for name in named]
+        return list(PARTS) if "all" in named else [str(name) for name in named]

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from kncompress.config.checks import check_choice, check_positive
+from kncompress.config.checks import check_positive, choice
 from kncompress.config.factoring import FactorsConfig, FittingConfig
-from kncompress.config.run import RunConfig
+from kncompress.config.run import ModelRunConfig
 from kncompress.errors import UserError
 
 
@@ -24,7 +24,7 @@ class PlanConfig(FittingConfig):
     1 / 24 where they have several. The other maps stay dense."""
     harm: str | None = None
     """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
-    harms: str = "measured"
+    harms: str = choice("measured", "measured", "gradients")
     """Where the harm of a candidate comes from. ``measured``: the KL of the logits with one low-rank reference in the
     place of each map. ``gradients``: half of its two-sided error, without a forward pass for each map (needs
     ``fit.sides=both``)."""
@@ -36,9 +36,9 @@ class PlanConfig(FittingConfig):
     """Fit the plan and measure its KL and perplexity; null: unless ``harm`` is given."""
     validation_tokens: int = 8192
     """Tokens of the validation split that this is measured on."""
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "fp32", "bf16")
     """Of the harms: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it natively."""
-    start: str = "calibrated"
+    start: str = choice("calibrated", "calibrated", "sequential")
     """Fit with which the plan is measured: ``calibrated`` or ``sequential``."""
 
     def __post_init__(self) -> None:
@@ -46,9 +46,6 @@ class PlanConfig(FittingConfig):
         check_positive("budget", self.budget)
         for name in ("harm_tokens", "validation_tokens"):
             check_positive(name, getattr(self, name))
-        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        check_choice("start", self.start, ("calibrated", "sequential"))
-        check_choice("harms", self.harms, ("measured", "gradients"))
         if self.harms == "gradients" and self.fit.sides != "both":
             raise UserError("harms=gradients: needs fit.sides=both, which takes the gradients")
 
@@ -59,7 +56,7 @@ class PlanConfig(FittingConfig):
 
 
 @dataclass
-class InspectConfig(RunConfig):
+class InspectConfig(ModelRunConfig):
     """``inspect``: what a model would be after factoring, from its configuration alone; no weights are read."""
 
     factors: FactorsConfig = field(default_factory=FactorsConfig)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive
+from kncompress.config.checks import check_not_negative, check_positive, choice
 from kncompress.config.run import RunConfig
 from kncompress.errors import UserError
 
@@ -43,13 +43,12 @@ class DashboardConfig(RunConfig):
     entity: str | None = None
     """User or team that it belongs to; null: the one of the key."""
     title: str = "Compression"
-    save: str = "auto"
+    save: str = choice("auto", "auto", "always", "never")
     """``auto``: to the server where W&B has a key and ``WANDB_MODE`` is not offline; ``always``; ``never``: only as
     files in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("save", self.save, ("auto", "always", "never"))
         if not self.project:
             raise UserError("project=: give the name of a W&B project")
 
@@ -58,7 +57,7 @@ class DashboardConfig(RunConfig):
 class DoctorConfig(RunConfig):
     """``doctor``: checks the installation, the hub, W&B, devices, caches and disk, and says what to do.
 
-    Exit code 0 where everything works that the verbs cannot do without (``model`` is not read), 1 otherwise. Without a
+    Exit code 0 where everything works that the verbs cannot do without, 1 otherwise. Without a
     network that is told, and is no fault.
     """
 

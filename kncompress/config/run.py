@@ -1,9 +1,9 @@
-"""What every run has: a model, most often a text, a folder and a seed."""
+"""What every run has: a folder and a seed; and what most have: a model and a text."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_positive, check_seed, check_share, check_window
+from kncompress.config.checks import check_choices, check_positive, check_seed, check_share, check_window, choice
 from kncompress.errors import UserError
 
 
@@ -42,13 +42,13 @@ class DataConfig:
     """Source of the test split; null: part of ``source``, split by document."""
     context: int | None = None
     """Tokens in a block; null: the model's own context length, at most 2,048."""
-    text_format: str = "auto"
+    text_format: str = choice("auto", "auto", "plain", "wikitext", "lines")
     """``plain``; ``wikitext``: headings split articles, ``@-@`` marks and spacing are undone; ``lines``: as published,
     rows joined by a blank line, no end-of-text added; ``auto``: wikitext for ``*.tokens``, ``*.raw`` and data sets of
     that name, else plain. A row of a data set is a document, except of WikiText, whose rows are lines."""
     column: str | None = None
     """Column of rows that the text is in; null: ``text``."""
-    split: str = "auto"
+    split: str = choice("auto", "auto", "train", "validation", "test", "all")
     """``evaluate``: what is scored: ``train``, ``validation``, ``test``, ``all``; ``auto``: the test split where the
     source names one (the sample, a folder with a test file), the whole text otherwise."""
     fraction: float = 1.0
@@ -63,8 +63,7 @@ class DataConfig:
         check_seed("data.seed", self.seed)
         check_positive("data.fraction", self.fraction)
         check_share("data.fraction", self.fraction)
-        check_choice("data.text_format", self.text_format, ("auto", "plain", "wikitext", "lines"))
-        check_choice("data.split", self.split, ("auto", "train", "validation", "test", "all"))
+        check_choices(self, "data.")
 
 
 @dataclass
@@ -76,7 +75,14 @@ class RunConfig:
     seed: int = 0
     fail_fast: bool = False
     """In a sweep (``-m``): start no further job once one has failed."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
+        check_choices(self)
+
+
+@dataclass
+class ModelRunConfig(RunConfig):
+    """Keys of every verb that works on a model."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path="asset:mini"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, choice
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
 from kncompress.config.factoring import FactoringConfig
 from kncompress.errors import UserError
@@ -21,9 +21,9 @@ class TrainerConfig:
     """Tokens of one optimiser step, over all devices: more of them share the same batch."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward pass of one device; the rest of the batch is accumulated."""
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "auto", "cpu", "gpu")
     """``cpu``, ``gpu`` or ``auto``."""
-    strategy: str = "auto"
+    strategy: str = choice("auto", "auto", "ddp", "fsdp")
     """``ddp``: a copy of the model in each process; ``fsdp``: one model in shards over GPUs; ``auto``: one process, or
     ddp where there are several."""
     devices: Any = 1
@@ -31,7 +31,7 @@ class TrainerConfig:
     torchrun or SLURM has started."""
     nodes: int = 1
     """Machines."""
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "fp32", "bf16")
     """``fp32``, ``bf16`` (autocast), or ``auto``: bf16 where the hardware multiplies it natively."""
     gradient_clip: float = 1.0
     """Largest gradient norm; 0 leaves it alone."""
@@ -45,7 +45,7 @@ class TrainerConfig:
     """Most tokens of the test split that are scored before and after training; null: all."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; null: with every validation."""
-    keep: str = "best"
+    keep: str = choice("best", "best", "last")
     """Which weights become ``model/``: ``best`` (lowest validation loss) or ``last``."""
 
     def __post_init__(self) -> None:
@@ -63,12 +63,9 @@ class TrainerConfig:
             check_positive(f"trainer.{name}", getattr(self, name))
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
-        check_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        check_choice("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        check_choices(self, "trainer.")
         if self.strategy == "fsdp" and self.accelerator == "cpu":
             raise UserError("trainer.strategy=fsdp: shards over GPUs; trainer.strategy=ddp also runs on CPUs")
-        check_choice("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
-        check_choice("trainer.keep", self.keep, ("best", "last"))
         check_not_negative("trainer.gradient_clip", self.gradient_clip)
 
 
@@ -76,9 +73,9 @@ class TrainerConfig:
 class LoggerConfig:
     """Where metrics go besides ``metrics.csv``."""
 
-    name: str = "wandb"
+    name: str = choice("wandb", "wandb", "csv", "none")
     """``wandb``, ``csv`` (the file alone) or ``none``."""
-    mode: str = "offline"
+    mode: str = choice("offline", "offline", "online", "disabled")
     """W&B: ``offline``, ``online`` or ``disabled``; ``WANDB_MODE`` overrides it."""
     project: str = "kncompress"
     entity: str | None = None
@@ -90,8 +87,7 @@ class LoggerConfig:
     """W&B: the model folder as an artifact, with its plan; of an offline run, ``wandb sync`` uploads it."""
 
     def __post_init__(self) -> None:
-        check_choice("logger.name", self.name, ("wandb", "csv", "none"))
-        check_choice("logger.mode", self.mode, ("offline", "online", "disabled"))
+        check_choices(self, "logger.")
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
                 raise UserError(f"logger.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64")

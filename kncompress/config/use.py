@@ -3,24 +3,24 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share
-from kncompress.config.run import DataConfig, RunConfig
+from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share, choice
+from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
 
 @dataclass
-class ExportConfig(RunConfig):
+class ExportConfig(ModelRunConfig):
     """``export``: a model, compressed or not, in a form that runs without this package, checked before it is kept.
 
     ``dense``, ``onnx`` and ``int8`` leave a folder ``model/``, with the tokenizer where there is one; ``merged`` leaves
     ``merged.safetensors``. An export that fails its check leaves neither, one line says why, and the exit code is 1.
     """
 
-    format: str = "dense"
+    format: str = choice("dense", "dense", "merged", "onnx", "int8")
     """``dense``: a plain transformers folder, the factors multiplied out; ``merged``: its weights as one safetensors
     file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same, its weights as 8-bit
     integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
-    dtype: str = "float32"
+    dtype: str = choice("float32", "float32", "float16", "bfloat16")
     """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
     tolerance: float | None = None
     """Most that a logit may change, as a share of the largest, against the model in the same type; null: 1e-4 in
@@ -33,12 +33,8 @@ class ExportConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """The text of ``int8``; other formats read none."""
 
-    FORMATS = ("dense", "merged", "onnx", "int8")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("format", self.format, self.FORMATS)
-        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
         check_choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
         for name in ("tolerance", "int8_tolerance", "tokens"):
@@ -46,7 +42,7 @@ class ExportConfig(RunConfig):
 
 
 @dataclass
-class GenerateConfig(RunConfig):
+class GenerateConfig(ModelRunConfig):
     """``generate``: text from a model, shown as it comes; with ``compare`` another model's beside it.
 
     Both models draw with the same random numbers; ``result.json`` has the texts.
@@ -70,7 +66,7 @@ class GenerateConfig(RunConfig):
     """Draw among the likeliest tokens that together have this probability."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that the text has already become less likely."""
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "auto", "cpu", "gpu")
     """``cpu``, ``gpu`` or ``auto``."""
 
     def __post_init__(self) -> None:
@@ -84,4 +80,3 @@ class GenerateConfig(RunConfig):
             check_positive(name, getattr(self, name))
         check_not_negative("temperature", self.temperature)
         check_share("top_p", self.top_p)
-        check_choice("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
