@@ -86,7 +86,7 @@ class PreparedMoment:
         """(matrix, its lower Cholesky factor), float64."""
         exact = self.plain.double()
         eye = torch.eye(len(exact), dtype=torch.float64, device=exact.device)
-        if not self.scale > torch.finfo(torch.float32).tiny:
+        if self.null:
             return eye, eye
         with without_autocast(exact.device):
             while True:
@@ -97,9 +97,19 @@ class PreparedMoment:
                 self.ridge *= 10
 
     @property
+    def null(self) -> bool:
+        """Nothing is known about the inputs: they are all null, or so small that float32 has no inverse of them."""
+        return not self.scale > torch.finfo(torch.float32).tiny
+
+    @property
     def matrix(self) -> Tensor:
         """(N, N), float64: the ridged moment, positive definite."""
         return self._ridged[0]
+
+    @property
+    def size(self) -> float:
+        """About the largest number in ``matrix``: divided by it, tiny gradients stay within float32."""
+        return 1.0 if self.null else self.scale
 
     @property
     def cholesky(self) -> Tensor:

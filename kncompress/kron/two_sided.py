@@ -78,7 +78,7 @@ def two_sided_factors(
     exact = weight.detach().to(dtype)
     with without_autocast(weight.device):
         if 1 in (shape.left[0], shape.right[0]):
-            upper = (outputs.cholesky / _size(outputs) ** 0.5).T.to(exact)  # K^T but for its scale
+            upper = (outputs.cholesky / outputs.size**0.5).T.to(exact)  # K^T but for its scale
             right = shape.left[0] == 1
             start = None
             if 1 not in (shape.left[1], shape.right[1]):  # no closed form: from the fit to the inputs alone
@@ -91,11 +91,6 @@ def two_sided_factors(
         else:
             found = _alternated(exact, shape, inputs, outputs, sweeps, tolerance, history)
     return Factors(found.left.to(weight.dtype), found.right.to(weight.dtype))
-
-
-def _size(moment: PreparedMoment) -> float:
-    """About the largest number in ``matrix``, which would leave float32 for tiny gradients; 1 for the identity."""
-    return moment.scale if moment.scale > torch.finfo(torch.float32).tiny else 1.0
 
 
 def _turned_back(factors: Factors, upper: Tensor, right: bool) -> Factors:
@@ -185,8 +180,8 @@ class _Problem:
 
     def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: PreparedMoment) -> None:
         self.weight, self.shape = weight, shape
-        self.inputs = (inputs.matrix / _size(inputs)).to(weight)
-        self.outputs = (outputs.matrix / _size(outputs)).to(weight)
+        self.inputs = (inputs.matrix / inputs.size).to(weight)
+        self.outputs = (outputs.matrix / outputs.size).to(weight)
         self.total = self._squared(weight)
 
     def _squared(self, difference: Tensor) -> float:

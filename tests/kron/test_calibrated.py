@@ -172,7 +172,9 @@ KINDS = ("one token", "fewer tokens than inputs", "dead inputs", "null", "copies
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["6x4(x)2x2*2", "5x4(x)1x2", "8x1(x)1x8*3", "8x8(x)2x1", "4x2(x)3x4*4"])
+@pytest.mark.parametrize(
+    "text", ["6x4(x)2x2*2", "5x4(x)1x2", "8x1(x)1x8*3", "8x8(x)2x1", "4x2(x)3x4*4", "16x16(x)4x4*4"]
+)
 def test_singular_moments_are_harmless(text, kind, centred):
     shape = KroneckerShape.parse(text)
     weight = torch.randn(shape.out_features, shape.in_features)
