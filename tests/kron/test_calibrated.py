@@ -187,6 +187,14 @@ def test_singular_moments_are_harmless(text, kind, centred):
     assert float(kronecker_weight(*factors).norm()) < 10 * float(weight.norm())
 
 
+def test_a_null_moment_leaves_the_nearest_sum():
+    """Of a weight whose entries are all large: their squares times 1e38 are no float32."""
+    shape = KroneckerShape.parse("4x4(x)4x4*4")
+    weight, moment = torch.randn(16, 16).sign(), moments("null", 16)
+    found, nearest = calibrated_factors(weight, shape, moment), nearest_factors(weight, shape)
+    torch.testing.assert_close(kronecker_weight(*found), kronecker_weight(*nearest))
+
+
 @pytest.mark.parametrize("text", [*ITERATED, *CLOSED])
 @pytest.mark.parametrize("case", ["null", "one term", "null row"])
 def test_weights_that_need_fewer_terms(text, case):
