@@ -1,19 +1,15 @@
 """The page of ``report``: one HTML file that needs neither server nor network; plotly's pictures embed themselves."""
 
-import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from kncompress.reports.figures import curves_figure, maps_figure, pareto_figure
 from kncompress.runs.past_runs import Run
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; vertical-align: top; }
-#table td, #table th { text-align: right; } td:first-child, th:first-child { text-align: left !important; }
-.samples td { min-width: 14em; } pre { white-space: pre-wrap; background: #f6f6f6; padding: .5em; }
-"""
 _COLUMNS = (
     "parameters/student",
     "parameters",
@@ -36,24 +32,21 @@ def report_page(runs: Sequence[Run], title: str, baselines: Mapping[str, Sequenc
     Returns:
         HTML. Its element ``runs`` holds the numbers of the table as JSON.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    library = True
-    for identity, heading, figure in _figures(runs, baselines or {}):
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if identity == "pareto":
-            parts.append(_texts(runs))
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=library, div_id=identity))
-        library = False  # five megabytes, once
-    parts += ["<h2>Runs</h2>", _table(runs), *_samples(runs)]
-    parts += ["<h2>Environment and commands</h2>", *map(_origin, runs)]
-    # "<" could end the element: a name may hold anything.
-    numbers = json.dumps([{"name": run.name, "status": run.status, "metrics": run.metrics} for run in runs])
-    data = numbers.replace("<", "\\u003c")
-    parts.append(f'<script type="application/json" id="runs">{data}</script>')
-    head = f'<meta charset="utf-8"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n'
+    library = iter([True])  # five megabytes, once
+    figures = [
+        (name, heading, figure.to_html(full_html=False, include_plotlyjs=next(library, False), div_id=name))
+        for name, heading, figure in _figures(runs, baselines or {})
+    ]
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(
+        title=title,
+        figures=figures,
+        texts=_texts(runs),
+        runs=_table(runs),
+        samples=_samples(runs),
+        origins=[(run.name, _origin(run)) for run in runs],
+        numbers=[{"name": run.name, "status": run.status, "metrics": run.metrics} for run in runs],
     )
 
 
@@ -75,31 +68,22 @@ def _figures(runs: Sequence[Run], baselines: Mapping[str, Sequence[float]]) -> I
         yield "maps", "Shapes and errors of the maps at the start", maps_figure(maps)
 
 
-def _texts(runs: Sequence[Run]) -> str:
-    """What the perplexities were measured on, since those on different texts say nothing about each other."""
+def _texts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{what perplexities were measured on: the runs}, since those on different texts say nothing about each other."""
     found: dict[str, list[str]] = {}
     for run in runs:
         if run.text and (run.point or run.measured):
             found.setdefault(run.text, []).append(run.name)
-    if len(found) == 1:
-        return f"<p>Measured on {html.escape(next(iter(found)))}.</p>"
-    lines = "".join(f"<li>{html.escape(text)}: {html.escape(', '.join(names))}</li>" for text, names in found.items())
-    return f"<p><b>Measured on different texts, splits or windows:</b></p><ul>{lines}</ul>" if found else ""
+    return found
 
 
-def _table(runs: Sequence[Run]) -> str:
+def _table(runs: Sequence[Run]) -> list[list[str]]:
     columns = [name for name in _COLUMNS if any(run.metrics.get(name) is not None for run in runs)]
     lines = [
         [run.name, run.verb, run.status, *(_cell(run.metrics.get(name)) for name in columns), run.differs]
         for run in runs
     ]
-    return _rows(["run", "verb", "status", *columns, "what differs"], lines, 'id="table"')
-
-
-def _rows(head: Sequence[str], lines: Sequence[Sequence[str]], attributes: str) -> str:
-    rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
-    return f"<table {attributes}>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    return [["run", "verb", "status", *columns, "what differs"], *lines]
 
 
 def _cell(value: Any) -> str:
@@ -108,24 +92,25 @@ def _cell(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _samples(runs: Sequence[Run]) -> list[str]:
+def _samples(runs: Sequence[Run]) -> list[list[list[str]]]:
     """Tables with a column a prompt: the text itself, the dense model, and every run that had the same prompts."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         if run.samples:
             groups.setdefault(tuple(row["prompt"] for row in run.samples), []).append(run)
-    parts = ["<h2>Samples</h2>"] if groups else []
+    tables = []
     for prompts, members in groups.items():
-        lines = [["the text itself", *(row.get("text", "") for row in members[0].samples)]]
         dense = dict.fromkeys(tuple(row.get("teacher", "") for row in run.samples) for run in members)
-        lines += [["dense", *texts] for texts in dense if any(texts)]
-        lines += [[run.name, *(row.get("student", "") for row in run.samples)] for run in members]
-        parts.append(_rows(["", *(f"{prompt} …" for prompt in prompts)], lines, 'class="samples"'))
-    return parts
+        tables.append([
+            ["", *(f"{prompt} …" for prompt in prompts)],
+            ["the text itself", *(row.get("text", "") for row in members[0].samples)],
+            *(["dense", *texts] for texts in dense if any(texts)),
+            *([run.name, *(row.get("student", "") for row in run.samples)] for run in members),
+        ])  # fmt: skip
+    return tables
 
 
 def _origin(run: Run) -> str:
     kept = ("git", "machine", "versions", "started", "wall_seconds", "error")
     about = json.dumps({key: run.record[key] for key in kept if run.record.get(key) is not None}, indent=2)
-    text = f"{run.command}\n\n{about}"
-    return f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(text)}</pre></details>"
+    return f"{run.command}\n\n{about}"
