@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kncompress.cli.schema import nearest_key, unknown_keys
 from kncompress.cli.spelling import choices_hint, nearest
@@ -17,6 +17,7 @@ from kncompress.config import FactorsConfig, ModelConfig
 from kncompress.errors import UserError
 from kncompress.runs.config_file import literal
 from kncompress.runs.process import process_rank
+from kncompress.terminal import first_line
 
 GROUPS_WITH_PATHS: dict[str, type] = {"model": ModelConfig, "factors": FactorsConfig}
 _YAML = (".yaml", ".yml")
@@ -48,6 +49,18 @@ def preset_file(group: str, option: str) -> Path | None:
     """The YAML file of a preset, or None (a path or hub id in a preset's place)."""
     file = config_folder() / group / f"{option}.yaml"
     return file if file.is_file() else None
+
+
+def read_factors(file: Path) -> FactorsConfig:
+    """The factors that a YAML file holds. Raises UserError as ``read_preset``, and for wrong types."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = read_preset("factors", file)
+    try:
+        return cast(FactorsConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(FactorsConfig), values)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"factors={file}: {error.full_key}: {first_line(error)}") from None
 
 
 def defaults_of(verb: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from kncompress.bench.fit import measure_fit
 from kncompress.bench.generate import measure_generation
@@ -20,9 +19,9 @@ from kncompress.bench.startup import measure_startup
 from kncompress.bench.step import measure_step
 from kncompress.bench.table import draw, machine_line, markdown, rich_table
 from kncompress.bench.tokens import measure_tokens
-from kncompress.cli.presets import config_folder, options, read_preset
+from kncompress.cli.presets import options, preset_file, read_factors
 from kncompress.cli.spelling import choices_hint
-from kncompress.config import BenchConfig, FactorsConfig
+from kncompress.config import BenchConfig
 from kncompress.data.sources import sources_of
 from kncompress.errors import UserError
 from kncompress.runs.record import RunRecord
@@ -90,7 +89,8 @@ def _keep(run_dir: Path, setting: Setting, measured: list[Measurement]) -> str:
 
 def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
     plan = setting.plan
-    presets = {name: _factors(name) for name in setting.config.presets if name not in (OUTER, PACKED, SPEEDY)}
+    files = {name: preset_file("factors", name) for name in setting.config.presets}
+    presets = {name: read_factors(file) for name, file in files.items() if file is not None}
     return {
         "product": lambda: measure_products(setting, presets),
         "step": lambda: measure_step(setting, plan),
@@ -100,13 +100,6 @@ def _parts(setting: Setting) -> dict[str, Callable[[], Iterator[Measurement]]]:
         "startup": lambda: measure_startup(setting),
         "memory": lambda: measure_memory(setting, plan),
     }
-
-
-def _factors(name: str) -> FactorsConfig:
-    values = read_preset("factors", config_folder() / "factors" / f"{name}.yaml")
-    factors = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(FactorsConfig), values))
-    assert isinstance(factors, FactorsConfig)
-    return factors
 
 
 def _device(setting: Setting) -> str:

@@ -4,17 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
 
-from kncompress.cli.presets import existing_path, options, preset_file, read_preset
+from kncompress.cli.presets import existing_path, options, preset_file, read_factors
 from kncompress.compression.compress import unique_parameters
-from kncompress.config import FactorsConfig, GlueConfig, ObjectiveConfig
+from kncompress.config import GlueConfig, ObjectiveConfig
 from kncompress.data.tokens import cache_root
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model
@@ -79,8 +78,7 @@ def _students(config: GlueConfig) -> list[Student]:
             raise UserError(f"{key}={text}: {name} is taken or no name; give letters, digits and _")
         path = preset_file("factors", text) or existing_path(text)
         if path is not None and path.is_file():
-            values = OmegaConf.merge(OmegaConf.structured(FactorsConfig), read_preset("factors", path))
-            found.append(Student(name, key, factors=cast(FactorsConfig, OmegaConf.to_object(values))))
+            found.append(Student(name, key, factors=read_factors(path)))
         elif path is None and "/" not in text:
             presets = ", ".join(options("factors"))
             raise UserError(f"{key}={text}: no such folder, hub id, YAML file or preset of factors ({presets})")

@@ -5,14 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from kncompress.cli.presets import config_folder, options, read_preset
+from kncompress.cli.presets import config_folder, options, read_factors
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import Inspection, inspect_config, predict, totals
 from kncompress.compression.inspection_table import inspection_text, preset_text
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import FactorsConfig, InspectConfig
+from kncompress.config import InspectConfig
 from kncompress.errors import UserError
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
@@ -46,11 +44,8 @@ def _presets(fields: Any) -> dict[str, CompressionTable | str]:
     """What each preset of the factors would make of the model, or in one line why it does not fit."""
     found: dict[str, CompressionTable | str] = {}
     for name in options("factors"):
-        values = read_preset("factors", config_folder() / "factors" / f"{name}.yaml")
-        factors = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(FactorsConfig), values))
-        assert isinstance(factors, FactorsConfig)
         try:
-            plan = StudentPlan.of(factors, fields)
+            plan = StudentPlan.of(read_factors(config_folder() / "factors" / f"{name}.yaml"), fields)
             found[name] = predict(fields, plan.maps, plan.layers)
         except UserError as error:
             found[name] = str(error)

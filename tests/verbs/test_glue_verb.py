@@ -208,6 +208,8 @@ def test_wrong_data_and_models_are_told_before_anything_is_written(
     assert "RTE/train.tsv, line 2: label=perhaps: not one of entailment" in refused(f"data.source={data}")
     (data / "RTE" / "dev.tsv").unlink()
     assert "no file RTE/dev.tsv in it" in refused(f"data.source={data}")
+    (tmp_path / "half.yaml").write_text("mlp: {terms: many}\n")
+    assert "half.yaml: mlp.terms: Value 'many'" in refused(f"baselines.half={tmp_path / 'half.yaml'}")
 
     bare = shutil.copytree(tiny, tmp_path / "bare")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
