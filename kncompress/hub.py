@@ -123,25 +123,30 @@ def _cache_folder() -> Path:
 
 def _cached(name: str, need: str) -> Path | None:
     """The snapshot of ``main`` in the local cache, where it holds all that is needed."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repository = _cache_folder() / f"models--{name.replace('/', '--')}"
     try:
-        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
-    except OSError:
+        folder = _snapshot(name, need, local=True)
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
-    if not has(snapshot, need):
-        return None
-    try:
-        # Knows from the listing of a former download whether files of it are still missing.
-        snapshot_download(
-            name, allow_patterns=patterns(need), ignore_patterns=["*/*"], local_files_only=True,
-            cache_dir=_cache_folder(),
-        )  # fmt: skip
-    except LocalEntryNotFoundError:
-        return None
-    return snapshot
+    return folder if has(folder, need) else None
+
+
+def _snapshot(name: str, need: str, local: bool) -> Path:
+    """What is needed of a repository, downloaded if it is missing; with ``local`` an error then.
+
+    The listing of a former download tells which files a snapshot still lacks.
+    """
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(
+        name,
+        allow_patterns=patterns(need),
+        ignore_patterns=["*/*"],
+        cache_dir=_cache_folder(),
+        local_files_only=local,
+    )
+    return Path(found)
 
 
 def patterns(need: str) -> list[str]:
@@ -183,7 +188,7 @@ def only_pickled(names: list[str]) -> bool:
 
 
 def _download(name: str, need: str, key: str) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -195,11 +200,7 @@ def _download(name: str, need: str, key: str) -> Path:
                     f"{key}={name}: the repository has no safetensors, only weights that must be unpickled, which "
                     "is never done; choose a repository with model.safetensors"
                 )
-        folder = Path(
-            snapshot_download(
-                name, allow_patterns=patterns(need), ignore_patterns=["*/*"], cache_dir=_cache_folder()
-            )
-        )  # fmt: skip
+        folder = _snapshot(name, need, local=False)
     except UserError:
         raise
     except Exception as error:

@@ -83,6 +83,8 @@ def test_folders_are_themselves_and_other_paths_are_no_ids(cache: Path, tmp_path
     for path in ("/no/such/folder", "./nowhere", "a/b/c"):
         with pytest.raises(UserError, match=f"model.path={path}: no such folder$"):
             local_folder(path)
+    with pytest.raises(UserError, match=r"model.path=org/a--b: no such folder, not in "):  # no name for the hub
+        local_folder("org/a--b")
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
