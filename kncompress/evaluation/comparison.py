@@ -7,14 +7,14 @@ logarithm of the ratio of their perplexities with its standard error.
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
 from kncompress.evaluation.perplexity import Perplexity, WindowMeans
-from kncompress.evaluation.scoring import Progress, score_windows, windows_for
+from kncompress.evaluation.scoring import Scoring, score_windows, windows_for
 from kncompress.evaluation.windows import Tokens
 
 
@@ -83,14 +83,8 @@ def compare(
     student: nn.Module,
     tokens: Tokens,
     context: int,
-    *,
-    batch_tokens: int = 8192,
     limit: int | None = None,
-    ignore: int | None = None,
-    bf16: bool = False,
-    progress: Progress | None = None,
-    rank: int = 0,
-    world: int = 1,
+    **how: Unpack[Scoring],
 ) -> Comparison:
     """How far ``student`` is from ``teacher``, in one pass over windows that do not overlap.
 
@@ -99,7 +93,7 @@ def compare(
     """
     tokens = tokens[:limit]
     models = [teacher, student]
-    device = next(student.parameters()).device
+    device, world = next(student.parameters()).device, how.get("world", 1)
     means = [WindowMeans(device, world) for _ in models]
     # One column a token: KL, same likeliest token, difference of the negative log-likelihoods.
     columns = CatMetric(nan_strategy="disable", sync_on_compute=world > 1).to(device)
@@ -110,18 +104,7 @@ def compare(
         means[1].update(of_student)
         columns.update(torch.stack([kl, same, of_student - of_teacher], dim=1))
 
-    score_windows(
-        models,
-        tokens,
-        windows_for(models, tokens, context, None),
-        take,
-        batch_tokens=batch_tokens,
-        ignore=ignore,
-        bf16=bf16,
-        progress=progress,
-        rank=rank,
-        world=world,
-    )
+    score_windows(models, tokens, windows_for(models, tokens, context, None), take, **how)
     scores = [each.perplexity() for each in means]
     kl, same, difference = columns.compute().double().cpu().T
     # torch.quantile takes no more than 2^24 values.

@@ -12,12 +12,13 @@ Two protocols, both from one pass where the windows do not overlap:
 
 import math
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from kncompress.errors import UserError
-from kncompress.evaluation.scoring import Progress, score_windows, windows_for
+from kncompress.evaluation.scoring import Scoring, score_windows, windows_for
 from kncompress.evaluation.token_mean import TokenMean
 from kncompress.evaluation.windows import Tokens
 
@@ -56,14 +57,8 @@ def perplexity(
     tokens: Tokens,
     context: int,
     stride: int | None = None,
-    *,
-    batch_tokens: int = 8192,
     limit: int | None = None,
-    ignore: int | None = None,
-    bf16: bool = False,
-    progress: Progress | None = None,
-    rank: int = 0,
-    world: int = 1,
+    **how: Unpack[Scoring],
 ) -> Perplexity:
     """Score ``tokens`` with ``model``, on the model's device and in eval mode (its mode is restored).
 
@@ -72,14 +67,8 @@ def perplexity(
         tokens: 1-d sequence of token ids; a memory-mapped array is read window by window.
         context: tokens in a window.
         stride: tokens between the beginnings of windows; null: ``context``, no overlap.
-        batch_tokens: most tokens in one forward pass (one window at least). The result does not depend on it.
         limit: use only the first tokens of the text; null: all.
-        ignore: token id whose positions are not scored; it stays visible as context.
-        bf16: bfloat16 autocast for the forward pass; otherwise autocast is off, whatever surrounds the call.
-        progress: called as ``progress(windows done, windows in all)`` after every batch.
-        rank: this process among ``world`` that score the text together, each its share of the windows. All of
-            them get the result for the whole text.
-        world: number of such processes; 1: this call does not communicate.
+        how: as in ``Scoring``.
 
     Raises:
         UserError: a text of fewer than 2 tokens, a context below 2 or beyond the model's positions, a stride
@@ -87,19 +76,8 @@ def perplexity(
     """
     tokens = tokens[:limit]
     windows = windows_for([model], tokens, context, stride)
-    means = WindowMeans(next(model.parameters()).device, world)
-    score_windows(
-        [model],
-        tokens,
-        windows,
-        lambda values: means.update(values[0]),
-        batch_tokens=batch_tokens,
-        ignore=ignore,
-        bf16=bf16,
-        progress=progress,
-        rank=rank,
-        world=world,
-    )
+    means = WindowMeans(next(model.parameters()).device, how.get("world", 1))
+    score_windows([model], tokens, windows, lambda values: means.update(values[0]), **how)
     return means.perplexity(overlap=stride is not None and stride < context)
 
 

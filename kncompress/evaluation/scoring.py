@@ -6,7 +6,7 @@ Log-probabilities are float32, whatever the model computes in.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,24 @@ _LOGITS = 2**28
 """Numbers in the logits of one forward pass at most, 1 GiB in float32: a longer window is read in pieces."""
 
 Progress = Callable[[int, int], None]
+
+
+class Scoring(TypedDict, total=False):
+    """How the windows of a text are run through models: keyword arguments of ``score_windows`` and what calls it."""
+
+    batch_tokens: int
+    """Most tokens in one forward pass, one window at least. The result does not depend on it."""
+    ignore: int | None
+    """Token id whose positions are not scored; it stays visible as context."""
+    bf16: bool
+    """bfloat16 autocast for the forward pass; otherwise autocast is off, whatever surrounds the call."""
+    progress: Progress | None
+    """Called as ``progress(windows done, windows in all)`` after every batch."""
+    rank: int
+    """This process among ``world`` that score the text together, each its share of the windows. All of them get the
+    result for the whole text."""
+    world: int
+    """Number of such processes; 1: the call does not communicate."""
 
 
 def windows_for(models: Sequence[nn.Module], tokens: Tokens, context: int, stride: int | None) -> list[Window]:
@@ -60,7 +78,7 @@ def score_windows(
         take: called once for each window that scores anything, with a float32 tensor (rows, targets). The rows are the
             negative log-likelihood of each model and, of two, KL(first || second) and whether both have the same
             likeliest token (0 or 1).
-        batch_tokens, ignore, bf16, progress, rank, world: as in ``perplexity``.
+        batch_tokens, ignore, bf16, progress, rank, world: as in ``Scoring``.
 
     Raises:
         UserError: the models' vocabularies differ.
