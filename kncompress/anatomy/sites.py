@@ -158,10 +158,7 @@ def positions_of(config: Any) -> int:
     Biases that grow with the distance (ALiBi) and states that go from token to token set no limit of their own.
     """
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx"))
-    try:
-        return next((value for value in named if isinstance(value, int)), 2048)
-    except NotImplementedError as error:  # XLNet's config takes no number
-        raise UserError(f"model_type={config.model_type}: {error}") from error
+    return next((value for value in named if isinstance(value, int)), 2048)
 
 
 def _has(model: Any, path: str) -> bool:

@@ -112,7 +112,10 @@ def settle(config: Any, folder: Path, path: str | Path) -> None:
         config.tie_word_embeddings = False
         says = "config.json says tie_word_embeddings=true, and the folder has a head of its own; kept"
         tell(f"model.path={path}: {says}")
-    config.max_position_embeddings = positions_of(config)  # what every verb asks
+    try:
+        config.max_position_embeddings = positions_of(config)  # what every verb asks
+    except NotImplementedError as error:  # XLNet's config takes no number
+        raise UserError(f"model.path={path}: model_type={config.model_type}: {error}") from error
     wanted = getattr(config, "_attn_implementation", None)
     if wanted is not None and wanted not in _INSTALLED and not _available(wanted):
         config._attn_implementation = None

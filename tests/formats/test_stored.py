@@ -8,7 +8,7 @@ import torch
 from formats.test_pretrained import edit_weights
 from safetensors.torch import load_file, save_file
 from tiny_models import config_of, random_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, XLNetConfig
 
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
@@ -206,3 +206,9 @@ def test_a_head_that_was_put_into_a_model_is_factored_and_saved(tiny, tmp_path, 
     torch.testing.assert_close(tiny(ids).logits, expected, atol=1e-3, rtol=1e-3)
     again = load_model(save_model(tiny, tmp_path / "student"))
     assert torch.equal(again(ids).logits, tiny(ids).logits)
+
+
+def test_a_config_that_takes_no_number_of_positions(tmp_path):
+    XLNetConfig(n_layer=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model_type=xlnet: .*no sequence length limit"):
+        load_config(tmp_path)
