@@ -107,6 +107,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
             batch_tokens=config.batch_tokens,
             limit=config.tokens,
             ignore=ignored_token(tokenizer),
+            first=stream.first,
             progress=progress,
         )
     metrics: dict[str, float] = {
@@ -135,6 +136,7 @@ def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, 
             batch_tokens=config.batch_tokens,
             limit=config.tokens,
             ignore=ignored_token(tokenizer),
+            first=stream.first,
             progress=progress,
         )
     return {

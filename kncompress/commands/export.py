@@ -148,6 +148,7 @@ def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
             batch_tokens=_WINDOW,
             limit=config.tokens,
             ignore=ignored_token(tokenizer),
+            first=stream.first,
         )
         metrics["tokens"] = score.tokens
         return score.perplexity

@@ -32,6 +32,8 @@ class CalibrationText:
     """Most tokens in one forward pass; a block at least."""
     moments: str | Path | None = None
     """Folder that keeps the moments of the dense model's inputs on this text; None: they are not kept."""
+    first: int | None = None
+    """Token that a block begins with, in the place of its own (``first_token``); None: its own."""
 
     def batches(self) -> Iterator[Tensor]:
         """(B, T) int64, in order.
@@ -42,6 +44,9 @@ class CalibrationText:
         tokens = torch.from_numpy(np.asarray(self.tokens, dtype=np.int64))
         if not len(tokens):
             raise UserError("calibration.tokens: the calibration text has no tokens")
+        if self.first is not None:
+            tokens = tokens.clone()
+            tokens[:: self.context] = self.first
         whole = len(tokens) // self.context * self.context
         if whole:
             yield from tokens[:whole].view(-1, self.context).split(max(1, self.batch_tokens // self.context))

@@ -155,6 +155,7 @@ def fingerprint(model: Any, text: CalibrationText) -> str:
     fields = {key: value for key, value in model.config.to_dict().items() if key not in _VARYING}
     digest.update(f"{text.context}|{sorted(fields.items())}".encode())
     digest.update(np.ascontiguousarray(text.tokens, dtype=np.int64).tobytes())
+    digest.update(b"" if text.first is None else f"first {text.first}".encode())
     for name, weight in sorted(model.base_model.state_dict().items()):
         digest.update(f"|{name}:{weight.dtype}:{list(weight.shape)}|".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -11,6 +11,7 @@ from kncompress.compression.work import Progress as FitProgress
 from kncompress.config import CalibrationConfig, DataConfig
 from kncompress.data.pieces import spread_tokens
 from kncompress.data.sources import sources_of
+from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
 from kncompress.terminal import Progress
 
@@ -51,7 +52,8 @@ def calibration_text(
         UserError: there is no text.
     """
     tokens = spread_tokens(data, tokenizer, calibration.tokens + more)
-    return CalibrationText(tokens, _context(data, calibration, fields), moments=calibration.moments)
+    context = _context(data, calibration, fields)
+    return CalibrationText(tokens, context, moments=calibration.moments, first=first_token(tokenizer))
 
 
 @contextmanager

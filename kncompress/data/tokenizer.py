@@ -83,6 +83,17 @@ def check_fit(tokenizer: Any, vocab_size: int, name: str) -> None:
         raise UserError(f"model.tokenizer={name}: no end-of-text token, which separates documents")
 
 
+def first_token(tokenizer: Any) -> int | None:
+    """Id of the token with which the tokenizer begins every text; None where it adds none.
+
+    Models that always saw it write nonsense without it: Gemma's perplexity grows by orders of magnitude
+    (EleutherAI/lm-evaluation-harness 1465). So a window or block from the middle of a text gets it too, in the place
+    of its own first token, as llama.cpp does (ggml-org/llama.cpp 1303).
+    """
+    begin = tokenizer.bos_token_id
+    return begin if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else None
+
+
 def ignored_token(tokenizer: Any) -> int | None:
     """Id of the token that stands for an unknown word and so is no target; None where there is none."""
     unknown = tokenizer.unk_token_id

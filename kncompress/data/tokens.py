@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from kncompress.config import DataConfig
 from kncompress.data import sources
 from kncompress.data.build import Build
+from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
 from kncompress.runs.process import process_rank
 from kncompress.terminal import first_line
@@ -37,12 +38,14 @@ class TokenStream:
     """Tokens of a split, end-of-text after each document, on disk.
 
     ``tokens`` is a memory map of shape (n,), uint16, or uint32 for vocabularies above 65,535. ``text_bytes`` counts
-    the UTF-8 bytes of the documents.
+    the UTF-8 bytes of the documents. ``first`` is the token that a block or window begins with, in the place of its
+    own (``first_token``); None: it keeps its own.
     """
 
     tokens: np.ndarray
     documents: int
     text_bytes: int
+    first: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,7 +108,7 @@ def token_stream(config: DataConfig, split: str, tokenizer: Any) -> TokenStream:
                     build.run(config, split, tokenizer)
         except OSError as error:
             raise UserError(f"data.cache_dir={root}: cannot be written ({error.strerror or error})") from error
-    return open_stream(folder, text, vocabulary)
+    return replace(open_stream(folder, text, vocabulary), first=first_token(tokenizer))
 
 
 def open_stream(folder: Path, text: str, tokenizer: str) -> TokenStream:
@@ -146,7 +149,9 @@ def _lock(path: Path, split: str) -> Iterator[None]:
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """A token stream cut into blocks of ``context`` tokens; a last short rest is left out.
+    """A token stream cut into blocks of ``context`` tokens, each with the stream's ``first`` token in front.
+
+    A last short rest is left out.
 
     An item is {"input_ids": (context,) int64, "labels": (context,) int64 with -100 where the token is ``ignored``};
     the loss shifts the labels.
@@ -158,7 +163,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
                 f"data.context={context}: the text has only {len(stream)} tokens, less than one block; "
                 "give more text or a shorter context"
             )
-        self.tokens, self.context, self.ignored = stream.tokens, context, ignored
+        self.tokens, self.context, self.ignored, self.first = stream.tokens, context, ignored, stream.first
 
     def __len__(self) -> int:
         return len(self.tokens) // self.context
@@ -166,5 +171,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = index * self.context
         ids = torch.from_numpy(self.tokens[start : start + self.context].astype(np.int64))
+        if self.first is not None:
+            ids[0] = self.first
         labels = ids if self.ignored is None else ids.masked_fill(ids == self.ignored, IGNORED_LABEL)
         return {"input_ids": ids, "labels": labels}

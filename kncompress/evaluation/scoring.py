@@ -30,6 +30,8 @@ class Scoring(TypedDict, total=False):
     """Most tokens in one forward pass, one window at least. The result does not depend on it."""
     ignore: int | None
     """Token id whose positions are not scored; it stays visible as context."""
+    first: int | None
+    """Token id that every window begins with, in the place of its own first token (``first_token``)."""
     bf16: bool
     """bfloat16 autocast for the forward pass; otherwise autocast is off, whatever surrounds the call."""
     progress: Progress | None
@@ -64,6 +66,7 @@ def score_windows(
     *,
     batch_tokens: int = 8192,
     ignore: int | None = None,
+    first: int | None = None,
     bf16: bool = False,
     progress: Progress | None = None,
     rank: int = 0,
@@ -78,7 +81,7 @@ def score_windows(
         take: called once for each window that scores anything, with a float32 tensor (rows, targets). The rows are the
             negative log-likelihood of each model and, of two, KL(first || second) and whether both have the same
             likeliest token (0 or 1).
-        batch_tokens, ignore, bf16, progress, rank, world: as in ``Scoring``.
+        batch_tokens, ignore, first, bf16, progress, rank, world: as in ``Scoring``.
 
     Raises:
         UserError: the models' vocabularies differ.
@@ -89,7 +92,7 @@ def score_windows(
     with torch.inference_mode(), _evaluating(models):
         room = max(1, _LOGITS // max(map(_vocabulary, models)))
         for batch in batches(windows, min(batch_tokens, room)):
-            ids = read(tokens, batch).to(device)  # (windows, size)
+            ids = read(tokens, batch, first).to(device)  # (windows, size)
             count = batch[0].targets
             found: list[list[Tensor]] = [[] for _ in batch]
             done_targets = 0

@@ -74,9 +74,15 @@ def batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Windo
         yield batch
 
 
-def read(tokens: Tokens, windows: Sequence[Window]) -> Tensor:
-    """The windows' tokens, (windows, size) int64; the windows are of one size. Reads no more than these."""
+def read(tokens: Tokens, windows: Sequence[Window], first: int | None = None) -> Tensor:
+    """The windows' tokens, (windows, size) int64; the windows are of one size. Reads no more than these.
+
+    ``first`` stands in the place of each window's first token, which no window scores.
+    """
     rows = [tokens[window.begin : window.end] for window in windows]
-    return torch.stack(
+    ids = torch.stack(
         [row.long() if isinstance(row, Tensor) else torch.from_numpy(np.array(row, np.int64)) for row in rows]
     )
+    if first is not None:
+        ids[:, 0] = first
+    return ids

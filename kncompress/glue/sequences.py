@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
 from kncompress.glue.files import Example
 
@@ -41,8 +42,8 @@ def padding_token(tokenizer: Any, name: str) -> int:
 
 def encode(examples: Sequence[Example], tokenizer: Any, length: int) -> list[list[int]]:
     """Token ids of each example, at most ``length`` of them and at least one."""
-    bos = tokenizer.bos_token_id
-    starts = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    begin = first_token(tokenizer)
+    starts = [] if begin is None else [begin]
     between = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
     found = []
     for start in range(0, len(examples), _TEXTS_AT_ONCE):

@@ -117,6 +117,12 @@ def fit_and_score(
         made = compress_(student, maps, cast(Start, config.start), progress, None, text, config.fit, config.repair)
     stream = token_stream(config.data, "validation", tokenizer)
     score = compare(
-        model, student, stream.tokens, text.context, limit=config.validation_tokens, ignore=ignored_token(tokenizer)
+        model,
+        student,
+        stream.tokens,
+        text.context,
+        limit=config.validation_tokens,
+        ignore=ignored_token(tokenizer),
+        first=stream.first,
     )
     return made, score

@@ -58,6 +58,7 @@ class TrainingJob:
         """Student, and where there is one the teacher, on the test split; every process scores its share."""
         options: dict[str, Any] = {
             "ignore": ignored_token(self.tokenizer),
+            "first": self.test.first,
             "limit": self.test_tokens,
             "rank": trainer.global_rank,
             "world": trainer.world_size,

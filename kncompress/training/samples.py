@@ -21,6 +21,9 @@ def prompts(stream: TokenStream, settings: SamplesConfig, positions: int) -> tor
     count = min(settings.count, len(stream) // max(1, length)) if length else 0
     step = len(stream) // max(1, count)
     rows = [torch.as_tensor(stream.tokens[n * step : n * step + length].astype("int64")) for n in range(count)]
+    if stream.first is not None:
+        for row in rows:
+            row[0] = stream.first
     return torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
 
 

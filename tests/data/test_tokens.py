@@ -136,6 +136,7 @@ def test_two_processes_build_one_cache(config: DataConfig) -> None:
 def test_wide_vocabularies_take_four_bytes(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wide:
         eos_token_id = 70_000
+        bos_token_id = None
         backend_tokenizer = None
 
         def __len__(self) -> int:
