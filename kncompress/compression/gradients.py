@@ -34,7 +34,7 @@ _BACKWARD = 4
 
 
 def output_moments(
-    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None, seed: int = 0
+    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
 ) -> dict[str, Moment]:
     """{map: moment of the gradients at its outputs, E[g g^T] of (M, M)} of the ``wanted`` maps within layers.
 
@@ -46,7 +46,6 @@ def output_moments(
         text: what it reads.
         wanted: names of maps.
         work: is told of each layer.
-        seed: of the labels.
 
     Raises:
         UserError: the text has no tokens, gradients are not finite, or as of ``MomentFolder``.
@@ -57,26 +56,24 @@ def output_moments(
         return {}
     with evaluating(model):
         if text.moments is None:
-            return dict(_walked_back(model, text, sites, work, seed))
+            return dict(_walked_back(model, text, sites, work))
         folder, found = MomentFolder(text.moments, fingerprint(model, text)), {}
         device = next(model.parameters()).device
         for site in sites:
-            kept = folder.load(_file(site.name, seed), site.out_features)
+            kept = folder.load(_file(site.name), site.out_features)
             if kept is not None:
                 found[site.name] = Moment(kept.second.to(device), kept.mean.to(device), kept.count)
-        for name, moment in _walked_back(model, text, [s for s in sites if s.name not in found], work, seed):
-            folder.save(_file(name, seed), moment)
+        for name, moment in _walked_back(model, text, [s for s in sites if s.name not in found], work):
+            folder.save(_file(name), moment)
             found[name] = moment
         return found
 
 
-def _file(name: str, seed: int) -> str:
-    return f"{name}.gradient{seed or ''}"
+def _file(name: str) -> str:
+    return f"{name}.gradient"
 
 
-def _walked_back(
-    model: Any, text: CalibrationText, sites: list[Site], work: Work, seed: int
-) -> Iterator[tuple[str, Moment]]:
+def _walked_back(model: Any, text: CalibrationText, sites: list[Site], work: Work) -> Iterator[tuple[str, Moment]]:
     """(map, moment) from the last layer to the first."""
     if not sites:
         return
@@ -88,7 +85,7 @@ def _walked_back(
         work.begin("gradients: head")
         hidden = HiddenStates(model, text)
         entered = _Entered(list(layers), hidden)
-        gradients = _at_the_end(model, hidden, anatomy.family.head, seed)
+        gradients = _at_the_end(model, hidden, anatomy.family.head)
     for number in range(len(layers) - 1, first - 1, -1):
         work.begin(f"gradients: layers.{number}")
         here = [site for site in sites if site.layer == number]
@@ -126,10 +123,10 @@ class _Entered:
         return self._kept.pop()
 
 
-def _at_the_end(model: Any, hidden: HiddenStates, path: str, seed: int) -> list[Tensor]:
+def _at_the_end(model: Any, hidden: HiddenStates, path: str) -> list[Tensor]:
     """Gradient of the loss with respect to what the last layer gives, (B, T, D) of each batch."""
     norm, head = before_head(model), model.get_submodule(path)
-    generator = torch.Generator(hidden.device).manual_seed(seed)
+    generator = torch.Generator(hidden.device).manual_seed(0)
     rows = max(1, _NUMBERS // head.weight.shape[0])
 
     def of(states: Tensor) -> Tensor:

@@ -46,11 +46,6 @@ class Perplexity:
         """Perplexity by window mean; null where windows overlap."""
         return None if self.window_nll is None else _exp(self.window_nll)
 
-    @property
-    def nll_sum(self) -> float:
-        """Negative log-likelihood of all scored tokens together, in nats."""
-        return self.nll * self.tokens
-
 
 def perplexity(
     model: nn.Module,

@@ -43,7 +43,6 @@ def calibrated_embedding(
     frequencies: Tensor,
     moment: Moment | PreparedMoment | None = None,
     *,
-    head: float = 1.0,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
     history: list[float] | None = None,
@@ -57,9 +56,8 @@ def calibrated_embedding(
         shape: the factors' shape.
         frequencies: (V,), counts or shares of the tokens at the input, 0 or more. A tenth of the whole is spread
             evenly.
-        moment: of the tied head's inputs, (D, D); None: no head is tied.
-        head: weight of the head's relative error beside the look-up's: lambda is ``head`` times the ratio of the
-            two terms at E_hat = 0. 0 leaves the head out.
+        moment: of the tied head's inputs, (D, D); None: no head is tied. Both terms weigh alike: lambda is their
+            ratio at E_hat = 0.
         sweeps: most sweeps over both sides.
         tolerance: stop where a sweep lowers f by less than this share.
         history: gets sqrt(f / f(0)) at the start and after each half step.
@@ -69,7 +67,7 @@ def calibrated_embedding(
 
     Raises:
         ShapeError: ``weight`` is not (V, D), the moment not (D, D) or ``frequencies`` not (V,).
-        ValueError: a value is not finite, or a frequency or ``head`` is negative.
+        ValueError: a value is not finite, or a frequency is negative.
     """
     start = nearest_factors(weight, shape)
     unit = float(weight.abs().amax())
@@ -77,7 +75,7 @@ def calibrated_embedding(
         return start
     scaled = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) / unit
     with without_autocast(weight.device):
-        fit = _Fit(scaled, shape, frequencies, moment, head)
+        fit = _Fit(scaled, shape, frequencies, moment)
         left = (start.left.to(scaled) / unit).flatten(1)
         left, right, values = fit.run(left, start.right.to(scaled).flatten(1), sweeps, tolerance)
         left, right = canonical(left, right)
@@ -100,7 +98,6 @@ class _Fit:
         shape: KroneckerShape,
         frequencies: Tensor,
         moment: Moment | PreparedMoment | None,
-        head: float,
     ) -> None:
         self.shape = shape
         (m1, n1), (m2, n2) = shape.left, shape.right
@@ -112,17 +109,15 @@ class _Fit:
         """f of null factors."""
         self.metric: Tensor | None = None
         """lambda C."""
-        if not head >= 0:
-            raise ValueError(f"head={head}: must be 0 or more")
-        if moment is not None and head > 0:
+        if moment is not None:
             prepared = prepare(moment)
             check_moment(prepared, shape)
             matrix = prepared.matrix.to(weight)
             product = weight @ matrix
-            scale = head * self.total / float((product * weight).sum(dim=1).double().sum())
+            scale = self.total / float((product * weight).sum(dim=1).double().sum())
             self.metric = matrix * scale
             target += product.mul_(scale)
-            self.total *= 1 + head
+            self.total *= 2
             self.pairs = self.metric.view(n1, n2, n1, n2).permute(0, 2, 1, 3).reshape(n1 * n1, n2 * n2)
             if n1 == 1:
                 self.values, self.vectors = torch.linalg.eigh(self.metric.double())

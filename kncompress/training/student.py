@@ -106,18 +106,18 @@ def model_config(config: ModelConfig) -> Any:
     return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
 
 
-def second_model(path: str, verb: str, key: str = "compare") -> ModelConfig:
-    """The model that ``key`` names beside ``model``, checked to be one that predicts the next token.
+def second_model(path: str, verb: str) -> ModelConfig:
+    """The model that ``compare`` names beside ``model``, checked to be one that predicts the next token.
 
     A folder without a ``config.json`` that holds one GGUF file is read from that.
 
     Raises:
-        UserError: names ``key`` in the place of ``model.path``.
+        UserError: names ``compare`` in the place of ``model.path``.
     """
-    folder = locate(path, "config", key)
+    folder = locate(path, "config", "compare")
     files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(f"{key}={path}: has {len(files)} GGUF files; give a folder with one")
+        raise UserError(f"compare={path}: has {len(files)} GGUF files; give a folder with one")
     config = ModelConfig(path=path, gguf_file=files[0].name if files else None)
     try:
         require_causal(model_config(config), verb)
@@ -125,7 +125,7 @@ def second_model(path: str, verb: str, key: str = "compare") -> ModelConfig:
     except UserError as error:
         subject, _, reason = str(error).partition(": ")  # it names model.path, which is another model here
         reason = reason if subject.partition("=")[0] in ("model", "model.path") else str(error)
-        raise UserError(f"{key}={path}: {reason}") from error
+        raise UserError(f"compare={path}: {reason}") from error
     return config
 
 
