@@ -112,6 +112,8 @@ def settle(config: Any, folder: Path, path: str | Path) -> None:
         config.tie_word_embeddings = False
         says = "config.json says tie_word_embeddings=true, and the folder has a head of its own; kept"
         tell(f"model.path={path}: {says}")
+    if getattr(config, "sliding_window", None) == 0:  # some write 0 for none; as a window it fails in transformers
+        config.sliding_window = None
     try:
         config.max_position_embeddings = positions_of(config)  # what every verb asks
     except NotImplementedError as error:  # XLNet's config takes no number

@@ -212,3 +212,13 @@ def test_a_config_that_takes_no_number_of_positions(tmp_path):
     XLNetConfig(n_layer=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model_type=xlnet: .*no sequence length limit"):
         load_config(tmp_path)
+
+
+def test_a_sliding_window_of_nothing_is_none(tmp_path):
+    config = config_of("mistral")
+    config.sliding_window = None
+    model = random_model(config)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, sliding_window=0)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
