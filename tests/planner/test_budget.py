@@ -160,6 +160,9 @@ def test_the_spectrum_knows_error_and_weight_of_every_rank(size):
             weighted_error(weight, calibrated_factors(weight, outer(*size, rank), moment), moment), rel=1e-2, abs=1e-4
         )
         torch.testing.assert_close(spectrum.best(rank), fitted, rtol=1e-2, atol=1e-2)
+    between, (low, high) = spectrum.error(3.25), (spectrum.error(rank) for rank in (3, 4))
+    assert between**2 == pytest.approx(0.75 * low**2 + 0.25 * high**2)
+    assert spectrum.error(0) == 1 and spectrum.error(min(size)) == spectrum.error(min(size) + 5) == 0
 
 
 @pytest.mark.parametrize("size", [(24, 48), (48, 24)])
@@ -199,6 +202,14 @@ def test_candidates_are_smaller_than_the_dense_map():
         for shapes in sums(*size):
             assert len({s.parameters for s in shapes}) == len(shapes)
             assert all((s.out_features, s.in_features) == size and s.parameters < size[0] * size[1] for s in shapes)
+
+
+def test_the_kinds_of_sums_of_a_map():
+    """Those that divide it: one right factor each, terms up to a part of the dense map's numbers or full rank."""
+    terms = {shapes[0].right: [shape.terms for shape in shapes] for shapes in sums(24, 48)}
+    few = {(2, 1): [1], (1, 2): [1], (4, 1): [1, 2, 3], (1, 4): [1, 2, 3], (2, 2): [1, 2, 3]}
+    assert terms == few | {(4, 4): [1, 3, 6, 9], (2, 16): [1, 5, 8, 11]}  # 48 is not a multiple of 32
+    assert not list(sums(7, 13)) and not list(sums(4, 1))  # nothing divides it; that left factor is a row
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.floats(0, 1))
@@ -322,6 +333,7 @@ def test_the_kl_of_a_plan_follows_what_maps_were_measured_to_do_together():
 def test_few_or_odd_measurements_still_predict():
     assert table_of().predicted(0.7) == 0.7 and table_of((0.1, 0.3)).predicted(0) == 0
     assert table_of((0.1, 0.3)).predicted(0.2) == pytest.approx(0.6)  # one point: its factor
+    assert table_of((0.0, 0.3), (0.1, 0.3), (0.2, 0.0)).predicted(0.2) == pytest.approx(0.6)  # nothing is learnt from 0
     assert table_of((0.1, 0.3), (0.2, 0.3)).predicted(0.4) == pytest.approx(0.6)  # slope 0, taken as 1/2
     assert table_of((0.1, 0.1), (0.2, 0.9)).predicted(0.4) == pytest.approx(1.6)  # slope 3.2, taken as 2
 
