@@ -14,9 +14,10 @@ from types import ModuleType
 import pytest
 from test_floors import FLOORS, PACKAGE
 
+from kncompress.anatomy.families import FAMILIES
+
 ROOT = PACKAGE.parent
 DOCS = Path(__file__).parents[1] / "docs"
-ROOMS = "|".join(FLOORS)
 # The package itself; data.
 NO_ROOMS = {"__init__", "__pycache__", "assets", "conf"}
 ROOMS = sorted({entry.stem for entry in PACKAGE.iterdir() if entry.is_dir() or entry.suffix == ".py"} - NO_ROOMS)
@@ -64,9 +65,16 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     for link in (link for link in links if not link.startswith("api/")):  # made by make docs
         assert ((ROOT / page).parent / link).exists(), link
     # Without a suffix a room's name may begin the name of a metric (compression/factors).
-    named = re.findall(rf"`((?:tests|docs|experiments|kncompress)/[\w./]*|(?:{ROOMS})/(?:[\w/]+\.\w+)?)`", text)
+    named = re.findall(
+        rf"`((?:tests|docs|experiments|kncompress)/[\w./]*|(?:{'|'.join(ROOMS)})/(?:[\w/]+\.\w+)?)`", text
+    )
     for name in set(named) - {"docs/api/"}:  # made by make docs
         assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_every_family_with_a_table_is_named() -> None:
+    line = next(line for line in (DOCS / "models.md").read_text().split("\n\n") if line.startswith("Families"))
+    assert set(re.findall(r"`(\w+)`", line)) - {"compress", "inspect"} == set(FAMILIES)
 
 
 def test_readme_and_index_lead_to_every_page() -> None:
