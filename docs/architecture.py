@@ -14,9 +14,10 @@ FLOORS: list[list[tuple[str, str]]] = [
     [
         ("errors", "one line for the user"),
         ("terminal", "tables, progress"),
+        ("reading", "files, checked"),
         ("config", "every key, checked"),
-        ("hub", "an id becomes a folder"),
-        ("runs", "run folders: lock, files"),
+        ("hub", "an id: a folder"),
+        ("runs", "run folders"),
     ],
     [("kron", "shapes, products, best factors, layers: the mathematics, on torch alone")],
     [

@@ -4,12 +4,13 @@ A complete snapshot in the local cache is used without asking the network. Other
 whether the hub can be reached at all, since the hub's own client repeats a failed request for half a minute.
 """
 
-import json
 import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from kncompress.errors import UserError
+from kncompress.reading import read_fields, shown
 from kncompress.terminal import named_line
 
 PROBE_SECONDS = 4.0
@@ -32,6 +33,13 @@ _PATTERNS = {"config": CONFIG, "tokenizer": TOKENIZER, "weights": WEIGHTS}
 _INDEX = "model.safetensors.index.json"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
+
+@dataclass
+class _Index:
+    weight_map: dict[str, str]
+
+
 _answered: set[str] = set()
 
 
@@ -175,11 +183,17 @@ def missing_weights(folder: Path) -> list[str]:
         return []
     if not (folder / _INDEX).is_file():
         return ["model.safetensors"]
-    try:
-        shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return [_INDEX]
-    return sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+    return [shard for shard in shards(folder, str(folder)) if not (folder / shard).is_file()]
+
+
+def shards(folder: Path, subject: str) -> list[str]:
+    """Names of the files that the index of a model in several files has. Raises UserError where it is damaged."""
+    weights = read_fields(folder / _INDEX, _Index, subject)["weight_map"]
+    for name, file in weights.items():
+        if Path(file).name != file:
+            where = f"{subject}: {_INDEX}: weight_map.{name}"
+            raise UserError(f"{where}={shown(file)}: not the name of a file in the folder")
+    return sorted(set(weights.values()))
 
 
 def only_pickled(names: list[str]) -> bool:

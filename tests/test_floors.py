@@ -11,9 +11,9 @@ import kncompress
 
 PACKAGE = Path(kncompress.__file__).parent
 FLOORS = {
-    "errors": -1, "terminal": -1, "config": 0, "hub": 0, "runs": 0, "kron": 1, "data": 2, "distill": 2, "anatomy": 2,
-    "compression": 3, "formats": 3, "evaluation": 3, "diagnosis": 3, "training": 4, "glue": 5, "planner": 5,
-    "bench": 6, "reports": 6, "cli": 7, "commands": 8, "__main__": 9,
+    "errors": -2, "terminal": -2, "reading": -1, "config": 0, "hub": 0, "runs": 0, "kron": 1, "data": 2, "distill": 2,
+    "anatomy": 2, "compression": 3, "formats": 3, "evaluation": 3, "diagnosis": 3, "training": 4, "glue": 5,
+    "planner": 5, "bench": 6, "reports": 6, "cli": 7, "commands": 8, "__main__": 9,
 }  # fmt: skip
 # The package itself is its version, and the hook that registers the plug-in by name.
 ANYWHERE = {"kncompress"}

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from kncompress.anatomy.families import FAMILIES, Family
 from kncompress.errors import UserError
 
+LAYERS_AT_MOST, SIZE_AT_MOST = 2_000, 2**28
+"""The largest models of today have 126 layers, rows of 16,384 and 262,144 tokens."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,6 +99,24 @@ def anatomy_of(source: Any, config: Any = None) -> Anatomy:
     if has_head and not tied:
         sites.append(_end("head", family.head, sizes, family.std(config, False)))
     return Anatomy(family, {site.name: site for site in sites}, sizes["layers"], tied, has_head)
+
+
+def check_sizes(config: Any, subject: str) -> None:
+    """Raises UserError, which begins with ``subject``, for a config whose numbers make no model that could be.
+
+    A damaged or a stranger's one would take minutes to build a million layers. Families without a table pass.
+    """
+    family = FAMILIES.get(getattr(config, "model_type", None) or "")
+    if family is None:
+        return
+    try:
+        sizes = family.sizes(config)
+    except (ArithmeticError, TypeError, AttributeError) as error:
+        raise UserError(f"{subject}: its sizes make no model ({error})") from None
+    for name, size in sizes.items():
+        most = LAYERS_AT_MOST if name == "layers" else SIZE_AT_MOST
+        if type(size) is not int or not 1 <= size <= most:
+            raise UserError(f"{subject}: {name}={size}: must be a whole number from 1 to {most:,}")
 
 
 def family_of(source: Any, config: Any = None) -> Family:

@@ -17,8 +17,10 @@ from kncompress.cli.engine import Engine
 from kncompress.cli.launcher import Launcher
 from kncompress.cli.sweep_folder import result_of
 from kncompress.errors import UserError
+from kncompress.terminal import named_line
 
 TARGET = f"{__name__}.Search"
+STUDY = "study.db"
 _ASKED = 20
 """The search ends after so many trials in a row without a new job: then the space is small, or exhausted."""
 
@@ -151,15 +153,22 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
-        study = optuna.create_study(
-            storage=storage,
-            study_name="shapes",
-            directions=["minimize"] * len(self.metrics),
-            load_if_exists=True,
-        )
+        file = folder / STUDY
+        new = not file.exists()
+        try:
+            study = optuna.create_study(
+                storage=optuna.storages.RDBStorage(f"sqlite:///{file}"),
+                study_name="shapes",
+                directions=["minimize"] * len(self.metrics),
+                load_if_exists=True,
+            )
+            trials = study.trials
+        except Exception as error:  # sqlite's, SQLAlchemy's and Optuna's own, and what a flipped bit makes of a value
+            if new:
+                raise
+            raise UserError(f"run_dir={folder}: {STUDY} is damaged ({named_line(error)}); delete it") from None
         # A resumed sampler must not repeat its first proposals.
-        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials), n_startup_trials=8)
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(trials), n_startup_trials=8)
         return study
 
     def _tell(self, study: Any, folder: Path, number: int) -> None:

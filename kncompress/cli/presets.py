@@ -15,6 +15,7 @@ from kncompress.cli.schema import nearest_key, unknown_keys
 from kncompress.cli.spelling import choices_hint, nearest
 from kncompress.config import FactorsConfig, ModelConfig
 from kncompress.errors import UserError
+from kncompress.reading import read_yaml
 from kncompress.runs.config_file import literal
 from kncompress.runs.process import process_rank
 from kncompress.terminal import first_line
@@ -154,20 +155,10 @@ def read_preset(group: str, path: Path) -> dict[str, Any]:
 
     Raises UserError where it cannot be read or has an unknown key, ``${...}``, an alias, or ``_target_``.
     """
-    import yaml
     from omegaconf import OmegaConf
 
     where = f"{group}={path}"
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{where}: YAML aliases are not allowed in this file")
-        node = OmegaConf.create(text)
-        values = OmegaConf.to_container(node, resolve=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = OmegaConf.to_container(read_yaml(path, where), resolve=False)
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold keys and values, not {type(values).__name__}")
     _refuse_code(where, values)

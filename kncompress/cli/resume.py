@@ -8,8 +8,6 @@ from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from kncompress.cli.presets import existing_path, groups
 from kncompress.cli.saved_paths import with_absolute_paths
@@ -102,13 +100,12 @@ def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[
 
 
 def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
+    subject = f"resume={folder}"
+    values = read_config(folder / "config.yaml", subject)
     try:
-        values = read_config(folder / "config.yaml")
+        return plain(verb, cast(DictConfig, OmegaConf.create(literal(values))))
     except UserError as error:
-        raise UserError(f"resume={folder}: {error}") from None
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        raise UserError(f"resume={folder}: its config.yaml is damaged; start a new run") from None
-    return plain(verb, cast(DictConfig, OmegaConf.create(literal(values))))
+        raise UserError(f"{subject}: config.yaml: {error}") from None
 
 
 def _plain_of(config: RunConfig) -> dict[str, Any]:

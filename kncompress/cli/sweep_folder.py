@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from kncompress.cli.resume import differences_from_saved
 from kncompress.cli.verbs import Verb
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
+from kncompress.reading import read_json
 from kncompress.runs.lock import in_use
-from kncompress.runs.whole_file import read_object, write_text
+from kncompress.runs.stored import read_result, read_run
+from kncompress.runs.whole_file import write_text
 
 FILE = "sweep.json"
 _HARMLESS = re.compile(
@@ -36,11 +38,11 @@ class Sweep:
     """The user's words, without those of ``OWN``."""
     overrides: list[str]
     """The same in Hydra's grammar."""
-    metrics: list[str] = field(default_factory=list)
+    metrics: list[str]
     """What a search minimises; empty for a list of jobs."""
-    jobs: list[list[str]] = field(default_factory=list)
+    jobs: list[list[str]]
     """Overrides of each job in Hydra's grammar; a search adds jobs as it goes."""
-    job_words: list[list[str]] = field(default_factory=list)
+    job_words: list[list[str]]
     """The same as the user would type them."""
 
     def write(self, folder: Path) -> None:
@@ -49,19 +51,8 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep in ``folder``; None where there is none, or where the file is not one."""
-    values = read_object(folder / FILE)
-    lists = [values.get(name) for name in ("words", "overrides", "metrics")]
-    for name in ("jobs", "job_words"):
-        jobs = values.get(name)
-        lists += jobs if isinstance(jobs, list) else [None]
-    if not isinstance(values.get("verb"), str) or not all(map(_is_list_of_texts, lists)):
-        return None
-    return Sweep(**{entry.name: values[entry.name] for entry in fields(Sweep)})
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    """The sweep in ``folder``; None where there is none. Raises UserError where the file is damaged."""
+    return read_json(folder / FILE, Sweep, f"run_dir={folder}") if (folder / FILE).is_file() else None
 
 
 def refuse_code(folder: Path, sweep: Sweep) -> None:
@@ -94,9 +85,10 @@ def find_sweep(run_dir: str | None, name: str, sweep: Sweep) -> Path | None:
             raise UserError(f"run_dir={run_dir}: holds another sweep ({' '.join(found.words)}); give a new folder")
         return folder if found is not None else None
     for folder in sorted(Path("runs").absolute().glob(f"{name}-*"), reverse=True):
-        found = read_sweep(folder)
-        if found is not None and _same(found, sweep) and not in_use(folder):
-            return folder
+        with contextlib.suppress(UserError):  # a damaged one is not gone on with
+            found = read_sweep(folder)
+            if found is not None and _same(found, sweep) and not in_use(folder):
+                return folder
     return None
 
 
@@ -112,8 +104,11 @@ def changed_job(verb: Verb, folder: Path, configs: Sequence[RunConfig]) -> str |
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """``result.json`` of a job; status ``running`` where it has begun, nothing where it has not."""
-    return read_object(folder / "result.json") or ({"status": "running"} if folder.exists() else {})
+    """``result.json`` of a job; status ``running`` where it has begun, nothing where it has not.
+
+    Raises UserError where it is damaged: the job may have finished, and is not removed to be run again.
+    """
+    return read_result(folder, f"run_dir={folder}") or ({"status": "running"} if folder.exists() else {})
 
 
 def done_elsewhere(job: Path) -> bool:
@@ -134,7 +129,7 @@ def launched(verb: Verb, folder: Path, number: int, overrides: Sequence[str]) ->
     job = folder / str(number)
     words = [*overrides, f"hydra.sweep.subdir={number}"]
     if job.exists():
-        run = read_object(job / "run.json")
+        run = read_run(job, f"run_dir={job}")
         if "resume" in {entry.name for entry in fields(verb.config)} and run.get("status") in (
             "running",
             "failed",

@@ -74,7 +74,7 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
     if words_of_jobs is None:
         folder = run_folder.take(configs[0].run_dir, name)
         return _by_other_sweeper(engine, replace(job, sweep_dir=folder), [*own, *task])
-    sweep = Sweep(verb.name, not_own(line.words), not_own(task), search.metrics if search else [])
+    sweep = Sweep(verb.name, not_own(line.words), not_own(task), search.metrics if search else [], [], [])
     if search is None:
         sweep.jobs = [not_own(words) for words in words_of_jobs]
         sweep.job_words = [job.words(words) for words in sweep.jobs]

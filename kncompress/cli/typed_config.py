@@ -4,7 +4,6 @@
 All that a user can get wrong becomes one UserError of one line.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,6 +17,7 @@ from kncompress.cli.presets import preset_file
 from kncompress.cli.schema import nearest_key, unknown_keys, with_lists
 from kncompress.config import RunConfig
 from kncompress.errors import UserError
+from kncompress.runs.config_file import texts
 from kncompress.terminal import first_line
 
 C = TypeVar("C", bound=RunConfig)
@@ -44,7 +44,7 @@ def typed(config: type[C], composed: DictConfig, choices: dict[str, Any] | None 
 
 def check_homes(config: RunConfig, prose: tuple[str, ...]) -> None:
     """Raises UserError for a value, except of the keys ``prose``, that begins with ``~`` and a user who is unknown."""
-    for key, text in _strings(asdict(config)):
+    for key, text in texts(asdict(config)):
         if key.split("[")[0] not in prose:
             home(text, key)
 
@@ -63,23 +63,12 @@ def _container(node: DictConfig) -> dict[str, Any]:
 
 def _check_lookups(config: DictConfig) -> None:
     """Look up each ``${...}``, one leaf at a time, so that the message can name the key. Raises UserError."""
-    for path, text in _strings(_container(config)):
+    for path, text in texts(_container(config)):
         if "${" in text:
             try:
                 OmegaConf.select(config, path, throw_on_missing=True)
             except InterpolationResolutionError as error:
                 raise UserError(f"{path}={text}: {reason(error)}") from None
-
-
-def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _strings(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _strings(inner, f"{path}[{index}]")
-    elif isinstance(value, str):
-        yield path, value
 
 
 def reason(error: Exception) -> str:

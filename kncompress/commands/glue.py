@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from kncompress.glue.classifiers import (
 from kncompress.glue.finetuning import TaskData, answers, fine_tune, predict
 from kncompress.glue.sequences import Sequences
 from kncompress.glue.tasks import GlueTask
+from kncompress.reading import read_json
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import write_text
 from kncompress.training.divergence import NonFiniteLoss
@@ -159,8 +160,8 @@ class Suite:
                 save_model(model, folder, self.tokenizer)
                 write_text(folder / _SCORES, json.dumps(asdict(cell)) + "\n")
         if read_cell(self.run_dir, task.id, seed, "teacher") is None:
-            facts = json.loads((folder / _SCORES).read_text(encoding="utf-8")) | {"cached": cached}
-            self._finish(Cell(**facts), task, lambda: load_model(folder, "sequence-classification"))
+            scores = read_json(folder / _SCORES, Cell, f"data.cache_dir={folder}")
+            self._finish(replace(scores, cached=cached), task, lambda: load_model(folder, "sequence-classification"))
         return folder
 
     def _student(self, task: GlueTask, seed: int, who: str, base: Base, teacher: Path | None, name: str) -> None:

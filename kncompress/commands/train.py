@@ -22,6 +22,7 @@ from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
+from kncompress.reading import Number, read_json
 from kncompress.reports.logged_run import LoggedRun
 from kncompress.reports.summary import ModelScores, gap_closed, write_summary
 from kncompress.reports.wandb_content import compression_facts, log_maps, log_model, log_samples
@@ -39,7 +40,14 @@ from kncompress.training.checkpoints import (
 )
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
-from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, reload_student
+from kncompress.training.preparation import (
+    Scores,
+    StartScores,
+    TrainingJob,
+    prepare,
+    read_start_scores,
+    reload_student,
+)
 from kncompress.training.pretraining import ILKDPretraining
 from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress
@@ -48,6 +56,9 @@ from kncompress.training.samples import write_samples
 from kncompress.training.stopping import StopAtSignal
 from kncompress.training.student import model_config, require_causal
 from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning
+
+START, REPAIR = "start.json", "repair.json"
+"""What is measured before the first step, kept for a run that is resumed."""
 
 
 def check(config: TrainConfig) -> StudentPlan:
@@ -72,8 +83,15 @@ def check(config: TrainConfig) -> StudentPlan:
     if config.model.path is None:
         _check_from_scratch(config)
     if config.resume is not None and config.run_dir is not None:
-        check_checkpoint(Path(config.run_dir) / "checkpoints" / LAST)
+        _check_resumed(Path(config.run_dir))
     return plan
+
+
+def _check_resumed(folder: Path) -> None:
+    """Raises UserError where a file that the run goes on from is damaged."""
+    check_checkpoint(folder / "checkpoints" / LAST)
+    read_start_scores(folder / START)
+    _kept_repair(folder / REPAIR)
 
 
 def _check_from_scratch(config: TrainConfig) -> None:
@@ -100,7 +118,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         L.seed_everything(config.seed, verbose=False)
         job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
-            start = StartScores(job, run_dir / "start.json", lambda file, values: write_text(file, json.dumps(values)))
+            start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
             callbacks = [start, RunState(config.seed, record.wandb_id)]
             trainer = logged.trainer = _trainer(config, job, run_dir, logged.loggers, callbacks)
             repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
@@ -124,7 +142,7 @@ def _tell_start(
 ) -> dict[str, float]:
     """Keep and log what is known before the first step; returns what the repair did."""
     _keep_table(job, run_dir / COMPRESSION, write)
-    repair, maps = _repair_facts(job, run_dir / "repair.json", write), _maps(job)
+    repair, maps = _repair_facts(job, run_dir / REPAIR, write), _maps(job)
     log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
     log_maps(loggers, maps)
     return repair
@@ -166,11 +184,15 @@ def _keep_samples(
 def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:
     """What block-wise repair did, kept in ``file`` for a run that is resumed; nothing where there was none."""
     if job.compression is None or job.compression.repair is None:
-        return dict(json.loads(file.read_text())) if file.exists() else {}
+        return _kept_repair(file)
     facts = job.compression.repair.as_metrics()
     if write:
         write_text(file, json.dumps(facts))
     return facts
+
+
+def _kept_repair(file: Path) -> dict[str, float]:
+    return read_json(file, dict[str, Number], f"resume={file.parent}") if file.exists() else {}
 
 
 def _trainer(

@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -21,22 +23,40 @@ from kncompress.config import DataConfig
 from kncompress.data import sources
 from kncompress.data.progress import TokenisingProgress
 from kncompress.errors import UserError
+from kncompress.reading import SMALL, Count, checksum_text, crc32, read_json
 
 SAVE_SECONDS = 1.0
 """Seconds between two records of the state: the most work that a kill costs."""
 DOCUMENTS_AT_ONCE = 256
 CHARACTERS_AT_ONCE = 2**20
 """A batch for the tokenizer ends with the first of the two; the documents of one batch are in memory at a time."""
-_TOKENS, _STATE, _FACTS = "tokens.bin", "progress.json", "facts.json"
+TOKENS, FACTS, _STATE = "tokens.bin", "facts.json", "progress.json"
 
 
 @dataclass(frozen=True)
 class State:
     """What has been tokenised: documents of the split, their tokens, and their UTF-8 bytes."""
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+    documents: Count = 0
+    tokens: Count = 0
+    text_bytes: Count = 0
+    crc: Count = 0
+    """CRC-32 of the tokens' bytes."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """``facts.json`` of a finished cache."""
+
+    dtype: Literal["uint16", "uint32"]
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+    checksum: str
+    """Of tokens.bin, as ``reading.checksum`` makes it."""
+    text: str
+    tokenizer: str
+    """Fingerprints of what it was made of."""
 
 
 class Build:
@@ -65,7 +85,7 @@ class Build:
                 if done % DOCUMENTS_AT_ONCE == 0:
                     progress.show(done)
             progress.skipped()
-            with (self.partial / _TOKENS).open("ab") as stream:
+            with (self.partial / TOKENS).open("ab") as stream:
                 stream.truncate(state.tokens * self.dtype.itemsize)
                 state = self._append(stream, state, documents, tokenizer, config.text_format != "lines", progress)
         except UserError:
@@ -74,7 +94,9 @@ class Build:
         finally:
             progress.close()
         (self.partial / _STATE).unlink(missing_ok=True)
-        _write(self.partial / _FACTS, {"dtype": self.dtype.name, **asdict(state), **self.made_of})
+        counts = asdict(state)
+        facts = {"dtype": self.dtype.name, "checksum": checksum_text(counts.pop("crc")), **counts, **self.made_of}
+        _write(self.partial / FACTS, facts)
         self.partial.replace(self.folder)
 
     def _append(
@@ -90,12 +112,14 @@ class Build:
         try:
             for batch in batches(documents):
                 ids = encode(batch, tokenizer, end_of_text)
-                stream.write(np.concatenate(ids).astype(self.dtype).tobytes())
+                content = np.concatenate(ids).astype(self.dtype).tobytes()
+                stream.write(content)
                 # One assignment, because an exception between two would record documents without their tokens.
                 state = State(
                     state.documents + len(batch),
                     state.tokens + sum(map(len, ids)),
                     state.text_bytes + sum(len(document.encode()) for document in batch),
+                    zlib.crc32(content, state.crc),
                 )
                 if time.monotonic() - saved >= SAVE_SECONDS:
                     self._record(stream, state)
@@ -111,13 +135,15 @@ class Build:
         _write(self.partial / _STATE, asdict(state))
 
     def _recorded(self) -> State:
-        """What an earlier process left and recorded as on disk; nothing without a valid record."""
-        try:
-            state = State(**json.loads((self.partial / _STATE).read_text()))
-            if (self.partial / _TOKENS).stat().st_size >= state.tokens * self.dtype.itemsize:
-                return state
-        except (OSError, ValueError, TypeError):
-            pass
+        """What an earlier process left and recorded as on disk; nothing without a valid record, or where damaged."""
+        with suppress(UserError, OSError):
+            state = read_json(self.partial / _STATE, State, str(self.partial), SMALL)
+            with (self.partial / TOKENS).open("r+b") as stream:
+                size = state.tokens * self.dtype.itemsize
+                if os.fstat(stream.fileno()).st_size >= size:
+                    stream.truncate(size)
+                    if crc32(stream) == state.crc:
+                        return state
         return State()
 
 

@@ -19,18 +19,18 @@ from torch.utils.data import Dataset
 
 from kncompress.config import DataConfig
 from kncompress.data import sources
-from kncompress.data.build import Build
+from kncompress.data.build import FACTS, TOKENS, Build, Facts
 from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
+from kncompress.reading import SMALL, checksum, read_json
 from kncompress.runs.process import process_rank
-from kncompress.terminal import first_line
 
 IGNORED_LABEL = -100
 LONGEST_BY_DEFAULT = 2048
 """Tokens in a window or block where nobody says: models of today have 131,072 positions, too many for most machines."""
 WAIT_SECONDS = 3.0
 """A process that waits longer than this for another one's cache says so."""
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -113,25 +113,21 @@ def token_stream(config: DataConfig, split: str, tokenizer: Any) -> TokenStream:
 
 def open_stream(folder: Path, text: str, tokenizer: str) -> TokenStream:
     """A finished cache. Raises UserError where it is damaged, or not of this text and tokenizer (fingerprints)."""
-    where = f"data.cache_dir={folder}"
+    where, file = f"data.cache_dir={folder}: this token cache", folder / TOKENS
     try:
-        facts = json.loads((folder / "facts.json").read_text())
-        dtype, count = np.dtype(facts["dtype"]), int(facts["tokens"])
-        made_of = facts["text"], facts["tokenizer"]
-        size = (folder / "tokens.bin").stat().st_size
-        if size != count * dtype.itemsize:
-            raise ValueError(f"tokens.bin has {size} bytes, not {count * dtype.itemsize}")
-        stream = TokenStream(
-            np.memmap(folder / "tokens.bin", dtype, mode="r"), facts["documents"], facts["text_bytes"]
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error) if isinstance(error, ValueError) else "facts.json or tokens.bin"
-        raise UserError(f"{where}: this token cache is damaged ({reason}); delete the folder") from None
-    if made_of[1] != tokenizer:
-        raise UserError(f"{where}: this token cache was made by another tokenizer; delete the folder")
-    if made_of[0] != text:
-        raise UserError(f"{where}: this token cache was made of another text; delete the folder")
-    return stream
+        facts = read_json(folder / FACTS, Facts, f"{where} is damaged", SMALL)
+        found = checksum(file)
+    except (UserError, OSError) as error:
+        reason = f"{where} is damaged: {TOKENS} cannot be read" if isinstance(error, OSError) else str(error)
+        raise UserError(f"{reason}; delete the folder") from None
+    dtype = np.dtype(facts.dtype)
+    if found != facts.checksum or file.stat().st_size != facts.tokens * dtype.itemsize:
+        raise UserError(f"{where} is damaged: {TOKENS} is not as it was written; delete the folder")
+    if facts.tokenizer != tokenizer:
+        raise UserError(f"{where} was made by another tokenizer; delete the folder")
+    if facts.text != text:
+        raise UserError(f"{where} was made of another text; delete the folder")
+    return TokenStream(np.memmap(file, dtype, mode="r"), facts.documents, facts.text_bytes)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ logarithm of the ratio of their perplexities with its standard error.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +58,6 @@ class Comparison:
             "compare/log_ppl_ratio": self.log_ratio,
             "compare/log_ppl_ratio_error": self.log_ratio_error,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for ``from_json``."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Comparison":
-        """What ``to_json`` gave."""
-        models = {name: Perplexity(**values[name]) for name in ("teacher", "student")}
-        numbers = {field.name: values[field.name] for field in fields(cls) if field.name not in models}
-        return cls(**numbers, **models)  # type: ignore[arg-type]
 
 
 ANCHORS = (("8 bits", 0.0002, 99.2), ("5 bits", 0.005, 96.5), ("3 bits", 0.1, 86.0))

@@ -65,7 +65,10 @@ def _shapes(model: Any, maps: Mapping[str, str]) -> dict[str, Any]:
     from kncompress.kron import ShapeError, parse_shape
 
     anatomy = anatomy_of(model)
+    unknown = [name for name in maps if name not in anatomy.sites and name != "head"]  # no patterns in a saved folder
     try:
+        if unknown:
+            Plan({unknown[0]: parse_shape(maps[unknown[0]])}).resolve(anatomy)
         shapes = {name: parse_shape(text) for name, text in maps.items()}
         if not anatomy.has_head:
             shapes.pop("head", None)

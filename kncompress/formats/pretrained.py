@@ -10,7 +10,7 @@ import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
 from kncompress.anatomy.mark import factored_maps
-from kncompress.anatomy.sites import heads_agree, language_task
+from kncompress.anatomy.sites import check_sizes, heads_agree, language_task
 from kncompress.anatomy.swap import unswap_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
@@ -92,7 +92,7 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
     register()
     folder = local_folder(path, gguf_file or "weights")
     if gguf_file is not None:
-        options |= {"gguf_file": gguf_file, "config": gguf.read_config(folder, gguf_file)}
+        options |= {"gguf_file": gguf_file, "config": load_config(folder, gguf_file)}
     else:
         check_weights(folder, path)
         config = load_config(folder)
@@ -134,12 +134,15 @@ def load_config(path: str | Path, gguf_file: str | None = None) -> Any:
     register()
     folder = local_folder(path, gguf_file or "config")
     if gguf_file is not None:
-        return gguf.read_config(folder, gguf_file)
+        config = gguf.read_config(folder, gguf_file)
+        check_sizes(config, f"model.gguf_file={gguf_file}")
+        return config
     check_config(folder, path)
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class has checks of its own
         raise UserError(f"model.path={path}: no model there ({reason_of(error)})") from error
+    check_sizes(config, f"model.path={path}: config.json")
     settle(config, folder, path)
     return config
 

@@ -3,7 +3,6 @@
 Where config.json and the weights contradict each other, the weights count, because they were trained.
 """
 
-import json
 import re
 import sys
 from functools import cache
@@ -14,8 +13,8 @@ from kncompress.anatomy.families import FAMILIES
 from kncompress.anatomy.mark import METHOD
 from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
-from kncompress.hub import missing_weights, only_pickled
-from kncompress.runs.whole_file import read_object
+from kncompress.hub import missing_weights, only_pickled, shards
+from kncompress.reading import SMALL, read_json, shown
 
 ADAPTER = "adapter_config.json"
 CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -60,17 +59,15 @@ def check_config(folder: Path, path: str | Path) -> dict[str, Any]:
             f"model.path={path}: its weights are quantised ({method}); give the model that they were made of, in "
             "floating point, or save it dequantised (transformers: model.dequantize())"
         )
+    maps = quantised.get("maps", {}) if isinstance(quantised, dict) else {}
+    if not isinstance(maps, dict) or not all(isinstance(shape, str) for shape in maps.values()):
+        where = f"model.path={path}: config.json: quantization_config"
+        raise UserError(f"{where}.maps={shown(maps)}: must be names and shapes")
     return fields
 
 
 def _fields(file: Path, path: str | Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: {file.name} is not JSON ({reason_of(error)})") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"model.path={path}: {file.name} holds no fields but a {type(fields).__name__}")
-    return fields
+    return read_json(file, dict[str, Any], f"model.path={path}", SMALL)
 
 
 def check_weights(folder: Path, path: str | Path) -> None:
@@ -99,8 +96,7 @@ def _files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    names = set(read_object(index).get("weight_map", {}).values())
-    return [folder / str(name) for name in sorted(names) if (folder / str(name)).is_file()]
+    return [folder / name for name in shards(folder, f"model.path={folder}") if (folder / name).is_file()]
 
 
 def settle(config: Any, folder: Path, path: str | Path) -> None:

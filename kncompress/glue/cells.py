@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kncompress.errors import UserError
 from kncompress.glue.scores import glue_average, task_score
+from kncompress.reading import Number, read_json
 from kncompress.runs.whole_file import write_text
 from kncompress.terminal import markdown_table
 
@@ -21,7 +23,7 @@ class Cell:
     seed: int
     who: str
     """``teacher``, ``student``, ``student_ilkd``, or the same of a baseline."""
-    scores: dict[str, float]
+    scores: dict[str, Number]
     """Dev scores of the best epoch, by metric, as shares."""
     parameters: int
     """Unique ones, with the head of the task."""
@@ -55,9 +57,14 @@ def write_cell(folder: Path, cell: Cell) -> None:
 
 
 def read_cell(folder: Path, task: str, seed: int, who: str) -> Cell | None:
-    """A finished cell, or None."""
+    """A finished cell, or None. Raises UserError where the file is damaged or of another cell."""
     file = cell_file(folder, task, seed, who)
-    return Cell(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    cell = read_json(file, Cell, f"run_dir={folder}")
+    if (cell.task, cell.seed, cell.who) != (task, seed, who):
+        raise UserError(f"run_dir={folder}: {file.relative_to(folder)} is of {cell.task}, seed {cell.seed}, {cell.who}")
+    return cell
 
 
 def read_cells(folder: Path, tasks: Iterable[str], seeds: Sequence[int], whos: Sequence[str]) -> list[Cell]:

@@ -19,6 +19,7 @@ from kncompress.glue.finetuning import TaskData
 from kncompress.glue.readers import GlueSource, find_source, fingerprint, first_examples
 from kncompress.glue.sequences import Sequences, padding_token
 from kncompress.glue.tasks import GlueTask, find_tasks
+from kncompress.reading import Count, read_json
 from kncompress.training.student import factor_, load_dense, locate, model_config, require_causal, tokenizer_of
 
 _FORMAT = 1
@@ -45,6 +46,11 @@ class SuiteParts:
     students: list[Student]
     source: GlueSource
     tasks: list[GlueTask]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    layers: tuple[Count, ...] | None
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,8 @@ def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) 
         dense = load_dense(model)
         table = factor_(dense, student.plan, "nearest")
         save(dense, folder, facts, {"layers": table.layers})
-    layers = json.loads(facts.read_text())["layers"]
-    return Base(student.name, folder, None if layers is None else tuple(layers))
+    layers = read_json(facts, _Facts, f"run_dir={facts.parent.parent}").layers
+    return Base(student.name, folder, layers)
 
 
 def load_classifier(folder: Path, task: GlueTask, padding: int) -> Any:

@@ -6,7 +6,8 @@ from typing import Literal
 
 Order = Literal["right", "left"]
 
-_TEXT = re.compile(r"\s*(s\s*\*)?\s*(\d+)\s*x\s*(\d+)\s*\(x\)\s*(\d+)\s*x\s*(\d+)\s*(?:\*\s*(\d+)\s*)?", re.ASCII)
+_SIZE = r"\s*(\d{1,9})\s*"
+_TEXT = re.compile(rf"\s*(s\s*\*)?{_SIZE}x{_SIZE}\(x\){_SIZE}x{_SIZE}(?:\*{_SIZE})?", re.ASCII)
 
 
 class ShapeError(ValueError):

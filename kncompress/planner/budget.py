@@ -9,16 +9,17 @@ law.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval
 
 from kncompress.errors import UserError
 from kncompress.kron import PackedShape, Shape, parse_shape
-from kncompress.planner.candidates import Option
+from kncompress.planner.candidates import Harm, Option
 from kncompress.planner.quiet_solver import c_output_dropped
+from kncompress.reading import Count
 
-FORMAT = "kncompress harms 1"
 FASTER, FASTER_PACKED, FASTER_SINGLE, FASTER_MIXING = 1.3, 1.6, 1.9, 24
 """How many times fewer multiply-adds than the dense map a shape needs under the constraint ``speed``.
 
@@ -35,8 +36,9 @@ was slower on GPT-2 small).
 class Reference:
     """What one replaced map was measured to do."""
 
-    error: float
-    kl: float
+    error: Harm
+    kl: Annotated[float, Interval(ge=-1, le=1e6)]
+    """Of a harmless map rounding may leave it a little below 0."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class MapHarms:
     """Candidates of one map, and what was measured about it."""
 
     name: str
-    parameters: int
+    parameters: Count
     """Of the dense map, without bias."""
-    multiply_adds: int
+    multiply_adds: Count
     """Of the dense map; of a tied embedding those of the head."""
     options: tuple[Option, ...]
     references: tuple[Reference, ...]
@@ -62,9 +64,9 @@ class MapHarms:
         after = next((i for i, (known, _) in enumerate(points) if known >= x), len(points))
         if 0 < after < len(points):
             (x0, y0), (x1, y1) = points[after - 1 : after + 1]
-            return math.exp(y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-12))
+            return _exp(y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-12))
         known, kl = points[min(after, len(points) - 1)]
-        return math.exp(kl + exponent * (x - known))
+        return _exp(kl + exponent * (x - known))
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,19 @@ class HarmTable:
     model: str
     text: str
     """What the model read, in words."""
-    parameters: int
+    parameters: Count
     """Unique ones of the whole dense model."""
-    multiply_adds: int
+    multiply_adds: Count
     """Of all dense maps, per token."""
     maps: tuple[MapHarms, ...]
-    together: tuple[tuple[float, float], ...] = ()
+    together: tuple[tuple[Harm, Harm], ...] = ()
     """(sum of the harms of many maps, KL of all of them together), of a few uniform plans."""
-    exponent: float = 2.0
+    exponent: Annotated[float, Interval(ge=-100, le=100)] = 2.0
     """p of harms beyond the references of a map."""
     made_for: dict[str, Any] = field(default_factory=dict)
     """The fit and the text, as values of ``factors.made_for``."""
+    format: Literal["kncompress harms 1"] = "kncompress harms 1"
+    """Of the file."""
 
     def predicted(self, total: float) -> float:
         """KL of a plan whose harms add up to ``total``: a power law through ``together``."""
@@ -96,30 +100,29 @@ class HarmTable:
             (x0, y0), (x1, y1) = points[0], points[-1]
             slope = min(2.0, max(0.5, (y1 - y0) / max(x1 - x0, 1e-12)))
         x, y = points[0]
-        return math.exp(y + slope * (math.log(total) - x))
+        return _exp(y + slope * (math.log(total) - x))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        return {"format": FORMAT, **asdict(self)}
+        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "HarmTable":
-        """The inverse of ``as_dict``; raises KeyError, TypeError or ValueError where it is no such table."""
-        if values.get("format") != FORMAT:
-            raise ValueError("not a table of harms")
-        maps = tuple(
-            MapHarms(
-                str(row["name"]),
-                int(row["parameters"]),
-                int(row["multiply_adds"]),
-                tuple(Option(**option) for option in row["options"]),
-                tuple(Reference(**reference) for reference in row["references"]),
-            )
-            for row in values["maps"]
-        )
-        facts = {key: values[key] for key in ("model", "text", "parameters", "multiply_adds", "exponent")}
-        facts["made_for"] = dict(values.get("made_for", {}))
-        return cls(maps=maps, together=tuple((a, b) for a, b in values["together"]), **facts)
+    def check(self) -> None:
+        """Raises ValueError for an option that is not what its shape says, or a map that could not be left dense."""
+        for number, row in enumerate(self.maps):
+            for place, option in enumerate(row.options):
+                shape = None if option.shape == "keep" else parse_shape(option.shape)
+                known = row.parameters if shape is None else shape.parameters
+                if known != option.parameters or (shape and shape.dense_parameters != row.parameters):
+                    where = f"maps[{number}].options[{place}]"
+                    told = f"{row.name} as {option.shape} has {known}"
+                    raise ValueError(f"{where}.parameters={option.parameters}: {told}")
+            if all(option.shape != "keep" for option in row.options):
+                raise ValueError(f"maps[{number}].options: keep is none of them")
+
+
+def _exp(value: float) -> float:
+    """e to the ``value``, kept from overflowing."""
+    return math.exp(min(value, 600.0))
 
 
 @dataclass(frozen=True)

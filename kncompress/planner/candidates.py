@@ -9,8 +9,10 @@ there.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from kncompress.kron import (
@@ -25,7 +27,10 @@ from kncompress.kron import (
     two_sided_factors,
 )
 from kncompress.kron.dense_product import without_autocast
+from kncompress.reading import Count
 
+Harm = Annotated[float, Interval(ge=0, le=1e6)]
+"""A relative error, or nats per token; above this it is no measurement."""
 STEPS = 32
 """Ranks tried for a low-rank map; their parameters are evenly spread up to those of the dense map."""
 SIDES = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 4))
@@ -45,9 +50,9 @@ class Option:
 
     shape: str
     """Shape as in ``factors.maps``, or ``keep``."""
-    parameters: int
-    multiply_adds: int
-    error: float
+    parameters: Count
+    multiply_adds: Count
+    error: Harm
 
     @classmethod
     def of(cls, shape: Shape, error: float) -> "Option":

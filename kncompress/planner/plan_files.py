@@ -11,6 +11,7 @@ import yaml
 
 from kncompress.anatomy.sites import place_of
 from kncompress.planner.budget import BudgetPlan
+from kncompress.reading import one_line
 from kncompress.runs.whole_file import replacing, write_text
 from kncompress.terminal import text_table
 
@@ -18,26 +19,30 @@ from kncompress.terminal import text_table
 def write_plan(folder: Path, plan: BudgetPlan, command: list[str]) -> Path:
     """Write ``plan.yaml``, which ``factors=<file>`` accepts, and ``plan.json``; returns the former."""
     table = plan.table
-    lines = [
-        f"# {table.model}: {plan.parameters:,} of {table.parameters:,} unique parameters "
+    notes = [
+        f"{table.model}: {plan.parameters:,} of {table.parameters:,} unique parameters "
         f"({plan.parameters / table.parameters:.1%}), budget {plan.budget:,};",
-        f"# multiply-adds per token {plan.multiply_adds:,} of {table.multiply_adds:,} "
+        f"multiply-adds per token {plan.multiply_adds:,} of {table.multiply_adds:,} "
         f"({plan.multiply_adds / table.multiply_adds:.1%}).",
-        f"# Text: {table.text}.",
-        f"# Predicted KL {plan.kl:.4f} nats per token. After a map: its share of parameters, its KL by itself.",
-        f"# {shlex.join(command)}",
-        "# Use: python -m kncompress compress factors=<this file>",
+        f"Text: {table.text}.",
+        f"Predicted KL {plan.kl:.4f} nats per token. After a map: its share of parameters, its KL by itself.",
+        shlex.join(command),
+        "Use: python -m kncompress compress factors=<this file>",
     ]
     if table.made_for:
-        lines.append("# Fit and text, where the command says nothing else:")
-        lines += yaml.safe_dump({"made_for": table.made_for}, sort_keys=False, allow_unicode=True).splitlines()
-    lines.append("maps:")
+        notes.append("made_for: fit and text, where the command says nothing else.")
+    # A text may come from another's harm.json: within a comment it stays, in values the library quotes it.
+    text = "".join(f"# {one_line(note)}\n" for note in notes)
+    if table.made_for:
+        text += yaml.safe_dump({"made_for": table.made_for}, sort_keys=False, allow_unicode=True)
+    text += "maps:\n"
     for row in table.maps:
         chosen = plan.chosen[row.name]
+        entry = yaml.safe_dump({row.name: chosen.shape}, width=2**20, allow_unicode=True).rstrip("\n")
         note = f"  # {chosen.parameters / row.parameters:.0%}, {plan.harms[row.name]:.5f}"
-        lines.append(f"  {row.name}: {chosen.shape}" + ("" if chosen.shape == "keep" else note))
+        text += f"  {entry}{'' if chosen.shape == 'keep' else note}\n"
     file = folder / "plan.yaml"
-    write_text(file, "\n".join(lines) + "\n")
+    write_text(file, text)
     write_text(folder / "plan.json", json.dumps(plan_values(plan), indent=2) + "\n")
     return file
 

@@ -1,7 +1,6 @@
 """Measures a model's harms, spends a budget on them, and measures the plan that comes of it."""
 
 import copy
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from kncompress.evaluation import Comparison, compare
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
 from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import measure_harms
+from kncompress.reading import one_line, read_json
 from kncompress.training.student import model_config, require_causal
 from kncompress.training.trainer import takes_bf16
 
@@ -42,7 +42,8 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
     if table is not None:
         known = {row.name: row.parameters for row in table.maps}
         if known != {row.name: row.parameters for row in sizes.maps} or table.parameters != sizes.parameters:
-            raise UserError(f"harm={config.harm}: is of another model ({table.model}, {table.parameters:,} parameters)")
+            other = f"{one_line(table.model)}, {table.parameters:,} parameters"
+            raise UserError(f"harm={config.harm}: is of another model ({other})")
     if table is None or config.measures:
         check_calibration(config.data, config.calibration, fields)
     spend(table or sizes, config.budget, config.speed)
@@ -50,14 +51,16 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
 
 
 def read_harms(folder: Path) -> HarmTable:
-    """The table that an earlier run left in its folder. Raises UserError where there is none."""
-    file = folder / HARMS
+    """The table that an earlier run left in its folder. Raises UserError where there is none, or a damaged one."""
+    file, subject = folder / HARMS, f"harm={folder}"
+    if not file.is_file():
+        raise UserError(f"{subject}: has no {HARMS}; name the folder of a finished plan")
+    table = read_json(file, HarmTable, subject)
     try:
-        return HarmTable.from_dict(json.loads(file.read_text()))
-    except OSError as error:
-        raise UserError(f"harm={folder}: has no {HARMS}; name the folder of a finished plan") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"harm={folder}: {HARMS} is damaged or of another version; leave it out") from error
+        table.check()
+    except ValueError as error:
+        raise UserError(f"{subject}: {HARMS}: {error}") from error
+    return table
 
 
 def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tuple[CalibrationText, CalibrationText]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
+from kncompress.reading import read_yaml
 from kncompress.runs.whole_file import write_text
 
 _LOOKED_UP = re.compile(r"(?<!\\)(\\\\)*\$\{")
@@ -27,32 +28,36 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
     write_text(path, to_yaml(config))
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path, subject: str = "config.yaml") -> Any:
     """Return the nested dict in ``path``; empty where there is no such file.
 
     Raises:
-        UserError: a value asks for more than stands there. A saved configuration is resolved. In a stranger's one
-        ``${oc.env:...}`` would look up secrets of the environment and write them.
+        UserError: begins with ``subject``; not valid, or a value asks for more than stands there. A saved configuration
+        is resolved. In a stranger's one ``${oc.env:...}`` would look up secrets of the environment and write them.
     """
     from omegaconf import OmegaConf
 
     if not path.is_file():
         return {}
-    loaded = OmegaConf.load(path)
-    for key, text in _texts(OmegaConf.to_container(loaded, resolve=False)):
+    loaded = read_yaml(path, subject)
+    values = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(values, dict):
+        raise UserError(f"{subject}: {path.name} must hold keys and values, not {type(values).__name__}")
+    for key, text in texts(values):
         if _LOOKED_UP.search(text):
-            raise UserError(f"{path}: has {key}={text}; nothing is looked up for a saved value, so it may not hold ${{")
+            told = "nothing is looked up for a saved value, so it may not hold ${"
+            raise UserError(f"{subject}: {path.name} has {key}={text}; {told}")
     return OmegaConf.to_container(loaded, resolve=True)  # takes the escapes away
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(key, text) of every string in nested dicts and lists."""
+def texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every string in nested dicts and lists."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _texts(inner, f"{path}.{key}" if path else str(key))
+            yield from texts(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _texts(inner, f"{path}[{number}]")
+            yield from texts(inner, f"{path}[{number}]")
     elif isinstance(value, str):
         yield path, value
 

@@ -1,11 +1,19 @@
 """``metrics.csv``: one row a step, one column a metric, appended to as a run goes on."""
 
 import csv
+import re
 from collections.abc import Mapping
 from io import SEEK_END, SEEK_SET, StringIO
 from pathlib import Path
 
+from kncompress.errors import UserError
+from kncompress.reading import Bounds, read_bytes, shown
 from kncompress.runs.whole_file import write_text
+from kncompress.terminal import first_line
+
+METRICS = "metrics.csv"
+_BOUNDS = Bounds(2**30, 0)
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 class MetricsFile:
@@ -66,7 +74,39 @@ class MetricsFile:
         return lines.getvalue().encode()
 
 
-def complete_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of ``path``; what a killed process left after the last line end is no row."""
-    text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline="")))
+def complete_rows(path: Path, subject: str = "metrics.csv") -> list[dict[str, str]]:
+    """Return the rows of ``path``; what a killed process left after the last line end is no row.
+
+    Raises:
+        UserError: begins with ``subject``; a row is damaged: names its line, the column and the value.
+    """
+    content = read_bytes(path, subject, _BOUNDS)
+    where = f"{subject}: {path.name}"
+    try:
+        text = content[: content.rfind(b"\n") + 1].decode()
+        lines = csv.reader(StringIO(text, newline=""), strict=True)
+        columns = next(lines, [])
+        if columns and ("step" not in columns or len(set(columns)) < len(columns)):
+            raise UserError(f"{where}: line 1: {shown(columns)}: not names of columns, one of them step")
+        return [_row(columns, cells, f"{where}: line {lines.line_num}") for cells in lines]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: is damaged ({first_line(error)})") from None
+
+
+def _row(columns: list[str], cells: list[str], where: str) -> dict[str, str]:
+    if len(cells) != len(columns):
+        raise UserError(f"{where}: has {len(cells)} columns, not {len(columns)}")
+    row = dict(zip(columns, cells, strict=True))
+    for name, text in row.items():
+        known = _STEP.fullmatch(text) if name == "step" else text == "" or _is_number(text)
+        if not known:
+            raise UserError(f"{where}: {name}={shown(text)}: not a number")
+    return row
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,5 @@
 """What finished and unfinished runs have left in their folders, read back for a report."""
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -8,16 +7,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from kncompress.errors import UserError
+from kncompress.reading import Amount, Count, read_fields, read_json, shown
 from kncompress.runs.config_file import read_config
 from kncompress.runs.metrics_file import complete_rows
-from kncompress.runs.whole_file import read_object
+from kncompress.runs.stored import read_result, read_run
 
 _PLACES = ("hydra.", "hydra/", "run_dir=", "resume=")
 COMPRESSION, SAMPLES = "compression.json", "samples.json"
+
+
+@dataclass
+class _Row:
+    name: str
+    shape: str = ""
+    parameters: Count = 0
+    dense_parameters: Count = 0
+    multiply_adds: Count = 0
+    dense_multiply_adds: Count = 0
+    error: Amount | None = None
+    weighted: Amount | None = None
+
+
+@dataclass
+class _Table:
+    rows: list[_Row]
 
 
 @dataclass
@@ -96,8 +110,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 def _chosen(run: Run) -> list[str]:
     """The overrides of a run's command, without those that only say where it ran."""
-    words = [str(word) for word in run.record.get("command", [])[2:]]
-    return [word for word in words if "=" in word and not word.startswith(_PLACES)]
+    return [word for word in run.record.get("command", [])[2:] if "=" in word and not word.startswith(_PLACES)]
 
 
 def _short(word: str) -> str:
@@ -106,32 +119,30 @@ def _short(word: str) -> str:
 
 
 def _read(folder: Path, name: str) -> Run:
-    record = read_object(folder / "run.json")
-    result = read_object(folder / "result.json")
-    words = [str(word) for word in record.get("command", [])]
+    subject = f"runs={folder}"
+    record, result = read_run(folder, subject), read_result(folder, subject)
+    words = record.get("command", [])
     command = f"python -m kncompress {shlex.join(words[1:])}" if words else ""
     return Run(
         name,
-        str(record.get("verb", "")),
-        str(result.get("status") or record.get("status", "")),
+        record["verb"],
+        result.get("status") or record["status"],
         command,
         record,
         result.get("metrics") or {},
-        _curves(folder / "metrics.csv"),
-        read_object(folder / COMPRESSION).get("rows") or [],
-        _samples(folder / SAMPLES),
-        _text(folder / "config.yaml", str(record.get("verb", ""))),
+        _curves(folder / "metrics.csv", subject),
+        _maps(folder / COMPRESSION, subject),
+        _samples(folder / SAMPLES, subject),
+        _text(folder / "config.yaml", record["verb"], subject),
     )
 
 
-def _text(file: Path, verb: str) -> str:
+def _text(file: Path, verb: str, subject: str) -> str:
     """Source, split, tokens and window of the text that the perplexity is of, as the configuration names them."""
-    try:
-        config = read_config(file)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        return ""
-    if not isinstance(config, dict):
-        return ""
+    config = read_config(file, subject)
+    for section in ("data", "trainer"):
+        if not isinstance(config.get(section, {}), dict | None):
+            raise UserError(f"{subject}: {file.name}: {section}={shown(config[section])}: a group of keys")
     data, trainer = config.get("data") or {}, config.get("trainer") or {}
     split = {"train": "test", "plan": "validation"}.get(verb) or data.get("split", "auto")
     source = data.get(split) or data.get("source")
@@ -145,12 +156,12 @@ def _text(file: Path, verb: str) -> str:
     return f"{source}, split: {split}, tokens: {tokens}, context: {window}{stride}"
 
 
-def _samples(file: Path) -> list[dict[str, str]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+def _maps(file: Path, subject: str) -> list[dict[str, Any]]:
+    return read_fields(file, _Table, subject)["rows"] if file.is_file() else []
+
+
+def _samples(file: Path, subject: str) -> list[dict[str, str]]:
+    return read_json(file, list[dict[str, str]], subject) if file.is_file() else []
 
 
 def _pair(metrics: dict[str, Any], model: str) -> tuple[float, float] | None:
@@ -158,10 +169,10 @@ def _pair(metrics: dict[str, Any], model: str) -> tuple[float, float] | None:
     return (float(parameters), float(perplexity)) if parameters and perplexity else None
 
 
-def _curves(file: Path) -> dict[str, list[tuple[int, float]]]:
+def _curves(file: Path, subject: str) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     if file.is_file():
-        for row in complete_rows(file):
+        for row in complete_rows(file, subject):
             step = int(row.pop("step"))
             for name, text in row.items():
                 if text and math.isfinite(value := float(text)):

@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from json import dumps
 from pathlib import Path
@@ -19,7 +19,8 @@ from kncompress.runs.lock import lock
 from kncompress.runs.origin import code_commit, machine, versions
 from kncompress.runs.process import Status, outcome, peak_memory, process_rank
 from kncompress.runs.run_folder import refuse_run, unfinished_run
-from kncompress.runs.whole_file import read_object, write_text
+from kncompress.runs.stored import read_result, read_run
+from kncompress.runs.whole_file import write_text
 from kncompress.terminal import first_line, named_line
 
 
@@ -234,11 +235,18 @@ def keep_outcome(folder: Path, verb: str, outcome: Mapping[str, Any], began: boo
     file = folder / "result.json"
     if outcome["status"] != "finished" or not file.exists():
         metrics = {name: _number(name, value) for name, value in outcome.get("metrics", {}).items()}
-        result = read_object(file) or {"verb": verb, "metrics": metrics, "model": None}
+        result = _readable(read_result, folder) or {"verb": verb, "metrics": metrics, "model": None}
         _write_json(file, result | {key: value for key, value in outcome.items() if key != "metrics"})
-    run = read_object(folder / "run.json") if began else {}
+    run = _readable(read_run, folder) if began else {}
     if run and run.get("status") != outcome["status"]:
         _write_json(folder / "run.json", run | {"status": outcome["status"], "error": outcome.get("error")})
+
+
+def _readable(read: Callable[[Path, str], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """A record of this very job; one that was damaged meanwhile is written anew."""
+    with suppress(UserError):
+        return read(folder, str(folder))
+    return {}
 
 
 def _resumed(folder: Path, before: dict[str, Any], fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from kncompress.errors import UserError
 from kncompress.runs.lock import LOCK
+from kncompress.runs.metrics_file import METRICS, complete_rows
 from kncompress.runs.process import RUN_DIR, process_rank
-from kncompress.runs.whole_file import read_object
+from kncompress.runs.stored import GONE_ON_WITH, RUN, read_run
 
 TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
 """Any of these in a folder says that a run has been there."""
@@ -102,9 +103,12 @@ def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
     name = f"resume={folder}"
     if not (folder / "run.json").is_file():
         raise UserError(f"{name}: not a run folder (no run.json in it)")
-    run = read_object(folder / "run.json")
-    if not isinstance(run.get("verb"), str) or not isinstance(run.get("status"), str):
-        raise UserError(f"{name}: its run.json is damaged; start a new run")
+    run = read_run(folder, name)
+    for field in GONE_ON_WITH:
+        if field not in run:
+            raise UserError(f"{name}: {RUN}: has no {field}")
+    if (folder / METRICS).is_file():
+        complete_rows(folder / METRICS, name)
     if run["verb"] != verb:
         raise UserError(f"{name}: a run of {run['verb']}, not of {verb}")
     if run["status"] == "finished":

@@ -2,14 +2,13 @@
 
 import ctypes
 import errno
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
 @contextmanager
@@ -28,15 +27,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; nothing where the file is missing, cannot be read, or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,8 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import dataclass
-from json import loads
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kncompress.data.sources import read_split
 from kncompress.data.tokenizer import ignored_token
 from kncompress.data.tokens import TokenStream, default_context, tell_default_context, token_stream
 from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
+from kncompress.reading import read_json
 from kncompress.training.batches import BatchPlan, plan_batches
 from kncompress.training.processes import processes
 from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
@@ -118,6 +118,11 @@ def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> Trai
     return TrainingJob(models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit)
 
 
+def read_start_scores(file: Path) -> Comparison | None:
+    """What ``StartScores`` has kept, or None. Raises UserError where it is damaged."""
+    return read_json(file, Comparison, f"resume={file.parent}") if file.exists() else None
+
+
 class StartScores(Callback):
     """Scores the models before the first step, when all processes are there; ``scores`` tells the result.
 
@@ -132,15 +137,14 @@ class StartScores(Callback):
         """Score, or read what was scored before the run was interrupted."""
         if stage != "fit" or self.job.teacher is None:
             return
-        known = loads(self.file.read_text()) if trainer.is_global_zero and self.file.exists() else None
-        known = trainer.strategy.broadcast(known)
-        if known is not None:
-            self.scores = Comparison.from_json(known)
+        known = read_start_scores(self.file) if trainer.is_global_zero else None
+        self.scores = trainer.strategy.broadcast(known)
+        if self.scores is not None:
             return
         self.scores = self.job.scores(trainer)
         if trainer.is_global_zero:
             assert isinstance(self.scores, Comparison)
-            self.write(self.file, self.scores.to_json())
+            self.write(self.file, asdict(self.scores))
 
 
 def reload_student(config: TrainConfig, plan: StudentPlan, checkpoint: Path) -> Any:

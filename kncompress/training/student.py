@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from kncompress.anatomy.sites import language_task, positions_of
+from kncompress.anatomy.sites import check_sizes, language_task, positions_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.layerwise import CalibrationText
@@ -100,6 +100,7 @@ def model_config(config: ModelConfig) -> Any:
             fields = AutoConfig.for_model(kind, **values)
         except ValueError as error:
             raise UserError(f"model.architecture.model_type={kind}: {first_line(error)}") from error
+        check_sizes(fields, "model.architecture")
         fields.max_position_embeddings = positions_of(fields)
         return fields
     assert config.path is not None

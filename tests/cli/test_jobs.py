@@ -97,14 +97,23 @@ def test_log_lines_appear_once(probe, tmp_path):
     assert (tmp_path / "new" / "train.log").read_text().count("one line") == 1
 
 
-@pytest.mark.parametrize("damage", [("run.json", '{"verb": "tra'), ("run.json", "[]"), ("config.yaml", "seed: [1")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("run.json", '{"verb": "tra', "is damaged, not JSON"),
+        ("run.json", "[]", "[]: must be an object"),
+        ("config.yaml", "seed: [1", "not valid YAML"),
+        ("config.yaml", "seed: &a 1\ndata: *a", "line 2: YAML aliases are not allowed"),
+        ("metrics.csv", "step,loss\n1,2\n2,x\n", 'line 3: loss="x": not a number'),
+    ],
+)
 def test_a_damaged_run_cannot_be_resumed_and_keeps_no_other_from_it(damage, command, monkeypatch):
     monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
     assert command("train", "logger.project=flaky", "seed=1")[0] == 1
     (folder,) = Path("runs").iterdir()
     (folder / damage[0]).write_text(damage[1])
     code, _, err = command("train", f"resume={folder}")
-    assert code == 2 and f"its {damage[0]} is damaged" in err and err.count("\n") == 1
+    assert code == 2 and f"{folder}: {damage[0]}: {damage[2]}" in err and err.count("\n") == 1
     assert command("train", "logger.project=fine", "seed=1", "resume=auto")[0] == 0
 
 

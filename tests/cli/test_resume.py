@@ -51,7 +51,7 @@ def change(folder: Path, **values: str) -> None:
         (lambda run: None, "gone/away/run", "no such run folder"),
         (lambda run: (run / "run.json").unlink(), "run", "not a run folder (no run.json in it)"),
         (lambda run: (run / "config.yaml").unlink(), "run", "not a run folder (no config.yaml in it)"),
-        (lambda run: (run / "run.json").write_text('{"verb": "train"}'), "run", "its run.json is damaged"),
+        (lambda run: (run / "run.json").write_text('{"verb": "train"}'), "run", "run.json: has no status"),
         (lambda run: change(run, verb="compress"), "run", "a run of compress, not of train"),
         (lambda run: change(run, status="finished"), "run", "this run is finished"),
     ],
@@ -66,7 +66,8 @@ def test_what_is_no_unfinished_run_is_told(spoil: Callable[[Path], Any], word: s
 def test_a_configuration_that_cannot_be_read_is_told(run: Path, command: Callable[..., Any]) -> None:
     (run / "config.yaml").write_text("a: [${b")
     code, _, err = command("train", "resume=run")
-    assert code == 2 and "its config.yaml is damaged" in err and err.count("\n") == 1 and status(run) == "failed"
+    assert code == 2 and "/run: config.yaml: not valid YAML" in err and err.count("\n") == 1
+    assert status(run) == "failed"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from kncompress.__main__ import VERBS
 from kncompress.cli.sweep_folder import read_sweep
+from kncompress.errors import UserError
 
 Command = Callable[..., tuple[int, str, str]]
 SECRET = "key-that-nobody-may-see"
@@ -69,7 +70,7 @@ def test_numbers_of_a_search_and_names_of_launchers_are_taken(train: Command) ->
     assert code == 0, err
 
 
-def test_a_damaged_sweep_file_is_no_sweep(tmp_path: Path) -> None:
+def test_a_damaged_sweep_file_is_told(tmp_path: Path) -> None:
     jobs = [["seed=1"], ["seed=2"]]
     whole = {"verb": "train", "words": ["seed=1,2"], "overrides": [], "metrics": [], "jobs": jobs, "job_words": jobs}
     (tmp_path / "sweep.json").write_text(json.dumps(whole))
@@ -79,7 +80,8 @@ def test_a_damaged_sweep_file_is_no_sweep(tmp_path: Path) -> None:
     damaged += [whole | {name: value} for name in whole for value in (1, None, [1], [["seed=1"], 2], {"a": "b"})]
     for values in damaged:
         (tmp_path / "sweep.json").write_text(json.dumps(values))
-        assert read_sweep(tmp_path) is None, values
+        with pytest.raises(UserError, match=r"^run_dir=.*: sweep.json: "):
+            read_sweep(tmp_path)
 
 
 def test_nothing_is_looked_up_for_a_saved_value(train: Command) -> None:

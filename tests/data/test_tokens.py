@@ -74,11 +74,16 @@ def test_cache_is_used_until_text_or_tokenizer_change(
     [
         (lambda folder: (folder / "facts.json").write_text("{"), "damaged"),
         (lambda folder: (folder / "facts.json").unlink(), "damaged"),
+        (lambda folder: (folder / "tokens.bin").unlink(), "damaged: tokens.bin cannot be read"),
+        (lambda folder: (folder / "tokens.bin").write_bytes(b"123456"), "damaged: tokens.bin is not as it was written"),
+        (lambda folder: flip(folder / "tokens.bin"), "damaged: tokens.bin is not as it was written"),
         (
-            lambda folder: (folder / "tokens.bin").write_bytes(b"123456"),
-            r"damaged \(tokens\.bin has 6 bytes, not \d+\)",
+            lambda folder: change(folder, dtype="float16"),
+            "facts.json: dtype=.float16.: must be 'uint16' or 'uint32'",
         ),
-        (lambda folder: change(folder, dtype="uint33"), "damaged"),
+        (lambda folder: change(folder, tokens=-1), r"facts.json: tokens=-1: must be greater than or equal to 0"),
+        (lambda folder: change(folder, tokens=7), "damaged: tokens.bin is not as it was written"),
+        (lambda folder: change(folder, text_bytes="9"), r"facts.json: text_bytes=\"9\": must be a valid integer"),
         (lambda folder: change(folder, tokenizer="another"), "made by another tokenizer"),
         (lambda folder: change(folder, text="another"), "made of another text"),
     ],
@@ -91,7 +96,14 @@ def test_damaged_and_foreign_caches_are_named(config: DataConfig, tokenizer: Any
         token_stream(config, "all", tokenizer)
 
 
-def change(folder: Path, **values: str) -> None:
+def flip(file: Path) -> None:
+    """Turn one bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def change(folder: Path, **values: Any) -> None:
     facts = json.loads((folder / "facts.json").read_text())
     (folder / "facts.json").write_text(json.dumps(facts | values))
 

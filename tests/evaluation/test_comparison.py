@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from evaluation.test_perplexity import TOKENS, log_probabilities, random_model
 
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, compare, perplexity
+from kncompress.reading import parse_json
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_model_that_gives_no_numbers_is_not_hidden(teacher):
 
 def test_it_survives_json(teacher, student):
     found = compare(teacher, student, TOKENS, 16)
-    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert parse_json(json.dumps(asdict(found)).encode(), Comparison, "start.json") == found
 
 
 def test_vocabularies_that_differ(student):

@@ -1,6 +1,7 @@
 """Folders as people have them: what is stored decides, and what cannot be used is told in one line."""
 
 import json
+import time
 from importlib.resources import files
 
 import pytest
@@ -222,3 +223,41 @@ def test_a_sliding_window_of_nothing_is_none(tmp_path):
     edit_config(tmp_path, sliding_window=0)
     ids = torch.arange(20)[None]
     assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
+
+
+def plan_of(maps):
+    return {"quantization_config": {"quant_method": "kronecker", "maps": maps}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_layer": 10**6}, r"config\.json: layers=1000000: must be a whole number from 1 to 2,000"),
+        ({"n_layer": 0}, r"config\.json: layers=0: must be a whole number"),
+        ({"n_head": 0}, r"config\.json: its sizes make no model"),
+        ({"vocab_size": 10**12}, r"config\.json: vocabulary=1000000000000: must be a whole number"),
+        (plan_of([1]), r"quantization_config\.maps=\[1\]: must be"),
+        (plan_of({"a": 1}), r"maps={\"a\": 1}: must be names"),
+        (plan_of(dict.fromkeys(map(str, range(10**6)), "1x1(x)1x1")), r"config\.json has more than 4,194,304 bytes"),
+        (plan_of(dict.fromkeys(map("*{}*".format, range(60_000)), "keep")), r"quantization_config of .*"),
+    ],
+    ids=range(8),
+)
+def test_numbers_that_make_no_model_are_refused_at_once(folder, fields, words):
+    edit_config(folder, **fields)
+    since = time.process_time()
+    with pytest.raises(UserError, match=words):
+        load_model(folder)
+    assert time.process_time() - since < 3
+
+
+def test_an_index_names_files_of_the_folder_alone(folder):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for value, words in (("../part.safetensors", "not the name of a file"), (3, "must be a valid string")):
+        index.write_text(json.dumps({"weight_map": {"wte": value}}))
+        with pytest.raises(UserError, match=words):
+            load_model(folder)
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"index\.json: is damaged, not JSON"):
+        load_model(folder)

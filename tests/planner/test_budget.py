@@ -35,6 +35,7 @@ from kncompress.planner.candidates import Option, Spectrum, outer, outer_ranks, 
 from kncompress.planner.harm import HarmMeter, divergence, replaced
 from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import exponents, measure_harms
+from kncompress.reading import parse_json
 
 SETTINGS = FitConfig(sweeps=2)
 
@@ -282,7 +283,7 @@ def test_a_budget_out_of_reach_is_one_clear_line(table, budget):
 
 
 def test_a_table_survives_json(table):
-    assert HarmTable.from_dict(json.loads(json.dumps(table.as_dict()))) == table
+    assert parse_json(json.dumps(table.as_dict()).encode(), HarmTable, "harm.json") == table
 
 
 def test_an_insensitive_layer_is_compressed_most():

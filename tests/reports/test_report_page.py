@@ -119,7 +119,7 @@ def test_different_texts_are_told(folder: Path) -> None:
         ("evaluate", "data: {source: a, test: b, split: test}\nstride: 8", "b, split: test, tokens: all"),
         ("evaluate", "data: {source: a, test: b, split: auto}", "a, split: auto (test where"),
         ("plan", "data: {source: a, split: auto}\nvalidation_tokens: 64", "a, split: validation, tokens: 64"),
-        ("train", "data: {source: [a", ""),
+        ("train", "seed: 1", ""),
     ],
 )
 def test_the_text_is_the_one_that_was_scored(verb: str, config: str, text: str, folder: Path) -> None:
@@ -128,6 +128,25 @@ def test_the_text_is_the_one_that_was_scored(verb: str, config: str, text: str, 
     (run,) = read_runs([str(folder / "0")])
     assert run.text.startswith(text) and bool(run.text) == bool(text)
     assert run.text.endswith(", stride: 8") == ("stride" in config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("run.json", '{"verb": "train", "status": 1}', "run.json: status=1: must be a valid string"),
+        ("result.json", '{"status": "finished", "metrics": {"loss": "low"}}', 'result.json: metrics.loss="low": must'),
+        ("metrics.csv", "step,loss\n1,2,3\n", "metrics.csv: line 2: has 3 columns, not 2"),
+        ("compression.json", '{"rows": [{"name": "a", "error": "x"}]}', 'compression.json: rows[0].error="x": must'),
+        ("samples.json", '[{"text": 1}]', "samples.json: [0].text=1: must be a valid string"),
+        ("config.yaml", "data: {source: [a", "config.yaml: not valid YAML"),
+        ("config.yaml", "data: 7", "config.yaml: data=7: a group of keys"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: str, words: str, folder: Path) -> None:
+    (folder / "0" / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_runs([str(folder / "0")])
+    assert str(caught.value).startswith(f"runs={folder / '0'}: {words}")
 
 
 def test_reports_alone_are_no_runs(folder: Path) -> None:
