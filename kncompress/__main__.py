@@ -24,6 +24,7 @@ from kncompress.config import (
     TrainConfig,
 )
 from kncompress.errors import UserError
+from kncompress.runs.process import disk_error
 
 VERBS: dict[str, Verb] = {
     verb.name: verb
@@ -67,6 +68,9 @@ def _exit_code(words: list[str]) -> int:
         print(message(f"kncompress: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
+        if full := disk_error(error):
+            print(message(f"kncompress: {f'{error.filename}: ' if error.filename else ''}{full}"), file=sys.stderr)
+            return 1
         if error.errno != errno.ENAMETOOLONG:
             raise
         print(message(f"kncompress: {error.filename}: longer than the name of a file may be"), file=sys.stderr)

@@ -16,6 +16,8 @@ from kncompress.terminal import named_line
 PROBE_SECONDS = 4.0
 """The longest wait for an answer of the hub before it counts as out of reach."""
 
+CHECKSUMS = "kncompress-checksums.json"
+"""Of the weights in a folder that ``save_model`` has written: {file: its CRC-32}."""
 CONFIG = ("config.json",)
 TOKENIZER = (
     "config.json",
@@ -28,7 +30,7 @@ TOKENIZER = (
     "added_tokens.json",
     "chat_template.*",
 )
-WEIGHTS = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
+WEIGHTS = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", CHECKSUMS)
 _PATTERNS = {"config": CONFIG, "tokenizer": TOKENIZER, "weights": WEIGHTS}
 _INDEX = "model.safetensors.index.json"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

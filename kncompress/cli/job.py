@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
 from kncompress.runs.config_file import literal
 from kncompress.runs.lock import in_use
-from kncompress.runs.process import RUN_DIR, process_rank
+from kncompress.runs.process import RUN_DIR, disk_error, process_rank
 from kncompress.runs.process import outcome as outcome_of
 from kncompress.runs.record import keep_outcome
 from kncompress.runs.run_folder import discard, inherited
@@ -117,7 +117,11 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
             outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
     except BaseException as error:
         outcome = _failure(error)
-        if signals.received() is None and not isinstance(error, UserError | CheckFailed):
+        if full := disk_error(error):
+            resumes = any(entry.name == "resume" for entry in fields(job.verb.config))
+            again = f", then resume={folder} goes on" if resumes else ""
+            outcome |= {"error": f"run_dir={folder}: {full}; make room{again}"}
+        elif signals.received() is None and not isinstance(error, UserError | CheckFailed):
             _log_traceback(error, on_stderr=job.sweep_dir is None)
     number = signals.received()
     if number is not None:
@@ -219,6 +223,7 @@ def _one_handler() -> None:
 
     Hydra's line about the next job of a sweep would stand in the log of the job before.
     """
+    logging.raiseExceptions = False  # on a full disk every line would print a traceback
     logging.getLogger("hydra").setLevel(logging.WARNING)
     for name in _OWN_HANDLERS:
         logger = logging.getLogger(name)

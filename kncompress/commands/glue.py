@@ -33,11 +33,14 @@ from kncompress.glue.classifiers import (
     test_sets,
 )
 from kncompress.glue.finetuning import TaskData, answers, fine_tune, predict
+from kncompress.glue.readers import source_content
 from kncompress.glue.sequences import Sequences
 from kncompress.glue.tasks import GlueTask
 from kncompress.reading import read_json
 from kncompress.runs.record import RunRecord
-from kncompress.runs.whole_file import write_text
+from kncompress.runs.run_folder import check_contents
+from kncompress.runs.whole_file import remove_left_overs, write_text
+from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.student import tokenizer_of
 from kncompress.training.trainer import keep_freed_memory, quiet_lightning
@@ -49,7 +52,16 @@ _ADVICE = "finished cells are kept; try a lower optimizer.lr or fine_tuning.grad
 
 def check(config: GlueConfig) -> SuiteParts:
     """Everything that can be wrong before anything is written: data, models, factors; returns what the suite is of."""
-    return check_glue(config, _students(config))
+    parts = check_glue(config, _students(config))
+    if config.resume is not None and config.run_dir is not None:
+        check_contents(Path(config.run_dir), config, _contents(config, parts))
+    return parts
+
+
+def _contents(config: GlueConfig, parts: SuiteParts) -> dict[str, str]:
+    """Hashes of the models and files that the suite reads."""
+    models = {student.key: student.path for student in parts.students}
+    return contents(config.model, models=models) | {"data.source": source_content(parts.source, parts.tasks)}
 
 
 def run(config: GlueConfig, run_dir: Path, parts: SuiteParts) -> dict[str, float]:
@@ -57,7 +69,8 @@ def run(config: GlueConfig, run_dir: Path, parts: SuiteParts) -> dict[str, float
     quiet_lightning()
     keep_freed_memory()
     resume = config.resume is not None
-    with RunRecord.open(run_dir, "glue", asdict(config), config.seed, resume) as record:
+    read = _contents(config, parts)
+    with RunRecord.open(run_dir, "glue", asdict(config), config.seed, resume, contents=read) as record:
         suite = Suite(config, parts, run_dir)
         suite.run()
         cells = suite.cells()
@@ -156,6 +169,7 @@ class Suite:
         with FileLock(folder.with_suffix(".lock")):
             cached = (folder / _SCORES).is_file()
             if not cached:
+                remove_left_overs(folder.parent, f".{folder.name}.*")
                 model, cell = self._tune(task, seed, "teacher", self.teacher, None, name)
                 save_model(model, folder, self.tokenizer)
                 write_text(folder / _SCORES, json.dumps(asdict(cell)) + "\n")

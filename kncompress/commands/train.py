@@ -27,7 +27,9 @@ from kncompress.reports.logged_run import LoggedRun
 from kncompress.reports.summary import ModelScores, gap_closed, write_summary
 from kncompress.reports.wandb_content import compression_facts, log_maps, log_model, log_samples
 from kncompress.runs.past_runs import COMPRESSION, SAMPLES
+from kncompress.runs.process import process_rank
 from kncompress.runs.record import RunRecord
+from kncompress.runs.run_folder import check_contents
 from kncompress.runs.whole_file import write_text
 from kncompress.training.batches import blocks_of_a_step
 from kncompress.training.checkpoints import (
@@ -37,7 +39,9 @@ from kncompress.training.checkpoints import (
     WholeFileCheckpointIO,
     check_checkpoint,
     checkpoint_callbacks,
+    read_checkpoint,
 )
+from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
 from kncompress.training.preparation import (
@@ -83,12 +87,13 @@ def check(config: TrainConfig) -> StudentPlan:
     if config.model.path is None:
         _check_from_scratch(config)
     if config.resume is not None and config.run_dir is not None:
-        _check_resumed(Path(config.run_dir))
+        _check_resumed(config, Path(config.run_dir))
     return plan
 
 
-def _check_resumed(folder: Path) -> None:
-    """Raises UserError where a file that the run goes on from is damaged."""
+def _check_resumed(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError where a file that the run goes on from is damaged, or what it reads has changed."""
+    check_contents(folder, config, contents(config.model, config.data))
     check_checkpoint(folder / "checkpoints" / LAST)
     read_start_scores(folder / START)
     _kept_repair(folder / REPAIR)
@@ -114,7 +119,10 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
     """Train in ``run_dir``; returns the metrics that ``result.json`` holds. Every process of the run calls it."""
     quiet_lightning()
     keep_freed_memory()
-    with RunRecord.open(run_dir, "train", asdict(config), config.seed, config.resume is not None) as record:
+    read = contents(config.model, config.data) if process_rank() == 0 else None
+    with RunRecord.open(
+        run_dir, "train", asdict(config), config.seed, config.resume is not None, contents=read
+    ) as record:
         L.seed_everything(config.seed, verbose=False)
         job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
@@ -225,6 +233,8 @@ def fit(config: TrainConfig, plan: StudentPlan, job: TrainingJob, run_dir: Path,
     folder = run_dir / "checkpoints"
     resumed = folder / LAST if (folder / LAST).exists() else None
     trainer.fit(module, job.data, ckpt_path=resumed, weights_only=True)
+    # A run that is resumed at its end makes no step, and what follows would be logged under the last step but one.
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     tokens_per_second = float(trainer.callback_metrics.get("train/tokens_per_second", math.nan))
     best = folder / BEST if config.trainer.keep == "best" and (folder / BEST).exists() else None
     if config.trainer.strategy == "fsdp":
@@ -242,8 +252,7 @@ def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, be
     last = trainer.validate(module, job.data, verbose=False)[0]["validation/loss"]
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     if any(score is not None and float(score) < last for score in scores):
-        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(read_checkpoint(best)["state_dict"])
 
 
 def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[str, float], dict[str, ModelScores]]:

@@ -7,6 +7,8 @@ devices without it), results float32. Maps that share an input share its moment.
 
 import hashlib
 import os
+import time
+import zlib
 from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -24,10 +26,13 @@ from kncompress.compression.work import Work, layer_cost, moment_cost
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.dense_product import without_autocast
+from kncompress.reading import checksum_text
 from kncompress.runs.whole_file import give_usual_mode
 from kncompress.terminal import first_line
 
-_FORMAT = "kncompress moment 1"
+_FORMAT = "kncompress moment 2"
+_STALE = 3600.0
+"""Seconds after which a temporary file is a killed process's: another may be writing into the same folder."""
 _VARYING = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Fields of a config that do not change what a model computes."""
 
@@ -162,6 +167,13 @@ def fingerprint(model: Any, text: CalibrationText) -> str:
     return digest.hexdigest()
 
 
+def _checksum(moment: Moment) -> str:
+    value = zlib.crc32(f"{moment.count}|{moment.second.dtype}|{moment.mean.dtype}".encode())
+    for tensor in (moment.second, moment.mean):
+        value = zlib.crc32(tensor.numpy().data, value)
+    return checksum_text(value)
+
+
 class MomentFolder:
     """Moments on disk, one safetensors file an input, each written whole and marked with its ``fingerprint``.
 
@@ -193,6 +205,8 @@ class MomentFolder:
                 if facts.get("format") != _FORMAT:
                     raise ValueError("not written by kncompress")
                 moment = Moment(file.get_tensor("second"), file.get_tensor("mean"), int(facts["count"]))
+            if facts.get("checksum") != _checksum(moment):
+                raise ValueError("not as it was written")
             if moment.second.shape != (size, size) or moment.mean.shape != (size,):
                 raise ValueError(f"not of {size} inputs")
             if not (torch.isfinite(moment.second).all() and torch.isfinite(moment.mean).all()):
@@ -209,14 +223,18 @@ class MomentFolder:
         Raises:
             UserError: the folder cannot be written.
         """
+        moment = Moment(moment.second.cpu().contiguous(), moment.mean.cpu().contiguous(), moment.count)
         facts = {"format": _FORMAT, "fingerprint": self.fingerprint, "input": name, "count": str(moment.count)}
+        facts["checksum"] = _checksum(moment)
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f".{path.name}.*.tmp"):
+                if time.time() - stale.stat().st_mtime > _STALE:
+                    stale.unlink(missing_ok=True)  # of a process that was killed
             try:
-                tensors = {"second": moment.second.cpu().contiguous(), "mean": moment.mean.cpu().contiguous()}
-                save_file(tensors, temporary, facts)
+                save_file({"second": moment.second, "mean": moment.mean}, temporary, facts)
                 give_usual_mode(temporary)
                 temporary.replace(path)
             finally:

@@ -16,7 +16,7 @@ from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text
 from kncompress.formats.plugin import check_keys, register
-from kncompress.formats.stored import check_config, check_weights, reason_of, settle
+from kncompress.formats.stored import check_config, check_weights, reason_of, settle, write_checksums
 from kncompress.formats.verified import check_finite, check_folder
 from kncompress.hub import local_folder
 from kncompress.runs.whole_file import filling
@@ -67,6 +67,7 @@ def save_model(
             model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        write_checksums(fresh)
         check_folder(model, fresh, load_model)
         (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
     return folder

@@ -3,6 +3,7 @@
 Where config.json and the weights contradict each other, the weights count, because they were trained.
 """
 
+import json
 import re
 import sys
 from functools import cache
@@ -13,8 +14,8 @@ from kncompress.anatomy.families import FAMILIES
 from kncompress.anatomy.mark import METHOD
 from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
-from kncompress.hub import missing_weights, only_pickled, shards
-from kncompress.reading import SMALL, read_json, shown
+from kncompress.hub import CHECKSUMS, missing_weights, only_pickled, shards
+from kncompress.reading import SMALL, checksum, read_json, shown
 
 ADAPTER = "adapter_config.json"
 CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -71,7 +72,8 @@ def _fields(file: Path, path: str | Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, path: str | Path) -> None:
-    """Reads the header of each safetensors file, which also tells its length. Raises UserError."""
+    """Reads the header of each safetensors file, which also tells its length, and where we have written the folder the
+    checksums. Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
     missing = missing_weights(folder)
@@ -89,6 +91,20 @@ def check_weights(folder: Path, path: str | Path) -> None:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"model.path={path}: {file.name} is damaged ({reason_of(error)})") from error
+    if (folder / CHECKSUMS).is_file():
+        known = read_json(folder / CHECKSUMS, dict[str, str], f"model.path={path}", SMALL)
+        for file in _files(folder):
+            if known.get(file.name, checksum(file)) != checksum(file):
+                raise UserError(
+                    f"model.path={path}: {file.name} is not as it was written, it is damaged or another's; "
+                    f"if you have changed it yourself, remove {CHECKSUMS}"
+                )
+
+
+def write_checksums(folder: Path) -> None:
+    """Write a file that tells ``check_weights`` what the weights of this folder are, and them alone."""
+    sums = {file.name: checksum(file) for file in sorted(folder.glob("*.safetensors"))}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,12 +2,13 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from kncompress.data.files import content_hash
 from kncompress.data.rows import HUB, RowSource, hub_source
 from kncompress.errors import UserError
 from kncompress.glue.files import Example, parse_label, read_examples
@@ -103,6 +104,14 @@ class FolderSource:
         if not file.is_file():
             raise UserError(f"data.source={self.name}: no file {task.folder}/{name} in it")
         return file
+
+
+def source_content(source: GlueSource, tasks: Sequence[GlueTask]) -> str:
+    """Changes with the files of these tasks; the same for what is published, or carried by a package."""
+    if not isinstance(source, FolderSource):
+        return source.name
+    files = [file for task in tasks for file in sorted((source.folder / task.folder).glob("*.tsv"))]
+    return hashlib.sha256("|".join(f"{file.name}:{content_hash(file)}" for file in files).encode()).hexdigest()
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,8 @@
 """What a process is and how it ends: its rank among others, its status and exit code."""
 
+import errno
 import os
+import re
 import sys
 from typing import Literal
 
@@ -62,6 +64,28 @@ def peak_memory() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+_IN_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors tells the number of an error."""
+
+
+def disk_error(error: BaseException | None) -> str | None:
+    """What the system says of a disk that takes no more, where that is behind ``error``; None: it is something else.
+
+    torch puts an error of its own on top of it, whose text says nothing.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := _IN_RUST.search(str(error))):
+            number = int(found[1])
+        if number in _DISK:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def outcome(error: BaseException | None) -> tuple[Status, int]:

@@ -20,7 +20,7 @@ from kncompress.runs.origin import code_commit, machine, versions
 from kncompress.runs.process import Status, outcome, peak_memory, process_rank
 from kncompress.runs.run_folder import refuse_run, unfinished_run
 from kncompress.runs.stored import read_result, read_run
-from kncompress.runs.whole_file import write_text
+from kncompress.runs.whole_file import remove_left_overs, write_text
 from kncompress.terminal import first_line, named_line
 
 
@@ -51,6 +51,7 @@ class RunRecord:
         seed: int,
         resume: bool = False,
         rank: int | None = None,
+        contents: Mapping[str, str] | None = None,
     ) -> "RunRecord":
         """Claim ``folder`` for a run, made if absent, and write its ``config.yaml`` and ``run.json``.
 
@@ -60,13 +61,15 @@ class RunRecord:
             resume: go on with the unfinished run in ``folder``. Its W&B id, start and seconds so far are
                 kept; configuration values that differ from the earlier ones are noted under ``resumes``.
             rank: rank of this process; None: from the environment.
+            contents: {key of the configuration: hash of the content that it names}, kept in ``run.json`` for
+                ``run_folder.check_contents``.
 
         Raises:
             UserError: ``folder`` holds another run, or with ``resume`` none that could go on; or another
                 process is at work in it.
         """
         folder = Path(folder).absolute()
-        fields: dict[str, Any] = _new_fields(verb, seed)
+        fields: dict[str, Any] = _new_fields(verb, seed) | {"contents": dict(contents or {})}
         if (process_rank() if rank is None else rank) != 0:
             return cls(folder, fields, None)
         if resume:
@@ -76,6 +79,7 @@ class RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
         taken = lock(folder, "resume" if resume else "run_dir")
         try:
+            remove_left_overs(folder)
             # Another process may have come and gone between the first look and the lock.
             if resume:
                 fields = _resumed(folder, unfinished_run(folder, verb), fields, config)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
     if run["status"] == "finished":
         raise UserError(f"{name}: this run is finished; name the folder of an unfinished run")
     return run
+
+
+def check_contents(folder: Path, config: Any, contents: Mapping[str, str]) -> None:
+    """Raises UserError where the run in ``folder`` has read another model, tokenizer or text than is there now.
+
+    Args:
+        config: of the run, for the values that the error names.
+        contents: {key of the configuration: hash of the content that it names}, as ``run.json`` has them.
+    """
+    for key, content in read_run(folder, f"resume={folder}").get("contents", {}).items():
+        if contents.get(key, content) != content:
+            value = config
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+            told = "is not what the run began with, its content has changed; put it back, or start a new run"
+            raise UserError(f"resume={folder}: {key}={value}: {told}")
 
 
 def killed_at_the_start(folder: Path, verb: str) -> bool:

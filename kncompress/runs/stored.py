@@ -30,7 +30,7 @@ class _Run:
     wandb_group: str | None = None
     wandb_tags: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -3,6 +3,8 @@
 import ctypes
 import errno
 import os
+import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +37,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+_LEFT_OVER = re.compile(r"\..+\.\d+\.tmp|\..+\.part-[a-z0-9_]{8}|\.(onnx\.|moments-)[a-z0-9_]{8}")
+"""Names of the temporary files and folders of ``replacing``, ``filling``, ``export`` and ``plan``."""
+
+
+def remove_left_overs(folder: Path, pattern: str = "**/.*") -> None:
+    """Remove what killed processes have left half-written in a folder that this process has the lock of."""
+    for path in list(folder.glob(pattern)):
+        if _LEFT_OVER.fullmatch(path.name) and not path.is_symlink():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name at one stroke, once the block has ended well.
@@ -42,7 +58,7 @@ def filling(folder: Path) -> Iterator[Path]:
     A folder that has the name already is exchanged for it, so that at every moment one of the two is there whole. What
     is in the new one is on the disk before, with the mode that the umask gives new files.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.part-", dir=folder.parent) as parent:
         fresh = Path(parent) / folder.name
         fresh.mkdir()
         yield fresh

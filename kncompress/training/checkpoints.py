@@ -1,12 +1,15 @@
 """Checkpoints of a run: ``last.ckpt`` and ``best.ckpt``, written whole, read without unpickling."""
 
 import math
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -18,6 +21,7 @@ from kncompress.errors import UserError
 from kncompress.runs.whole_file import replacing
 from kncompress.terminal import first_line
 
+_PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch", "global_step")
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 
@@ -41,15 +45,40 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
         Raises UserError where the file is cut short or otherwise damaged.
         """
-        with _named(Path(path)):
-            return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, place: Any = "cpu") -> dict[str, Any]:
+    """The tensors and plain values of a checkpoint. Raises UserError where the file is damaged."""
+    with _named(path):
+        facts = path.stat()
+        _check_sums(path, facts.st_size, facts.st_mtime_ns)
+        values = torch.load(path, map_location=place, weights_only=True)
+        missing = [name for name in _PARTS if not isinstance(values, dict) or name not in values]
+        if missing:
+            raise ValueError(f"has no {missing[0]}")
+        return cast(dict[str, Any], values)
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises UserError where ``path`` exists and cannot be read; reads little more than its index."""
+    """Raises UserError where ``path`` exists and cannot be read, or is not as it was written."""
     if path.exists():
-        with _named(path):
-            torch.load(path, map_location="meta", weights_only=True)
+        read_checkpoint(path, "meta")
+
+
+@lru_cache(maxsize=8)
+def _check_sums(path: Path, size: int, modified: int) -> None:
+    """Raises ValueError where a part of the zip archive, as which torch writes, has not the CRC-32 that it says.
+
+    Once a process for each state of the file: torch writes these sums and does not look at them when it reads.
+    """
+    try:
+        with ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+        raise ValueError(first_line(error)) from error
+    if wrong is not None:
+        raise ValueError(f"{wrong} is not as it was written")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from kncompress.compression.compress import CompressionTable, unique_parameters
@@ -20,6 +19,7 @@ from kncompress.data.tokens import TokenStream, default_context, tell_default_co
 from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
 from kncompress.reading import read_json
 from kncompress.training.batches import BatchPlan, plan_batches
+from kncompress.training.checkpoints import read_checkpoint
 from kncompress.training.processes import processes
 from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
 
@@ -150,7 +150,7 @@ class StartScores(Callback):
 def reload_student(config: TrainConfig, plan: StudentPlan, checkpoint: Path) -> Any:
     """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
     student = _models(config, plan, "random", repair=False).student  # its factors are replaced by the checkpoint's
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(checkpoint)["state_dict"]
     weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
     student.load_state_dict(weights)
     return student
