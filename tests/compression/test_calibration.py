@@ -188,7 +188,7 @@ def test_fingerprint_is_of_what_counts(tiny, text):
     assert fingerprint(twin, CalibrationText(text.tokens.copy(), 16, batch_tokens=1)) == fingerprint(tiny, text)
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "shape", "nan"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "shape", "nan"])
 def test_damaged_moments_are_refused(tiny, text, tmp_path, damage):
     from safetensors.torch import save_file
 
@@ -197,6 +197,10 @@ def test_damaged_moments_are_refused(tiny, text, tmp_path, damage):
     file = tmp_path / f"{name}.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-50] ^= 1
+        file.write_bytes(content)
     elif damage == "foreign":
         save_file({"second": moment.second, "mean": moment.mean}, file)
     elif damage == "shape":

@@ -31,6 +31,7 @@ from kncompress.compression.compress import compress_, unique_parameters
 from kncompress.compression.inspection import predict
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_config, load_model, save_model, to_dense
+from kncompress.hub import CHECKSUMS
 from kncompress.kron import parse_shape
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,25 @@ def edit_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [9, 200, -1])
+def test_a_flipped_bit_of_our_weights_is_told_and_other_files_may_be_edited(folder, place):
+    before = load_model(folder)
+    for name in ("config.json", "README.md"):
+        with (folder / name).open("a") as file:
+            file.write("\n")
+    assert torch.equal(load_model(folder).lm_head.weight, before.lm_head.weight)
+    flip(folder / "model.safetensors", place)
+    with pytest.raises(UserError, match=r"model\.path=.*model: model\.safetensors is (not as it was written|damaged)"):
+        load_model(folder)
 
 
 def run_python(code, *arguments):
