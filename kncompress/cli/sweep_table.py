@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from kncompress.cli.sweep_folder import Sweep, read_sweep, result_of
+from kncompress.reports.figures import pareto_front
 from kncompress.runs.whole_file import write_text
 from kncompress.terminal import markdown_table, text_table
 
@@ -73,18 +74,16 @@ def _cells(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[
 
 
 def _mark_front(rows: list[dict[str, Any]], sweep: Sweep) -> None:
-    """Set ``front``. A job is beaten by one that is nowhere worse and somewhere better."""
-    values: dict[int, list[Any]] = {}
+    """Set ``front`` of a search's jobs."""
+    values: dict[int, tuple[Any, ...]] = {}
     for row in rows if sweep.metrics else []:
-        found = [row.get(name) for name in sweep.metrics]
+        found = tuple(row.get(name) for name in sweep.metrics)
         row["front"] = ""
         if row["status"] == "finished" and all(isinstance(value, int | float) for value in found):
             values[row["job"]] = found
-    for job, mine in values.items():
-        beaten = any(
-            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in values.values()
-        )
-        rows[job]["front"] = "" if beaten else "yes"
+    jobs = list(values)
+    for index in pareto_front(list(values.values())):
+        rows[jobs[index]]["front"] = "yes"
 
 
 def _varied(jobs: Sequence[Sequence[str]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from kncompress.cli.presets import GROUPS_WITH_PATHS, defaults_of, groups, options
 from kncompress.cli.schema import keys
 from kncompress.cli.verbs import Verb
+from kncompress.config import ModelRunConfig
 
 _PLACES = {"model": " | folder | file | hub id", "factors": " | YAML file"}
 
@@ -50,7 +51,9 @@ def verb_help(verb: Verb) -> str:
 
 
 def _examples(verb: Verb, defaults: Mapping[str, str]) -> list[str]:
-    found = ["model=./my-model run_dir=runs/first"]
+    found = [f"{'model=./my-model ' if issubclass(verb.config, ModelRunConfig) else ''}run_dir=runs/first"]
+    if verb.name == "report":
+        found = ["runs=[runs/first,runs/second]"]
     if "factors" in defaults:
         found += ["factors='./my plan.yaml'", "-m factors=kngpt2,kronypt_81m"]
         found.append("-m factors.mlp.right=[1,2],[2,1] factors.mlp.terms=1,2")

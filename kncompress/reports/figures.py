@@ -12,12 +12,12 @@ _NAMED = 12
 """Most runs whose names are written beside their points."""
 
 
-def pareto_front(points: Points) -> list[int]:
-    """Indices of the points on the Pareto front, by rising first value: no other point is as good in both values and
+def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Indices of the points on the Pareto front, by rising first value: no other point is as good in all values and
     better in one."""
 
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
+    def beaten(point: tuple[float, ...]) -> bool:
+        return any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points)
 
     return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: points[i])
 

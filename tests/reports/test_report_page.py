@@ -163,6 +163,7 @@ def test_the_page_loads_nothing(folder: Path) -> None:
 
 def test_front_keeps_equal_points_and_drops_beaten_ones() -> None:
     assert pareto_front([(2, 2), (1, 3), (2, 2), (2, 3), (3, 1)]) == [1, 0, 2, 4]
+    assert pareto_front([(1, 2, 3), (1, 2, 4), (0, 3, 4)]) == [2, 0]
 
 
 @pytest.mark.parametrize(("make", "message"), [(False, "no such folder"), (True, "no run in it")])
