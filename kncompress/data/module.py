@@ -55,11 +55,7 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.context, self.seed = config, tokenizer, context, seed
-        self.micro_batch, self.step_blocks, self.validation_blocks = (
-            micro_batch,
-            step_blocks,
-            validation_blocks,
-        )
+        self.micro_batch, self.step_blocks, self.validation_blocks = micro_batch, step_blocks, validation_blocks
         self.consumed = 0
 
     def blocks(self, split: str) -> Blocks:

@@ -18,6 +18,7 @@ def test_every_block_is_counted_once_and_all_ranks_have_as_many(count: int, rank
     shares = [Share(blocks, count, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {math.ceil(count / ranks)}
     items = [item for share in shares for item in share]
+    assert len(items) == sum(map(len, shares))
     counted = torch.cat([item["labels"] for item in items])
     assert sorted(counted[counted != IGNORED_LABEL].tolist()) == tokens.tolist()
     assert all(item["input_ids"].shape == (context,) for item in items)

@@ -227,6 +227,7 @@ def test_datamodule_resumes_where_the_steps_ended(config: DataConfig, tokenizer:
 
     batches = [b["input_ids"] for b in itertools.islice(module().train_dataloader(), 8)]
     resumed = module()
+    assert resumed.state_dict() == {"consumed": 0}
     resumed.load_state_dict(json.loads(json.dumps({"consumed": 3 * 2})))
     assert torch.equal(next(iter(resumed.train_dataloader()))["input_ids"], batches[6])
 
