@@ -33,6 +33,13 @@ def named_line(error: BaseException) -> str:
     return name if line == name else f"{name}: {line}"
 
 
+def clock(seconds: float) -> str:
+    """Return ``3:20`` or ``1:02:03`` for a number of seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str, ruled: bool = False) -> "Table":
     """Aligned columns, of which no cell is cut or broken.
 

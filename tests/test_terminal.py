@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from kncompress import terminal
-from kncompress.terminal import Progress, first_line, markdown_table, named_line, plain, show, table, text_table
+from kncompress.terminal import Progress, clock, first_line, markdown_table, named_line, plain, show, table, text_table
 
 HEAD, ROWS = ("map", "parameters"), [("layers.0.mlp.up [2x1]", "1,024"), ("head", "38,597,376"), ("a|b",)]
 
@@ -81,3 +81,11 @@ def test_a_terminal_has_one_bar_and_is_given_back(monkeypatch, kept):
     assert "fitting [q]" in text and "half [s]" in text and text.count("said") == 1
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # cursor hidden, cursor back
     assert text.endswith("half [s]\n\x1b[?25h") == kept
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0:00"), (200, "3:20"), (59.7, "1:00"), (3723, "1:02:03"), (360000, "100:00:00")],
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text

@@ -4,7 +4,7 @@ import time
 from typing import TextIO
 
 from kncompress.data.sources import Reading
-from kncompress.terminal import Progress
+from kncompress.terminal import Progress, clock
 
 _MEGABYTE = 1e6
 
@@ -37,7 +37,5 @@ class TokenisingProgress:
         rate = (self.reading.done - self._skipped) / _MEGABYTE / max(time.monotonic() - self._began, 1e-9)
         parts = [f"{self._part():.0%}", f"{done:,.0f} of {total:,.0f} MB", f"{documents:,} documents"]
         if rate > 0:
-            minutes, seconds = divmod(round((total - done) / rate), 60)
-            hours, minutes = divmod(minutes, 60)
-            parts += [f"{rate:.1f} MB/s", f"{hours}:{minutes:02}:{seconds:02} left"]
+            parts += [f"{rate:.1f} MB/s", f"{clock((total - done) / rate)} left"]
         return "  ".join(parts)

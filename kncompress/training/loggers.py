@@ -20,13 +20,7 @@ from kncompress.runs.record import RunRecord
 from kncompress.terminal import first_line
 
 # W&B also knows "dryrun", an old name of "offline", and "shared".
-MODES = {
-    "offline": "offline",
-    "dryrun": "offline",
-    "online": "online",
-    "shared": "shared",
-    "disabled": "disabled",
-}
+MODES = {"offline": "offline", "dryrun": "offline", "online": "online", "shared": "shared", "disabled": "disabled"}
 
 
 class CsvLogger(Logger):

@@ -7,19 +7,12 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from kncompress.terminal import Progress
+from kncompress.terminal import Progress, clock
 
 SHARE = 0.05
 """Part of the steps after which a plain line is due."""
 SECONDS = 30.0
 """Time after which a plain line is due, whatever the share."""
-
-
-def clock(seconds: float) -> str:
-    """Return ``3:20`` or ``1:02:03`` for a number of seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class TrainingProgress(ProgressBar):
@@ -102,10 +95,6 @@ class TrainingProgress(ProgressBar):
         self._progress.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self._progress.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the terminal as it was."""
         self._progress.close()
 

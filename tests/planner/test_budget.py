@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import config_of, random_model
 
-from kncompress.anatomy.plan import plan_from_config
+from kncompress.anatomy.plan import Plan, plan_from_config
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import dense_weight, module_at
 from kncompress.compression.compress import compress_, unique_parameters
+from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.config import FactorsConfig, FitConfig
 from kncompress.errors import UserError
@@ -250,6 +251,13 @@ def test_the_sizes_are_known_without_weights(llama, table):
     for known, row in zip(sizes.maps, table.maps, strict=True):
         costs = {option.shape: (option.parameters, option.multiply_adds) for option in row.options}
         assert {o.shape: (o.parameters, o.multiply_adds) for o in known.options}.items() <= costs.items()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
+def test_a_head_of_its_own_is_counted_once(kind):
+    config = config_of(kind)
+    dense = predict(config, Plan())
+    assert unmeasured_table(anatomy_of(config), 9).multiply_adds == dense.multiply_adds_before
 
 
 def test_speed_allows_only_shapes_that_are_faster(table):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kncompress.training import progress
-from kncompress.training.progress import TrainingProgress, clock
+from kncompress.training.progress import TrainingProgress
 
 
 class Terminal(io.StringIO):
@@ -122,11 +122,3 @@ def test_error_gives_the_terminal_back(fit, linear_task):
         run(fit, task, 10, stream)
     text = stream.getvalue()
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # cursor hidden, cursor back
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0:00"), (200, "3:20"), (59.7, "1:00"), (3723, "1:02:03"), (360000, "100:00:00")],
-)
-def test_clock(seconds, text):
-    assert clock(seconds) == text
