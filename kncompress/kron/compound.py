@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kncompress.kron.shape import KroneckerShape, ShapeError
+from kncompress.kron.shape import FactoredShape, KroneckerShape, ShapeError
 
 _PACKED = re.compile(r"\s*p\s*\*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class HybridShape:
+class HybridShape(FactoredShape):
     """Several Kronecker sums of different factor shapes, added up; a map of (M, N) = (out, in).
 
     Prints as ``576x1(x)1x1536*8 + 288x1536(x)2x1`` and parses the same text.
@@ -58,38 +58,18 @@ class HybridShape:
         return self.parts
 
     @property
-    def out_features(self) -> int:
-        """M."""
-        return self.parts[0].out_features
-
-    @property
-    def in_features(self) -> int:
-        """N."""
-        return self.parts[0].in_features
-
-    @property
     def parameters(self) -> int:
         """Numbers in all factors of all parts."""
         return sum(part.parameters for part in self.parts)
-
-    @property
-    def dense_parameters(self) -> int:
-        """Numbers in the dense map: M N."""
-        return self.parts[0].dense_parameters
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one input vector, each part in its cheaper order."""
         return sum(part.multiply_adds for part in self.parts)
 
-    @property
-    def dense_multiply_adds(self) -> int:
-        """Multiply-adds of the dense map for one input vector: M N."""
-        return self.parts[0].dense_multiply_adds
-
 
 @dataclass(frozen=True)
-class PackedShape:
+class PackedShape(FactoredShape):
     """Outer products, a map of (M, N) = (out, in) and rank R, in R (M + N) - R^2 numbers instead of R (M + N).
 
     A low-rank map: R pivot rows are kept as they are, and each other row is a combination of them (PIFA: arXiv
@@ -146,16 +126,6 @@ class PackedShape:
         return self.outer.terms
 
     @property
-    def out_features(self) -> int:
-        """M."""
-        return self.outer.out_features
-
-    @property
-    def in_features(self) -> int:
-        """N."""
-        return self.outer.in_features
-
-    @property
     def side(self) -> Literal["out", "in"]:
         """Whether the pivots are rows (outputs) or columns (inputs)."""
         return "out" if self.out_features <= self.in_features else "in"
@@ -166,19 +136,9 @@ class PackedShape:
         return self.outer.parameters - self.rank**2
 
     @property
-    def dense_parameters(self) -> int:
-        """Numbers in the dense map: M N."""
-        return self.outer.dense_parameters
-
-    @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one input vector: R (M + N) - R^2; the pivots cost none."""
         return self.parameters
-
-    @property
-    def dense_multiply_adds(self) -> int:
-        """Multiply-adds of the dense map for one input vector: M N."""
-        return self.outer.dense_multiply_adds
 
 
 Shape = KroneckerShape | HybridShape | PackedShape

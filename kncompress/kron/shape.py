@@ -51,8 +51,37 @@ def _pair(name: str, value: object) -> tuple[int, int]:
     return value[0], value[1]
 
 
+class FactoredShape:
+    """What shapes of every kind have: the sizes of the dense map (M, N) in whose place the factors stand."""
+
+    @property
+    def sums(self) -> tuple["KroneckerShape", ...]:
+        """Kronecker sums whose factors a fit has to find."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """M."""
+        return self.sums[0].out_features
+
+    @property
+    def in_features(self) -> int:
+        """N."""
+        return self.sums[0].in_features
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the dense map: M N."""
+        return self.out_features * self.in_features
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        """Multiply-adds of the dense map for one input vector: M N."""
+        return self.out_features * self.in_features
+
+
 @dataclass(frozen=True)
-class KroneckerShape:
+class KroneckerShape(FactoredShape):
     """Shape of ``sum_r s_r left[r] (x) right[r]``, a map of (M, N) = (m1 m2, n1 n2) = (out, in).
 
     Prints as ``768x768(x)4x1*2`` (left, right, terms; a single term is left out) and parses the same text; with
@@ -136,11 +165,6 @@ class KroneckerShape:
         return self.terms * (self.left[0] * self.left[1] + self.right[0] * self.right[1] + self.scalars)
 
     @property
-    def dense_parameters(self) -> int:
-        """Numbers in the dense map: M N."""
-        return self.out_features * self.in_features
-
-    @property
     def order(self) -> Order:
         """Which factors are applied first: fewer multiply-adds, then fewer numbers written."""
         return cheaper_order(self.left, self.right, self.terms)
@@ -149,8 +173,3 @@ class KroneckerShape:
     def multiply_adds(self) -> int:
         """Multiply-adds for one input vector, in the cheaper order. Scalars cost none: a factor takes them first."""
         return product_cost(self.left, self.right, self.terms, self.order)[0]
-
-    @property
-    def dense_multiply_adds(self) -> int:
-        """Multiply-adds of the dense map for one input vector: M N."""
-        return self.out_features * self.in_features
