@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kncompress.kron.alternating import Problem, alternate
 from kncompress.kron.dense_product import without_autocast
-from kncompress.kron.gauge import canonical
+from kncompress.kron.gauge import in_gauge
 from kncompress.kron.moments import Moment, PreparedMoment, prepare, weighted_error
 from kncompress.kron.nearest import Factors, check_weight, nearest_factors
 from kncompress.kron.shape import KroneckerShape, ShapeError
@@ -93,7 +93,7 @@ def calibrated_factors(
                 if closed
                 else _alternated(scaled, unit, shape, prepared, first(), sweeps, tolerance)
             )
-            result = _in_gauge(fitted, unit)
+            result = in_gauge(fitted, unit)
         if history is not None:
             history.extend(max(0.0, error) ** 0.5 for error in errors)
         doubtful = errors[-1] < _CLOSE or (len(errors) > 1 and errors[0] - errors[-1] < _CLOSE * errors[-1])
@@ -115,13 +115,6 @@ def _alternated(
     matrix = (moment.matrix / moment.size).to(weight)
     begin = Factors(start.left / unit, start.right)
     return alternate(Problem.of(weight, shape, matrix), begin, sweeps, tolerance)
-
-
-def _in_gauge(fitted: Factors, unit: float) -> Factors:
-    """``unit`` times the sum, in the gauge of nearest factors."""
-    left, right = canonical(fitted.left.flatten(1), fitted.right.flatten(1))
-    root = unit**0.5
-    return Factors((left * root).view_as(fitted.left), (right * root).view_as(fitted.right))
 
 
 def check_moment(moment: PreparedMoment, shape: KroneckerShape) -> None:

@@ -67,6 +67,13 @@ def canonical(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * sign, right * sign
 
 
+def in_gauge(factors: Factors, unit: float = 1.0) -> Factors:
+    """``unit`` times the sum, in the gauge of nearest factors (``canonical``)."""
+    left, right = canonical(factors.left.flatten(1), factors.right.flatten(1))
+    root = unit**0.5
+    return Factors((left * root).view_as(factors.left), (right * root).view_as(factors.right))
+
+
 def _rotated(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
     """(orthonormal basis (R, small), image (R, large)) of the same sum, images orthogonal and largest first."""
     basis, image = orthonormal(small, large)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kncompress.kron.calibrated import SWEEPS, TOLERANCE, calibrated_factors
 from kncompress.kron.dense_product import without_autocast
-from kncompress.kron.gauge import canonical
+from kncompress.kron.gauge import in_gauge
 from kncompress.kron.moments import Moment, PreparedMoment, as_parts, formed_rows
 from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.routes import kronecker_weight
@@ -95,13 +95,9 @@ def two_sided_factors(
 
 def _turned_back(factors: Factors, upper: Tensor, right: bool) -> Factors:
     """The sum whose product with ``upper`` from the left is that of ``factors``; upper acts on one side's rows."""
-    left_, right_ = factors
     if right:
-        right_ = _solved(upper, right_)
-    else:
-        left_ = _solved(upper, left_)
-    left, rights = canonical(left_.flatten(1), right_.flatten(1))
-    return Factors(left.view_as(left_), rights.view_as(right_))
+        return in_gauge(Factors(factors.left, _solved(upper, factors.right)))
+    return in_gauge(Factors(_solved(upper, factors.left), factors.right))
 
 
 def _solved(upper: Tensor, factors: Tensor) -> Tensor:
@@ -144,9 +140,7 @@ def _alternated(
             break
     if history is not None:
         history.extend((value / problem.total) ** 0.5 if problem.total > 0 else 0.0 for value in errors)
-    root = unit**0.5
-    flat_left, flat_right = canonical(left.flatten(1), right.flatten(1))
-    return Factors((flat_left * root).view_as(left), (flat_right * root).view_as(right))
+    return in_gauge(Factors(left, right), unit)
 
 
 def _separated(
