@@ -6,7 +6,6 @@ then each value, by the fields of a dataclass. What is wrong is a UserError with
 
 import json
 import math
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,8 +176,8 @@ def _check_yaml(text: str, subject: str, bounds: Bounds) -> None:
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks and other characters that are not printed: for a comment of a YAML file."""
-    return " ".join(re.sub(r"\s+", " ", "".join(char if char.isprintable() else " " for char in text)).split())
+    """``text`` without line breaks and other characters that are not printed, for a message or a comment."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def checksum(file: Path) -> str:

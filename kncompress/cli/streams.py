@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from kncompress.reading import one_line
+
 _LINES = 2
 _LONGEST = 1000
 """Characters of a message where there is no terminal: a log keeps what a person would not read."""
@@ -63,8 +65,11 @@ def open_pipes() -> Iterator[None]:
 
 
 def message(text: str) -> str:
-    """``text`` as one line, its middle left out where it would take more than two lines of the terminal."""
-    text = " ".join(text.split())
+    """``text`` as one line, its middle left out where it would take more than two lines of the terminal.
+
+    It may come from a stranger's file: what is not printed, such as the codes that move a terminal's cursor, is dropped.
+    """
+    text = one_line(text)
     room = _LINES * shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else _LONGEST
     if len(text) <= room:
         return text

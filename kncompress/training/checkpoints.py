@@ -85,7 +85,7 @@ def _check_sums(path: Path, size: int, modified: int) -> None:
 def _named(path: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = first_line(error)
         if isinstance(error, UnpicklingError):
             reason = "not tensors and plain values alone"
