@@ -43,7 +43,7 @@ JSON = Bounds(64 * 2**20, 2_000_000)
 """Records, metrics, tables of every map: the harms of a model of 300 maps are 2 MB."""
 SMALL = Bounds(4 * 2**20, 100_000)
 """A model's config.json, which transformers reads once more, and what is kept beside tokens."""
-YAML = Bounds(2**20, 20_000)
+YAML = Bounds(2**20, 8_000)
 """Plans and saved configurations, which are parsed in Python and copied several times: 700 maps are 1,400 values."""
 _DEEPEST = 32
 """Lists and maps inside each other, of YAML; the parser of JSON has a bound of its own, 200."""

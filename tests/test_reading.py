@@ -108,7 +108,7 @@ BOMBS: dict[str, Callable[[], str]] = {
     "YAML tags are not allowed": lambda: "a: !!python/object/apply:os.system [ls]",
     "more than 32 lists and maps inside each other": lambda: "a: " + "[" * 20_000,
     "line 41: more than 32 lists": lambda: "".join(f"{' ' * i}a:\n" for i in range(60)).replace("a:", "a:", 1),
-    "more than 20,000 values": lambda: "a: [" + "1, " * 300_000 + "1]",
+    "more than 8,000 values": lambda: "a: [" + "1, " * 300_000 + "1]",
     "has more than 1,048,576 bytes": lambda: "maps:\n" + "".join(f"  m{i}: keep\n" for i in range(200_000)),
     "not valid YAML": lambda: "a: [1",
     "not valid YAML: Exceeds the limit": lambda: "a: " + "1" * 5000,

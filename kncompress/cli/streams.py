@@ -67,7 +67,7 @@ def open_pipes() -> Iterator[None]:
 def message(text: str) -> str:
     """``text`` as one line, its middle left out where it would take more than two lines of the terminal.
 
-    It may come from a stranger's file: what is not printed, such as the codes that move a terminal's cursor, is dropped.
+    It may come from a stranger's file: what is not printed, such as codes that move the cursor, is dropped.
     """
     text = one_line(text)
     room = _LINES * shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else _LONGEST
