@@ -26,7 +26,7 @@ _PATHS = (
 )
 _WRITTEN = ("data.cache_dir", "calibration.moments", "run_dir")
 """Paths that need not exist yet; the others may be hub ids and the like, which stay."""
-_WORDS = ("sample", "hub", "all")
+_WORDS = ("sample", "model", "hub", "all")
 """Values that are no paths, whatever lies in the folder."""
 
 

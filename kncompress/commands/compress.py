@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from kncompress.compression.own_text import with_own_text
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import CompressConfig
@@ -35,15 +36,16 @@ def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, f
         text = None
         if config.needs_text:
             model, tokenizer = load_teacher(config.model)
-            text = calibration_text(config.data, config.calibration, model.config, tokenizer)
+            data = with_own_text(config.data, model, tokenizer)
+            text = calibration_text(data, config.calibration, model.config, tokenizer)
         else:
             model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
         began = time.perf_counter()
         with fit_progress() as progress:
             table = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress))
         seconds = time.perf_counter() - began
-        data = config.data.source if text is not None else None
-        facts = CardFacts(config.model.path, data, {"seconds/fit": seconds})
+        read = config.data.source if text is not None else None
+        facts = CardFacts(config.model.path, read, {"seconds/fit": seconds})
         folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype), facts)
         write_text(run_dir / "compression.json", table.as_json())
         write_text(run_dir / "compression.txt", table.text() + "\n")

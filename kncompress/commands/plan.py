@@ -3,12 +3,13 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from kncompress.compression.own_text import with_own_text
 from kncompress.config import PlanConfig
 from kncompress.evaluation import Comparison
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
@@ -43,7 +44,8 @@ def _plan(
     model: Any = None
     if table is None or config.measures:
         model, tokenizer = load_teacher(config.model)
-        text, harm_text = texts(config, model.config, tokenizer, moments)
+        read = replace(config, data=with_own_text(config.data, model, tokenizer))
+        text, harm_text = texts(read, model.config, tokenizer, moments)
     if table is None:
         table = measure(config, model, text, harm_text)
     write_text(run_dir / HARMS, json.dumps(table.as_dict()) + "\n")
@@ -56,7 +58,7 @@ def _plan(
     _print_totals(plan)
     metrics = _metrics(plan)
     if config.measures:
-        compressed, score = fit_and_score(config, model, tokenizer, text, plan)
+        compressed, score = fit_and_score(read, model, tokenizer, text, plan)
         assert compressed.parameters_after == plan.parameters
         metrics |= _scores(score)
         print(

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
-from kncompress.data.sources import sources_of
+from kncompress.data.sources import sources_of, without_own
 from kncompress.data.tokens import default_context
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
@@ -72,7 +72,7 @@ def check(config: TrainConfig) -> StudentPlan:
     """
     for key in ("source", "validation", "test"):
         if getattr(config.data, key) is not None:
-            sources_of(config.data, key)
+            sources_of(without_own(config.data), key)
     fields = model_config(config.model)
     require_causal(fields, "train")
     positions = fields.max_position_embeddings

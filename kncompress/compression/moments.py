@@ -161,7 +161,14 @@ def fingerprint(model: Any, text: CalibrationText) -> str:
     digest.update(f"{text.context}|{sorted(fields.items())}".encode())
     digest.update(np.ascontiguousarray(text.tokens, dtype=np.int64).tobytes())
     digest.update(b"" if text.first is None else f"first {text.first}".encode())
-    for name, weight in sorted(model.base_model.state_dict().items()):
+    digest.update(weights_digest(model.base_model).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Hash of all weights and buffers: names, types, shapes, values."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
         digest.update(f"|{name}:{weight.dtype}:{list(weight.shape)}|".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

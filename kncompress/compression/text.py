@@ -10,7 +10,7 @@ from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.work import Progress as FitProgress
 from kncompress.config import CalibrationConfig, DataConfig
 from kncompress.data.pieces import spread_tokens
-from kncompress.data.sources import sources_of
+from kncompress.data.sources import sources_of, without_own
 from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
 from kncompress.terminal import Progress
@@ -24,7 +24,7 @@ def check_calibration(data: DataConfig, calibration: CalibrationConfig, fields: 
 
     Raises UserError.
     """
-    sources_of(data)
+    sources_of(without_own(data))
     _context(data, calibration, fields)
 
 

@@ -29,13 +29,33 @@ class ModelConfig:
 
 
 @dataclass
+class OwnTextConfig:
+    """``data.source=model``: documents drawn from the model's own distribution, and kept in the cache."""
+
+    tokens: int = 32768
+    """Tokens drawn, or a few more."""
+    length: int = 512
+    """Most tokens of a document."""
+    temperature: float = 1.0
+    """1: as the model thinks; lower: likelier words, less variety."""
+    batch: int = 16
+    """Documents drawn at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "length", "temperature", "batch"):
+            check_positive(f"data.own.{name}", getattr(self, name))
+
+
+@dataclass
 class DataConfig:
     """Text, and how it becomes token blocks."""
 
     source: Any = "sample"
     """``sample``; a file of text or of rows (jsonl, json, csv, tsv, parquet, arrow), perhaps packed (gz, bz2, xz), or a
     folder of such files, hidden ones left out; ``hub:ID``, ``hub:ID:CONFIGURATION`` for a data set of the Hugging Face
-    hub with its own splits; or a list of these."""
+    hub with its own splits; ``model``: what the model itself writes (``compress``, ``plan``, ``train``); or a list of
+    these."""
+    own: OwnTextConfig = field(default_factory=OwnTextConfig)
     validation: Any = None
     """Source of the validation split; null: part of ``source``, split by document."""
     test: Any = None

@@ -23,6 +23,10 @@ CUT = 100_000
 """Characters after which a plain document of a large source ends at the next paragraph."""
 
 
+OWN = "model"
+"""An entry of ``data.source``: the text that the model itself writes (``compression.own_text``)."""
+
+
 @dataclass
 class Reading:
     """How far a text has been read: characters, of about ``total``."""
@@ -162,10 +166,21 @@ def find_sources(value: Any, key: str, text_format: str = "auto", column: str | 
     Raises UserError naming ``key`` where a file is missing or no text, a folder has no text, a data set of the hub is
     neither in the cache nor within reach, or the list is empty.
     """
-    entries = [value] if isinstance(value, str) else list(value)
-    if not entries:
+    named = entries(value)
+    if not named:
         raise UserError(f"{key}=[]: give `sample`, a text file, a folder of text files, hub:ID, or a list of these")
-    return [_find(str(entry), key, text_format, column) for entry in entries]
+    return [_find(name, key, text_format, column) for name in named]
+
+
+def entries(value: Any) -> list[str]:
+    """The names in ``data.source`` or the like."""
+    return [value] if isinstance(value, str) else [str(entry) for entry in value]
+
+
+def without_own(config: DataConfig) -> DataConfig:
+    """``config`` without the model's own text, which is there when the model is; the sample where nothing is left."""
+    named = entries(config.source)
+    return replace(config, source=[name for name in named if name != OWN] or "sample") if OWN in named else config
 
 
 def sources_of(config: DataConfig, name: str = "source") -> list[Source]:
@@ -185,6 +200,8 @@ def _find(entry: str, key: str, text_format: str, column: str | None) -> Source:
         if Path(entry).exists():
             tell(f"{key}=sample: the package's sample text; the folder or file of that name here is ./sample")
         return FileSource("sample", key)
+    if entry == OWN:
+        raise UserError(f"{key}=model: the model's own text is for data.source of compress, plan and train")
     if entry.startswith(HUB):
         return hub_source(entry, key, text_format, column)
     path = Path(entry).expanduser()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kncompress.config import DataConfig, ModelConfig
 from kncompress.data.files import content_hash
-from kncompress.data.sources import sources_of
+from kncompress.data.sources import sources_of, without_own
 from kncompress.data.tokenizer import load_tokenizer
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.training.student import locate, tokenizer_if_any
@@ -33,7 +33,8 @@ def contents(
         found["model.tokenizer"] = tokenizer_fingerprint(tokenizer)
     for key in ("source", "validation", "test"):
         if data is not None and getattr(data, key) is not None:
-            found[f"data.{key}"] = _hash([source.fingerprint() for source in sources_of(data, key)])
+            sources = sources_of(without_own(data), key)  # what the model writes is decided by the model
+            found[f"data.{key}"] = _hash([source.fingerprint() for source in sources])
     return found
 
 

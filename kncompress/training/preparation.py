@@ -9,9 +9,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from kncompress.compression.compress import CompressionTable, unique_parameters
+from kncompress.compression.own_text import with_own_text
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, fit_progress
-from kncompress.config import TrainConfig
+from kncompress.config import DataConfig, TrainConfig
 from kncompress.data.module import TextDataModule
 from kncompress.data.sources import read_split
 from kncompress.data.tokenizer import ignored_token
@@ -75,22 +76,23 @@ class _Models:
     teacher: Any | None
     student: Any
     tokenizer: Any
+    data: DataConfig
     compression: CompressionTable | None = None
 
 
 def _models(config: TrainConfig, plan: StudentPlan, start: str, repair: bool) -> _Models:
-    """Teacher and student; a model from scratch has no teacher."""
+    """Teacher and student, and what they read; a model from scratch has no teacher."""
     if config.model.path is None:
         student, tokenizer = new_model(config.model, read_split(config.data, "train"))
-        return _Models(None, student, tokenizer)
+        return _Models(None, student, tokenizer, config.data)
     teacher, tokenizer = load_teacher(config.model)
-    text = None
+    data, text = with_own_text(config.data, teacher, tokenizer), None
     if start != "random" and (config.needs_text if repair else config.start_reads_text):
-        text = calibration_text(config.data, config.calibration, teacher.config, tokenizer)
+        text = calibration_text(data, config.calibration, teacher.config, tokenizer)
     with fit_progress() as progress:
         fit = FitOptions(text, config.fit, config.repair if repair else None, progress)
         student, table = make_student(teacher, plan, start, fit)
-    return _Models(teacher, student, tokenizer, table)
+    return _Models(teacher, student, tokenizer, data, table)
 
 
 def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> TrainingJob:
@@ -108,12 +110,12 @@ def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> Trai
         tell_default_context("data.context", positions)
     limit = config.trainer.validation_tokens
     data = TextDataModule(
-        config.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None
+        models.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None
     )
     batches = plan_batches(config.trainer, context, len(data.blocks("train")), processes(config.trainer))
     data.micro_batch, data.step_blocks = batches.micro_batch, batches.step_blocks
     data.blocks("validation")
-    test = token_stream(config.data, "test", tokenizer)
+    test = token_stream(models.data, "test", tokenizer)
     limit = config.trainer.test_tokens
     return TrainingJob(models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit)
 
