@@ -79,6 +79,16 @@ def test_each_term_alone(name, form, mask):
     assert loss.total.item() == pytest.approx(3 * value.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_both_terms_on_the_logits_keep_to_the_mask(mask):
+    """Computed together or not."""
+    student, teacher = outputs(0), outputs(1)
+    config = ObjectiveConfig(logits=2.0, cross_entropy=0.5, temperature=2.0)
+    loss = Objective(config)(student, teacher, LABELS, mask)
+    for name in ("logits", "cross_entropy"):
+        assert loss.terms[name].item() == pytest.approx(expected(name, student, teacher, config, mask).item(), rel=1e-6)
+
+
 def test_total_is_the_weighted_sum_and_terms_are_detached():
     weights = {name: 0.5 + i for i, name in enumerate(ObjectiveConfig.TERMS)}
     loss = Objective(ObjectiveConfig(**weights))(outputs(0, grad=True), outputs(1), LABELS)

@@ -31,6 +31,7 @@ from kncompress.kron import (
     two_sided_factors,
     weighted_error,
 )
+from kncompress.planner import candidates
 from kncompress.planner.budget import HarmTable, MapHarms, Reference, advantage, knapsack, spend
 from kncompress.planner.candidates import Option, Spectrum, outer, outer_ranks, packed, packed_rank, ranks, sums
 from kncompress.planner.harm import HarmMeter, divergence, replaced
@@ -148,6 +149,24 @@ def test_a_replaced_map_harms_as_the_whole_model_says(model_of_kind, name):
     whole = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(dense, changed, strict=True)) / 80
     assert found == pytest.approx(whole, rel=1e-3)
     assert meter.kl({name: own_weight(model_of_kind, site)}) == pytest.approx(0, abs=1e-9)
+
+
+def test_harm_behind_capped_logits():
+    """gemma2 bends its logits by tanh."""
+    test_a_replaced_map_harms_as_the_whole_model_says(random_model(config_of("gemma2")), "layers.1.mlp.down")
+
+
+def test_screening_keeps_a_lean_kind_beside_the_best(monkeypatch):
+    ratios = {(4, 4): 0.5, (4, 1): 0.8, (2, 1): 0.9, (1, 2): 0.98}  # the last is within the margin
+    monkeypatch.setattr(
+        candidates, "_against", lambda weight, shapes, *_: ratios.get(getattr(shapes[0], "right", None), 1.5)
+    )
+    moment = PreparedMoment(Moment(torch.eye(48), torch.zeros(48), 100))
+    assert [kind[0].right for kind in candidates.screened(torch.randn(24, 48), moment)] == [(4, 4), (4, 1)]
+    del ratios[4, 4]
+    assert [kind[0].right for kind in candidates.screened(torch.randn(24, 48), moment)] == [(4, 1)]
+    ratios.clear()
+    assert candidates.screened(torch.randn(24, 48), moment) == []
 
 
 @pytest.mark.parametrize("size", [(24, 48), (48, 24)])
