@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class CheckFailed(Exception):
-    """A check of a verb's own result said no, and no input is wrong: one line that says what, exit code 1."""
+    """A verb's own result failed its check, though no input is wrong: one line that says what, exit code 1."""

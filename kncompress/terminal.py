@@ -28,7 +28,7 @@ def first_line(error: object) -> str:
 
 
 def named_line(error: BaseException) -> str:
-    """The same after the name of its class: ``ValueError: no such shape``."""
+    """The first line after the name of the error's class: ``ValueError: no such shape``."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
 
@@ -78,7 +78,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -
 
 
 def show(*parts: "RenderableType", console: "Console | None" = None) -> None:
-    """Print on ``console`` (standard output). What is too wide for it goes on in the next line; no figure is cut."""
+    """Print on ``console`` (standard output). What is too wide for the terminal wraps; no figure is cut."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -104,7 +104,7 @@ class Progress:
 
     Args:
         label: what goes on, before the bar or the line.
-        total: of what ``show`` is told; None: not known.
+        total: what ``done`` of ``show`` reaches at the end; None: not known.
         quiet: seconds that pass before a bar comes.
         lines: seconds between two lines where there is no terminal.
         kept: the bar stays on the terminal when it is done.
@@ -127,7 +127,7 @@ class Progress:
         self._bar: Bar | None = None
 
     def begin(self, total: float | None) -> None:
-        """Work of this total begins now."""
+        """Begin work of this total."""
         self.total, self._shown = total, time.monotonic()
 
     @property
@@ -187,7 +187,7 @@ class Progress:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what is told (done, total) of things called ``what``; a bar on a terminal, nothing elsewhere."""
+    """Yields ``tell(done, total)``, which shows how many of ``what`` are done; on a terminal alone."""
     with Progress(what, None, lines=float("inf")) as progress:
 
         def tell(done: int, total: int) -> None:

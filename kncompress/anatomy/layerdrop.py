@@ -81,7 +81,7 @@ def keep_layers_(model: Any, layers: Sequence[int]) -> None:
 
 @torch.no_grad()
 def _scale_queries(model: Any, layers: Sequence[int]) -> None:
-    """Where a GPT-2 divides its attention scores by the layer's number, move the change of number into the queries.
+    """Scale the queries of layers whose number changes, where a GPT-2 divides its attention scores by that number.
 
     (``scale_attn_by_inverse_layer_idx``, counted from 1.) A model loaded from a folder divides by the new number.
     """

@@ -1,4 +1,4 @@
-"""Embeddings whose rows are multiplied as they are looked up, but not where a head tied to them reads them: Gemma's."""
+"""Gemma's embeddings: rows are multiplied by a number as they are looked up; a head tied to the table is not."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def embedding_like(old: Any, shape: KroneckerShape) -> KroneckerEmbedding:
     """The empty factored embedding, on the meta device, that takes the place of ``old``.
 
     Raises:
-        UserError: nobody knows what ``old`` does to the rows that it looks up.
+        UserError: ``old`` does something else to the rows that it looks up.
     """
     padding_idx = getattr(old, "padding_idx", None)
     if hasattr(old, _SCALE):

@@ -32,9 +32,8 @@ class FusedMaps(nn.Module):
     """Several maps of one input, (..., N) -> (..., M1 + M2 + ...): their outputs side by side.
 
     Stands where a model has one dense module for several maps, such as GPT-2's ``c_attn`` for Q, K and V.
-    Each child is a factored map or, where the map stays dense, an ``nn.Linear``.
-    With ``blocks`` above 1 the outputs are those of the first block of each map, then those of the second, ...:
-    GPT-NeoX has a block for each head.
+    Each child is a factored map or, where the map stays dense, an ``nn.Linear``. With ``blocks`` above 1 the first
+    block of each map's outputs comes first, then the second of each, and so on: GPT-NeoX has a block for each head.
     """
 
     def __init__(self, maps: Mapping[str, nn.Module], blocks: int = 1) -> None:
@@ -200,7 +199,7 @@ def tie_head_(model: Any, anatomy: Anatomy) -> None:
 def _resize(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
 ) -> Any:
-    """transformers' ``resize_token_embeddings``; nothing changes where the size stays what it is."""
+    """transformers' ``resize_token_embeddings``; a model that already has that size stays as it is."""
     size = model.get_input_embeddings().num_embeddings
     wanted, step = new_num_tokens or size, pad_to_multiple_of or 1
     if -(-wanted // step) * step == size:
@@ -214,7 +213,7 @@ def _resize(
 
 
 def unswap_(model: Any, groups: Collection[str] | None = None) -> None:
-    """Put equal dense modules back in the place of factored ones; of these groups of maps, where they are given."""
+    """Replace factored modules by equal dense ones: all of them, or those of the named ``groups`` of maps."""
     anatomy = anatomy_of(model)
     for _, sites in anatomy.modules():
         if groups is not None and sites[0].group not in groups:

@@ -47,13 +47,13 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def continuation(writer: Writer, prompt: str, config: GenerateConfig, seed: int) -> Iterator[Continuation]:
-    """What a model writes after ``prompt``: the same object after each token.
+    """What a model writes after ``prompt``: one object, yielded again after each token.
 
-    Random numbers come from ``seed`` alone, one for each token, drawn on the CPU. So two similar models with the same
+    Random numbers depend on ``seed`` alone: one for each token, drawn on the CPU. So two similar models with the same
     seed write similar texts.
 
     Args:
-        writer: its model predicts the next token and has positions left after the prompt.
+        writer: a model that predicts the next token, with positions left after the prompt.
         config: tokens, temperature (0: the likeliest token) and the like.
     """
     start = prompt_ids(writer.tokenizer, prompt)

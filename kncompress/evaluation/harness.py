@@ -16,7 +16,7 @@ from kncompress.errors import UserError
 
 _YAML = (".yaml", ".yml")
 _BOOTSTRAP = 1000
-"""Draws for the standard error of a metric that is no mean."""
+"""Bootstrap draws for the standard error of a metric that is not a mean."""
 
 
 def check_tasks(names: Sequence[str], allow_code: bool = False) -> None:
@@ -56,7 +56,7 @@ def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, 
 
     Args:
         names: the harness's names of tasks, groups or tags, and YAML files.
-        shots: worked examples before each item, of tasks that do not say 0 themselves; None: as the task says.
+        shots: worked examples before each item; None: as the task says. A task that says 0 keeps to it.
         seed: chooses those examples.
 
     Raises:
@@ -90,7 +90,7 @@ def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, 
 
 
 Items = dict[str, dict[tuple[Any, str], bool]]
-"""Of each task, whether the model was right: {(item, filter): right}; of metrics that are right or wrong alone."""
+"""{task: {(item, filter): whether the model was right}}, for tasks with a metric that is right or wrong."""
 
 
 def score_tasks(
@@ -101,7 +101,7 @@ def score_tasks(
     Args:
         model: causal language model, in evaluation mode.
         tasks: from ``load_tasks``.
-        window: tokens of an item that are kept at most, the last ones.
+        window: most tokens of an item; a longer one loses its beginning.
         batch: sequences in one forward pass.
         limit: only the first items of each task; None: all.
     """
@@ -124,7 +124,7 @@ def score_tasks(
 
 
 def _right(samples: list[dict[str, Any]]) -> Iterator[tuple[tuple[Any, str], bool]]:
-    """Of each item, whether the first metric of the harness's that is 0 or 1 is 1."""
+    """For each item, whether the model was right, by the first of its metrics that is 0 or 1."""
     for sample in samples:
         scores = [sample.get(name) for name in sample["metrics"]]
         right = next((score for score in scores if isinstance(score, int | float) and score in (0, 1)), None)
@@ -145,7 +145,7 @@ def flips(first: Items, second: Items) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's remarks on a model that comes loaded."""
+    """Drop the harness's log lines about a model that is loaded already."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

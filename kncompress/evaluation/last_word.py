@@ -1,8 +1,8 @@
 """The last word of a passage, from all that comes before it: LAMBADA's measure (Paperno et al., 2016).
 
-The protocol is that of GPT-2's authors' version of the data, as most tools have it: the passage ends in its last word,
-which is told from the rest by the last space and tokenised with it; it counts as right where every one of its tokens is
-the likeliest; the perplexity is that of whole words.
+The protocol is that of most tools, for the version of the data by GPT-2's authors. The last space divides the last word
+from the rest, and is tokenised with the word. A word is right if each of its tokens is the likeliest. The perplexity is
+that of whole words.
 """
 
 import math
@@ -63,9 +63,9 @@ def last_words(
         model: causal language model, in evaluation mode, on any device.
         tokenizer: its tokenizer.
         passages: two words or more each.
-        window: tokens of a passage that are kept at most, the last ones.
-        batch_tokens: tokens in one forward pass, padding among them.
-        progress: is told how many passages are done, and of how many.
+        window: most tokens of a passage; a longer one loses its beginning.
+        batch_tokens: most tokens in one forward pass, padding included.
+        progress: called as ``progress(passages done, passages in all)``.
 
     Raises:
         ValueError: no passage, or one of a single word.
