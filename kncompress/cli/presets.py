@@ -5,7 +5,6 @@ under a readable slug; ``References`` remembers what the user wrote for each slu
 """
 
 import re
-import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from kncompress.config import FactorsConfig, ModelConfig
 from kncompress.errors import UserError
 from kncompress.reading import read_yaml
 from kncompress.runs.config_file import literal
-from kncompress.runs.process import process_rank
+from kncompress.runs.process import tell
 from kncompress.terminal import first_line
 
 GROUPS_WITH_PATHS: dict[str, type] = {"model": ModelConfig, "factors": FactorsConfig}
@@ -81,13 +80,6 @@ def existing_path(text: str) -> Path | None:
         return None
 
 
-@cache
-def tell_both(word: str, taken: str, other: str) -> None:
-    """Say, once, that a word is also the name of a file or folder here, and how that is named."""
-    if process_rank() == 0:
-        print(f"kncompress: {word}: {taken}; the folder or file of that name here is {other}", file=sys.stderr)
-
-
 def looks_like_path(text: str) -> bool:
     """Whether the user can only have meant a path."""
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(_YAML)
@@ -108,7 +100,7 @@ class References:
         names = options(group)
         if text in names:
             if existing_path(text) is not None:
-                tell_both(f"{group}={text}", "the preset", f"{group}=./{text}")
+                tell(f"{group}={text}: the preset; the folder or file of that name here is {group}=./{text}")
             return text
         path = existing_path(text)
         if path is not None:

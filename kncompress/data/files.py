@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kncompress.errors import UserError
-from kncompress.runs.process import process_rank
+from kncompress.runs.process import tell
 
 PROSE = (".txt", ".text", ".md", ".tokens", ".raw")
 ROWS = {
@@ -241,13 +240,6 @@ def _is_one_object(file: TextFile, key: str, column: str) -> bool:
 
 def _ending(path: Path) -> str:
     return next((e.lower() for e in reversed(path.suffixes) if e.lower() not in _PACKED_ENDINGS), "")
-
-
-@lru_cache(maxsize=256)
-def tell(line: str) -> None:
-    """Say it once, however often the folder is looked at."""
-    if process_rank() == 0:
-        print(f"kncompress: {line}", file=sys.stderr, flush=True)
 
 
 def content_hash(file: Path) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 
 from kncompress.config import DataConfig
 from kncompress.data import sample
-from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, tell, text_file, text_lines
+from kncompress.data.files import PROSE, TextFile, content_hash, in_folder, text_file, text_lines
 from kncompress.data.prose import PUBLISHED, documents_of, row_documents
 from kncompress.data.row_files import COLUMN, row_texts
 from kncompress.data.rows import HUB, SPLITS, RowSource, hub_source
 from kncompress.data.split import carve, chosen, held_out_shares, place
 from kncompress.errors import UserError
+from kncompress.runs.process import tell
 
 IN_MEMORY = 64 * 2**20
 """Bytes up to which the files of a source are split as a whole; larger ones document by document."""

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from kncompress.data.build import FACTS, TOKENS, Build, Facts
 from kncompress.data.tokenizer import first_token
 from kncompress.errors import UserError
 from kncompress.reading import SMALL, checksum, read_json
-from kncompress.runs.process import process_rank
+from kncompress.runs.process import tell
 
 IGNORED_LABEL = -100
 LONGEST_BY_DEFAULT = 2048
@@ -78,12 +77,11 @@ def default_context(positions: int | None) -> int:
     return min(positions or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
 
 
-@cache
 def tell_default_context(key: str, positions: int | None) -> None:
-    """Say, in the first process of a run, where the default window is shorter than the model could read."""
-    if positions and positions > LONGEST_BY_DEFAULT and process_rank() == 0:
+    """Say where the default window is shorter than the model could read."""
+    if positions and positions > LONGEST_BY_DEFAULT:
         window = f"windows of {LONGEST_BY_DEFAULT:,} of the model's {positions:,} positions"
-        print(f"kncompress: {window}; {key}={positions} takes all", file=sys.stderr, flush=True)
+        tell(f"{window}; {key}={positions} takes all")
 
 
 def token_stream(config: DataConfig, split: str, tokenizer: Any) -> TokenStream:

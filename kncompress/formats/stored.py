@@ -5,7 +5,6 @@ Where config.json and the weights contradict each other, the weights count, beca
 
 import json
 import re
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
 from kncompress.hub import CHECKSUMS, missing_weights, only_pickled, shards
 from kncompress.reading import SMALL, checksum, read_json, shown
+from kncompress.runs.process import tell
 
 ADAPTER = "adapter_config.json"
 CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -123,7 +123,7 @@ def settle(config: Any, folder: Path, path: str | Path) -> None:
     if getattr(config, "tie_word_embeddings", False) and _has_other_head(config, folder):
         config.tie_word_embeddings = False
         says = "config.json says tie_word_embeddings=true, and the folder has a head of its own; kept"
-        tell(f"model.path={path}: {says}")
+        tell(f"warning: model.path={path}: {says}")
     if getattr(config, "sliding_window", None) == 0:  # some write 0 for none; as a window it fails in transformers
         config.sliding_window = None
     try:
@@ -133,7 +133,7 @@ def settle(config: Any, folder: Path, path: str | Path) -> None:
     wanted = getattr(config, "_attn_implementation", None)
     if wanted is not None and wanted not in _INSTALLED and not _available(wanted):
         config._attn_implementation = None
-        tell(f"model.path={path}: attn_implementation={wanted} is not installed; sdpa is used")
+        tell(f"warning: model.path={path}: attn_implementation={wanted} is not installed; sdpa is used")
 
 
 def _available(attention: str) -> bool:
@@ -181,9 +181,3 @@ def _equal(one: tuple[str, int, str], other: tuple[str, int, str]) -> bool:
         with safe_open(file, framework="pt") as opened:
             found.append(opened.get_tensor(name))
     return torch.equal(*found)
-
-
-@cache
-def tell(text: str) -> None:
-    """Say something on standard error, once in a process."""
-    print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+from functools import cache
 from typing import Literal
 
 from kncompress.errors import UserError
@@ -34,6 +35,13 @@ def process_rank() -> int:
     # Lightning's own launcher tells only these two: both are 0 in the first process of the first node alone.
     parts = (os.environ.get(name, "") for name in ("LOCAL_RANK", "NODE_RANK"))
     return sum(int(part) for part in parts if part.isdecimal())
+
+
+@cache
+def tell(line: str) -> None:
+    """Say something on standard error: once in a process, and in the first process of a run alone."""
+    if process_rank() == 0:
+        print(f"kncompress: {line}", file=sys.stderr, flush=True)
 
 
 def drop_left_over() -> list[tuple[str, str]]:

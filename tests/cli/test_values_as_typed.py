@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from kncompress.cli import presets
 from kncompress.cli.overrides import hydras_folders
 from kncompress.cli.saved_paths import with_absolute_paths
 from kncompress.config import DataConfig, EvaluateConfig, TrainConfig
 from kncompress.runs.config_file import literal, read_config, write_config
+from kncompress.runs.process import tell
 
 CODE = [
     "echo ${PATH}",
@@ -81,7 +81,7 @@ def test_tasks_and_trainings_take_one(shown, tmp_path):
 
 
 def test_a_folder_with_the_name_of_a_preset_is_told(command, tmp_path):
-    presets.tell_both.cache_clear()
+    tell.cache_clear()
     (tmp_path / "mini").mkdir()
     code, out, err = command("inspect", "model=mini", "--show")
     assert code == 0 and "path: asset:mini" in out

@@ -139,7 +139,8 @@ def test_auto_takes_the_whole_of_a_file_without_splits(tmp_path: Path) -> None:
 def test_explicit_validation_leaves_the_source_whole(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
-    config = DataConfig(*(str(tmp_path / f"{name}.txt") for name in ("a", "b", "c")))
+    files = (str(tmp_path / f"{name}.txt") for name in ("a", "b", "c"))
+    config = DataConfig(**dict(zip(("source", "validation", "test"), files, strict=True)))
     assert read_split(config, "train") == ["a" * 100]
     assert read_split(config, "validation") == ["b" * 100]
 
