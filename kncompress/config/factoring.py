@@ -42,7 +42,7 @@ class FactorsConfig:
     """Explicit {pattern: shape or keep}, e.g. ``layers.3.mlp.up: 768x768(x)4x1*2``; later and these win."""
     made_for: dict[str, Any] = field(default_factory=dict)
     """The fit and the text of a plan, from ``plan``: values of ``start``, ``fit``, ``calibration`` and ``data``, which
-    ``compress`` and ``train`` take where nothing else is said."""
+    ``compress``, ``train`` and ``glue`` take where nothing else is said."""
     scalars: bool = False
     """Whether each term has a scalar to learn (Krony-PT), 1 at the start. For single maps: ``s*`` before the shape in
     ``maps``."""

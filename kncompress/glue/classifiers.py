@@ -2,15 +2,25 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kncompress.anatomy.sites import family_of
+from kncompress.compression.own_text import with_own_text
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import FactorsConfig, GlueConfig, ModelConfig, ObjectiveConfig
+from kncompress.compression.text import calibration_text, check_calibration, fit_progress
+from kncompress.config import (
+    CalibrationConfig,
+    DataConfig,
+    FactorsConfig,
+    FitConfig,
+    GlueConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from kncompress.data.files import content_hash
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.errors import UserError
@@ -19,8 +29,16 @@ from kncompress.glue.finetuning import TaskData
 from kncompress.glue.readers import GlueSource, find_source, fingerprint, first_examples
 from kncompress.glue.sequences import Sequences, padding_token
 from kncompress.glue.tasks import GlueTask, find_tasks
-from kncompress.reading import Count, read_json
-from kncompress.training.student import factor_, load_dense, locate, model_config, require_causal, tokenizer_of
+from kncompress.reading import Count, parse_json, read_json
+from kncompress.training.student import (
+    FitOptions,
+    factor_,
+    load_dense,
+    locate,
+    model_config,
+    require_causal,
+    tokenizer_of,
+)
 
 _FORMAT = 1
 """Of a fine-tuned teacher's fingerprint: raised when the same settings give another model."""
@@ -95,6 +113,9 @@ def check_glue(config: GlueConfig, students: list[Student]) -> SuiteParts:
     for student in students:
         if student.factors is not None:
             student = replace(student, plan=StudentPlan.of(student.factors, fields))
+            fit = _remembered(student)
+            if fit.reads_text:
+                check_calibration(fit.data, fit.calibration, fields)
         elif student.path is not None:
             own = load_config(locate(student.path, "config", student.key))
             _check_pair(fields, own, config.objective, student, "ilkd" in config.all_training)
@@ -138,6 +159,29 @@ def teacher_base(model: ModelConfig, folder: Path, save: Any) -> Base:
     return Base("teacher", folder)
 
 
+@dataclass
+class _Fit:
+    """What a plan was made for: its keys ``made_for``."""
+
+    start: str = "nearest"
+    fit: FitConfig = field(default_factory=FitConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def reads_text(self) -> bool:
+        return self.start in ("calibrated", "sequential")
+
+
+def _remembered(student: Student) -> _Fit:
+    """The fit and the text that a student's plan was made for; nearest factors where it remembers none.
+
+    Raises UserError where a plan remembers what no fit has.
+    """
+    memory = {} if student.factors is None else student.factors.made_for
+    return parse_json(json.dumps(memory).encode(), _Fit, f"{student.key}.made_for")
+
+
 def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) -> Base:
     """A student before fine-tuning; one of factors is made in ``folder``, once."""
     if student.path is not None:
@@ -145,8 +189,14 @@ def student_base(student: Student, model: ModelConfig, folder: Path, save: Any) 
     assert student.plan is not None
     facts = folder.with_suffix(".json")
     if not facts.is_file():
-        dense = load_dense(model)
-        table = factor_(dense, student.plan, "nearest")
+        dense, fit = load_dense(model), _remembered(student)
+        text = None
+        if fit.reads_text:
+            tokenizer = tokenizer_of(model)
+            data = with_own_text(fit.data, dense, tokenizer)
+            text = calibration_text(data, fit.calibration, dense.config, tokenizer)
+        with fit_progress() as progress:
+            table = factor_(dense, student.plan, fit.start, FitOptions(text, fit.fit, progress=progress))
         save(dense, folder, facts, {"layers": table.layers})
     layers = read_json(facts, _Facts, f"run_dir={facts.parent.parent}").layers
     return Base(student.name, folder, layers)

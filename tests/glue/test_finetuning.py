@@ -1,5 +1,7 @@
 """Fine-tuning: the last real token, padding that counts for nothing, best weights, saving and loading."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,22 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import FactorConfig, FactorsConfig, FineTuningConfig, ObjectiveConfig, OptimizerConfig
+from kncompress.compression.text import calibration_text
+from kncompress.config import (
+    CalibrationConfig,
+    DataConfig,
+    FactorConfig,
+    FactorsConfig,
+    FineTuningConfig,
+    FitConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 from kncompress.data.tokenizer import train_tokenizer
-from kncompress.formats.pretrained import save_model
-from kncompress.glue.classifiers import load_classifier, prediction_lines
+from kncompress.errors import UserError
+from kncompress.formats.pretrained import load_config, load_model, save_model
+from kncompress.glue.classifiers import Student, load_classifier, prediction_lines, student_base
 from kncompress.glue.files import Example
 from kncompress.glue.finetuning import (
     GLUEFineTuning,
@@ -26,7 +40,7 @@ from kncompress.glue.finetuning import (
 from kncompress.glue.sequences import Collate, Sequences
 from kncompress.glue.tasks import TASKS
 from kncompress.kron import KroneckerEmbedding, KroneckerLinear
-from kncompress.training.student import factor_
+from kncompress.training.student import FitOptions, factor_
 
 ILKD = ObjectiveConfig(embedding=1.0, attention=1.0, hidden=1.0, feed_forward=1.0, logits=1.0, cross_entropy=1.0)
 GOOD, BAD = "a fine bright film that moves", "a dull grey film that drags and drags"
@@ -213,3 +227,33 @@ def test_prediction_files_are_those_of_the_benchmark() -> None:
     scores = torch.tensor([[5.4], [3.21049], [-1.0]])
     stsb = prediction_lines(TASKS["stsb"], answers(scores, TASKS["stsb"]))
     assert stsb == "index\tprediction\n0\t5.000\n1\t3.210\n2\t0.000\n"
+
+
+def test_a_student_of_a_plan_is_fitted_as_the_plan_says(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """With its start, and on its text; a plan that remembers nothing gives nearest factors."""
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS * 40))
+    tokenizer.save_pretrained(base)
+    data = {"source": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path)}
+    memory = {"start": "calibrated", "calibration": {"tokens": 256, "context": 16}, "data": data}
+    model = ModelConfig(path=str(base))
+
+    def made(name: str, made_for: dict[str, Any]) -> Any:
+        factors = replace(FACTORS, made_for=made_for)
+        student = Student(name, "factors", factors=factors, plan=StudentPlan.of(factors, load_config(base)))
+        folder = tmp_path / name
+
+        def save(dense: Any, folder: Path, facts: Path, values: dict[str, Any]) -> None:
+            save_model(dense, folder)
+            facts.write_text(json.dumps(values))
+
+        return load_model(student_base(student, model, folder, save).folder)
+
+    expected = load_model(base)
+    text = calibration_text(DataConfig(**data), CalibrationConfig(tokens=256, context=16), expected.config, tokenizer)
+    factor_(expected, StudentPlan.of(FACTORS, expected.config), "calibrated", FitOptions(text, FitConfig()))
+    found, nearest = made("planned", memory), made("plain", {})
+    kept = dict(nearest.named_parameters())
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
+    assert any(not torch.equal(p, kept[name]) for name, p in found.named_parameters())
+    with pytest.raises(UserError, match=r"factors\.made_for: .*sweps"):
+        made("wrong", {"fit": {"sweps": 3}})
