@@ -150,11 +150,7 @@ def _snapshot(name: str, need: str, local: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     found = snapshot_download(
-        name,
-        allow_patterns=patterns(need),
-        ignore_patterns=["*/*"],
-        cache_dir=_cache_folder(),
-        local_files_only=local,
+        name, allow_patterns=patterns(need), ignore_patterns=["*/*"], cache_dir=_cache_folder(), local_files_only=local
     )
     return Path(found)
 

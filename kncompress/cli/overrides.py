@@ -11,14 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kncompress.cli.presets import (
-    GROUPS_WITH_PATHS,
-    References,
-    existing_path,
-    groups,
-    looks_like_path,
-    options,
-)
+from kncompress.cli.presets import GROUPS_WITH_PATHS, References, existing_path, groups, looks_like_path, options
 from kncompress.cli.spelling import choices_hint, nearest
 from kncompress.errors import UserError
 from kncompress.runs.config_file import literal

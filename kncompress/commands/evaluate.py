@@ -187,14 +187,7 @@ def _last_words(
     config: EvaluateConfig, passages: list[str], model: Any, tokenizer: Any, window: int
 ) -> dict[str, float]:
     with counting("passages") as progress:
-        score = last_words(
-            model,
-            tokenizer,
-            passages,
-            window,
-            config.batch_tokens,
-            progress=progress,
-        )
+        score = last_words(model, tokenizer, passages, window, config.batch_tokens, progress=progress)
     return {
         "lambada/accuracy": score.accuracy,
         "lambada/perplexity": score.perplexity,

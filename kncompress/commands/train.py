@@ -44,14 +44,7 @@ from kncompress.training.checkpoints import (
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
-from kncompress.training.preparation import (
-    Scores,
-    StartScores,
-    TrainingJob,
-    prepare,
-    read_start_scores,
-    reload_student,
-)
+from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, read_start_scores, reload_student
 from kncompress.training.pretraining import ILKDPretraining
 from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress

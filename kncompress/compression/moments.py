@@ -251,10 +251,7 @@ class MomentFolder:
 
 
 def moments(
-    model: Any,
-    text: CalibrationText,
-    wanted: Collection[str],
-    work: Work | None = None,
+    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
 ) -> Iterator[tuple[str, Moment]]:
     """``stream_moments``, but those that the folder ``text.moments`` holds are read from it, the others put there.
 

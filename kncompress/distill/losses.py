@@ -41,11 +41,7 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def logits_kl(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    chunk: Chunk = "auto",
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None, chunk: Chunk = "auto"
 ) -> Tensor:
     """KL(teacher || student) of softmax(logits / temperature), times temperature squared, in nats per token.
 

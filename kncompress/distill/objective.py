@@ -67,11 +67,7 @@ class Objective:
         return {name for name in TAPS if name in self.weights}
 
     def __call__(
-        self,
-        student: Outputs,
-        teacher: Outputs | None = None,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, student: Outputs, teacher: Outputs | None = None, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Loss:
         """The loss of one batch.
 

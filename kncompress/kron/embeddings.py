@@ -93,11 +93,7 @@ class _Fit:
     """f of one embedding and its two half steps; left (R, m1 n1) and right (R, m2 n2) are flat."""
 
     def __init__(
-        self,
-        weight: Tensor,
-        shape: KroneckerShape,
-        frequencies: Tensor,
-        moment: Moment | PreparedMoment | None,
+        self, weight: Tensor, shape: KroneckerShape, frequencies: Tensor, moment: Moment | PreparedMoment | None
     ) -> None:
         self.shape = shape
         (m1, n1), (m2, n2) = shape.left, shape.right

@@ -119,10 +119,7 @@ def factor_rates(model: nn.Module) -> dict[str, float]:
             rank, all_rows = module.shape.rank, len(module.order)
             others = (all_rows - rank) / all_rows
             a, b = map(_root_mean_square, (module.mix, module.kept))
-            moves = {
-                "kept": math.sqrt(1 - others + others * rank * a * a),
-                "mix": math.sqrt(others * rank) * b,
-            }
+            moves = {"kept": math.sqrt(1 - others + others * rank * a * a), "mix": math.sqrt(others * rank) * b}
         rates |= {f"{name}.{side}".lstrip("."): 1 / size if size > 0 else 1.0 for side, size in moves.items()}
     return rates
 

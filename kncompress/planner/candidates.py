@@ -206,11 +206,7 @@ def screened(weight: Tensor, moment: PreparedMoment, outputs: PreparedMoment | N
 
 
 def _against(
-    weight: Tensor,
-    shapes: Sequence[Shape],
-    moment: PreparedMoment,
-    outputs: PreparedMoment | None,
-    spectrum: Spectrum,
+    weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, outputs: PreparedMoment | None, spectrum: Spectrum
 ) -> float:
     """Error of the middle one of a kind, relative to that of the packed outer products of its size."""
     dense = weight.numel()

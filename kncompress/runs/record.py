@@ -160,11 +160,7 @@ class RunRecord:
             self._plan = self._inside("plan", Path(plan))
         if texts is not None:
             self._texts = [dict(text) for text in texts]
-        self.fields |= {
-            "status": status,
-            "ended": _now(),
-            "error": None if error is None else _one_line(error),
-        }
+        self.fields |= {"status": status, "ended": _now(), "error": None if error is None else _one_line(error)}
         self.fields["machine"] = machine()  # torch, and with it the accelerator, is known by now
         if self.writes:
             result: dict[str, Any] = {

@@ -36,10 +36,7 @@ def default_name(verb: str, choices: list[dict[str, Any]]) -> str:
 
     ``choices`` has ``{group: preset}`` for each job.
     """
-    for groups in (
-        ("experiment",),
-        ("model", "factors", "data") if verb == "evaluate" else ("model", "factors"),
-    ):
+    for groups in (("experiment",), ("model", "factors", "data") if verb == "evaluate" else ("model", "factors")):
         parts = []
         for group in groups:
             values = {str(job[group]).strip("[]").replace(", ", "+") for job in choices if job.get(group)}

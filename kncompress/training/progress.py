@@ -81,11 +81,7 @@ class TrainingProgress(ProgressBar):
             return
         best = loss < self._best
         self._best = min(loss, self._best)
-        parts = [
-            self._position(trainer),
-            f"validation loss {loss:.4g}",
-            self._perplexity(trainer, "validation"),
-        ]
+        parts = [self._position(trainer), f"validation loss {loss:.4g}", self._perplexity(trainer, "validation")]
         self._line("  ".join(part for part in [*parts, "(best)" if best else ""] if part))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
