@@ -12,7 +12,7 @@ from kncompress.cli.engine import Engine
 from kncompress.cli.job import Interrupted, Job
 from kncompress.cli.overrides import Line, hydras_folders, to_hydra
 from kncompress.cli.presets import References, defaults_of
-from kncompress.cli.resume import find_run, not_own, register_saved
+from kncompress.cli.resume import find_run, not_own, register_saved, stopped_run
 from kncompress.cli.streams import message
 from kncompress.cli.sweep_folder import read_sweep, refuse_code
 from kncompress.cli.sweep_jobs import ReadyJob, SweepErrors, check_jobs, choices_of
@@ -81,7 +81,11 @@ def _dispatch(verb: Verb, line: Line) -> int:
     run_dir = ready.config.run_dir
     run_folder.refuse_unknown(run_dir)
     name = run_folder.default_name(verb.name, [choices_of(composed)])
+    # A training is gone on with by resume=; what is shorter, and a suite of cells, by the same command.
+    stopped = None if child or resume is not None or verb.name == "train" else stopped_run(verb, ready.config)
     found = find_run(verb, ready.config, name) if resume == "auto" and not child else None
+    if stopped is not None and verb.resumes:
+        found, stopped = stopped, None
     if found is not None:
         words = [word for word in line.words if not word.startswith(("resume=", "run_dir="))]
         own = [word for word in overrides if is_hydras(word)]
@@ -92,7 +96,7 @@ def _dispatch(verb: Verb, line: Line) -> int:
     if child:
         folder = run_folder.inherited() or Path(str(run_dir)).expanduser().absolute()
     else:
-        folder = run_folder.take(run_dir, name)
+        folder = stopped or run_folder.take(run_dir, name, verb.name)
     code = _single(engine, job, ready, folder)
     if code == 2 and not child and not (folder / "run.json").exists():
         run_folder.discard(folder, made=new)

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -118,8 +118,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     except BaseException as error:
         outcome = _failure(error)
         if full := disk_error(error):
-            resumes = any(entry.name == "resume" for entry in fields(job.verb.config))
-            again = f", then resume={folder} goes on" if resumes else ""
+            again = f", then resume={folder} goes on" if job.verb.resumes else ", then the same command goes on"
             outcome |= {"error": f"run_dir={folder}: {full}; make room{again}"}
         elif signals.received() is None and not isinstance(error, UserError | CheckFailed):
             _log_traceback(error, on_stderr=job.sweep_dir is None)

@@ -94,13 +94,29 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
     return None
 
 
+def stopped_run(verb: Verb, config: RunConfig) -> Path | None:
+    """The folder ``run_dir`` where the same command was stopped there before its end; None: it is not.
+
+    Raises UserError where another configuration was, or another process is at work there.
+    """
+    if config.run_dir is None:
+        return None
+    folder = Path(config.run_dir).expanduser().absolute()
+    if not run_folder.begun_before(folder, verb.name):
+        return None
+    if in_use(folder):
+        raise UserError(f"run_dir={folder}: another process is at work in it; wait or name another folder")
+    _refuse(str(folder), _differences(_saved(verb, folder, "run_dir"), _plain_of(config)))
+    return folder
+
+
 def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """``{key: (saved, given)}`` of all keys in which the run in ``folder`` differs from ``config``."""
     return _differences(_saved(verb, folder), _plain_of(config))
 
 
-def _saved(verb: Verb, folder: Path) -> dict[str, Any]:
-    subject = f"resume={folder}"
+def _saved(verb: Verb, folder: Path, key: str = "resume") -> dict[str, Any]:
+    subject = f"{key}={folder}"
     values = read_config(folder / "config.yaml", subject)
     try:
         return plain(verb, cast(DictConfig, OmegaConf.create(literal(values))))

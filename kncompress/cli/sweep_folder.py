@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def launched(verb: Verb, folder: Path, number: int, overrides: Sequence[str]) ->
     words = [*overrides, f"hydra.sweep.subdir={number}"]
     if job.exists():
         run = read_run(job, f"run_dir={job}")
-        if "resume" in {entry.name for entry in fields(verb.config)} and run.get("status") in (
+        if verb.resumes and run.get("status") in (
             "running",
             "failed",
             "interrupted",

@@ -3,7 +3,7 @@
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ class Verb:
     """Second names of groups: {"teacher": "model"}."""
     texts: tuple[str, ...] = ()
     """Keys whose values are prose, with commas, quotes and brackets of its own."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run of it goes on where it was stopped (``resume=``); another one is begun again."""
+        return any(entry.name == "resume" for entry in fields(self.config))
 
     def check(self, config: RunConfig) -> Any:
         """What the module's ``check`` finds; None where there is none."""

@@ -13,23 +13,37 @@ from kncompress.compression.own_text import with_own_text
 from kncompress.config import PlanConfig
 from kncompress.evaluation import Comparison
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
+from kncompress.planner.kept_harms import KeptHarms
 from kncompress.planner.plan_files import command_line, draw_plan, plan_table, write_plan
-from kncompress.planner.planning import HARMS, check_plan, fit_and_score, measure, texts
+from kncompress.planner.planning import HARMS, check_plan, fit_and_score, measure, read_harms, texts
 from kncompress.runs.record import RunRecord
+from kncompress.runs.run_folder import begun_before, check_contents
 from kncompress.runs.whole_file import write_text
+from kncompress.training.contents import contents
 from kncompress.training.student import load_teacher
 from kncompress.training.trainer import keep_freed_memory
 
 
 def check(config: PlanConfig) -> HarmTable | None:
     """Cheap checks before anything is written: model, text and budget; returns the table that ``harm`` names."""
-    return check_plan(config)
+    table = check_plan(config)
+    if config.run_dir is not None and begun_before(Path(config.run_dir), "plan"):
+        check_contents(Path(config.run_dir), config, _contents(config), "run_dir")
+    return table
+
+
+def _contents(config: PlanConfig) -> dict[str, str]:
+    """Hashes of the model and the text: harms that are kept are of these."""
+    return contents(config.model, config.data if config.harm is None or config.measures else None)
 
 
 def run(config: PlanConfig, run_dir: Path, table: HarmTable | None = None) -> dict[str, float]:
-    """Plan in ``run_dir``: ``harm.json``, ``plan.yaml``, ``plan.json``, ``plan.png``; returns the metrics."""
+    """Plan in ``run_dir``: ``harm.json``, ``plan.yaml``, ``plan.json``, ``plan.png``; returns the metrics.
+
+    Each map's harms are kept in ``harms/`` as they come, until ``harm.json`` has them all.
+    """
     keep_freed_memory()
-    with RunRecord.open(run_dir, "plan", asdict(config), config.seed) as record:
+    with RunRecord.open(run_dir, "plan", asdict(config), config.seed, contents=_contents(config)) as record:
         L.seed_everything(config.seed, verbose=False)
         # The moments are read three times: for the screening, the errors and the fit.
         with tempfile.TemporaryDirectory(prefix=".moments-", dir=run_dir) as folder:
@@ -46,9 +60,13 @@ def _plan(
         model, tokenizer = load_teacher(config.model)
         read = replace(config, data=with_own_text(config.data, model, tokenizer))
         text, harm_text = texts(read, model.config, tokenizer, moments)
-    if table is None:
-        table = measure(config, model, text, harm_text)
+    kept = KeptHarms(run_dir / "harms")
+    if table is None and (run_dir / HARMS).is_file():  # of this very run, which was stopped later
+        table = read_harms(run_dir, "run_dir")
+    elif table is None:
+        table = measure(config, model, text, harm_text, kept)
     write_text(run_dir / HARMS, json.dumps(table.as_dict()) + "\n")
+    kept.remove([row.name for row in table.maps])
     plan = spend(table, config.budget, config.speed)
     file = write_plan(run_dir, plan, command_line())
     print(plan_table(plan))

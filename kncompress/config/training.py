@@ -77,6 +77,8 @@ class LoggerConfig:
     """``wandb``, ``csv`` (the file alone) or ``none``."""
     mode: str = choice("offline", "offline", "online", "disabled")
     """W&B: ``offline``, ``online`` or ``disabled``; ``WANDB_MODE`` overrides it."""
+    required: bool = False
+    """W&B, online: stop where it is not reached, instead of going on offline with a warning."""
     project: str = "kncompress"
     entity: str | None = None
     group: str | None = None

@@ -18,6 +18,7 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, compare
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
+from kncompress.planner.kept_harms import KeptHarms
 from kncompress.planner.ladder import unmeasured_table
 from kncompress.planner.sensitivity import measure_harms
 from kncompress.reading import one_line, read_json
@@ -50,9 +51,10 @@ def check_plan(config: PlanConfig) -> HarmTable | None:
     return table
 
 
-def read_harms(folder: Path) -> HarmTable:
-    """The table that an earlier run left in its folder. Raises UserError where there is none, or a damaged one."""
-    file, subject = folder / HARMS, f"harm={folder}"
+def read_harms(folder: Path, key: str = "harm") -> HarmTable:
+    """The table that an earlier run left in its folder. Raises UserError, which names ``key``, where there is none, or
+    a damaged one."""
+    file, subject = folder / HARMS, f"{key}={folder}"
     if not file.is_file():
         raise UserError(f"{subject}: has no {HARMS}; name the folder of a finished plan")
     table = read_json(file, HarmTable, subject)
@@ -76,13 +78,17 @@ def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tupl
     return replace(found, tokens=found.tokens[:wanted]), replace(found, tokens=found.tokens[begin:])
 
 
-def measure(config: PlanConfig, model: Any, text: CalibrationText, harm_text: CalibrationText) -> HarmTable:
-    """The table of harms of a model."""
+def measure(
+    config: PlanConfig, model: Any, text: CalibrationText, harm_text: CalibrationText, kept: KeptHarms
+) -> HarmTable:
+    """The table of harms of a model; ``kept`` has those that an earlier start of the same run has measured."""
     bf16 = takes_bf16(config.precision, "cpu")
     words = f"{config.data.source}: {len(text.tokens):,} tokens for the moments, {len(harm_text.tokens):,} for the KL"
     with fit_progress() as progress:
         facts = str(config.model.path), words
-        found = measure_harms(model, text, harm_text, config.fit, bf16, facts, config.harms, config.sums, progress)
+        found = measure_harms(
+            model, text, harm_text, config.fit, bf16, facts, config.harms, config.sums, progress, kept
+        )
     return replace(found, made_for=made_for(config))
 
 

@@ -6,6 +6,7 @@ products (low rank), because the eigendecomposition that gives all their errors 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -33,6 +34,7 @@ from kncompress.kron import (
 from kncompress.planner.budget import HarmTable, MapHarms, Reference
 from kncompress.planner.candidates import Option, Spectrum, error_of, packed, packed_rank, ranks, screened
 from kncompress.planner.harm import HarmMeter
+from kncompress.planner.kept_harms import KeptHarms
 from kncompress.planner.ladder import dense_adds, keep, sizes
 
 REFERENCE_SHARE = 0.5
@@ -69,6 +71,7 @@ def measure_harms(
     harms: str = "measured",
     sums: bool = True,
     progress: Progress | None = None,
+    kept: KeptHarms | None = None,
 ) -> HarmTable:
     """The harms of a dense model, which is as it was afterwards.
 
@@ -83,6 +86,7 @@ def measure_harms(
             for which ``settings`` must weigh both sides. The embedding's are measured either way.
         sums: try Kronecker sums beside low rank.
         progress: called with what is worked on, and the share that is done.
+        kept: where what is found is kept at once, and read again after a kill.
 
     Raises:
         UserError: the model has no language-model head, or gives values that are not finite.
@@ -99,19 +103,20 @@ def measure_harms(
     )
     work.expect(sum(costs.values()) + screening)
     felt = _felt(model, anatomy, text, settings, work)
-    kinds = _screen(model, anatomy, text, settings, work, felt) if sums else {}
+    kept = kept or KeptHarms(None)
+    kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work, felt) if sums else {})
     found = _Found()
     readers = _readers(anatomy)
     if not anatomy.tied:
-        _embedding(model, anatomy, text, None, meter, found)
+        found.maps["embedding"] = kept.harms("embedding", partial(_embedding, model, anatomy, text, None, meter))
     for name, moment in moments(model, text, list(readers), work):
         shared = InputMoment(moment)
         for site in readers[name]:
             work.begin(site.name)
             if site.group == "embedding":
-                _embedding(model, anatomy, text, shared, meter, found)
+                found.maps[site.name] = kept.harms(site.name, partial(_embedding, model, anatomy, text, shared, meter))
             else:
-                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms)
+                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms, kept)
             work.finish(costs[site.name])
     slopes = exponents(tuple(found.maps.values()))
     exponent = median(slopes) if slopes and harms == "measured" else 2.0
@@ -224,27 +229,32 @@ def _map(
     found: _Found,
     felt: _Felt,
     harms: str,
+    kept: KeptHarms,
 ) -> None:
     """Errors of all candidates of one map, and the KL of its references."""
     weight, bias = _weight(model, site)
     prepared = moment.prepared(bias and settings.bias)
     outputs = felt(site)
     spectrum = Spectrum(weight, prepared, outputs)
-    options = [keep(site)]
-    for rank in ranks(*spectrum.size):
-        options.append(Option.of(packed(*spectrum.size, rank), spectrum.error(rank)))
-    for shapes in kinds:
-        options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS, outputs)) for shape in shapes]
-    if harms == "gradients" and outputs is not None:
-        references = [Reference(1.0, max(float(spectrum.values.sum()) / 2, _LEAST_KL))]
-    else:
-        references = _measured(site, weight, spectrum, meter)
+
+    def measured() -> MapHarms:
+        options = [keep(site)]
+        for rank in ranks(*spectrum.size):
+            options.append(Option.of(packed(*spectrum.size, rank), spectrum.error(rank)))
+        for shapes in kinds:
+            options += [Option.of(shape, error_of(weight, shape, prepared, SWEEPS, outputs)) for shape in shapes]
+        if harms == "gradients" and outputs is not None:
+            references = [Reference(1.0, max(float(spectrum.values.sum()) / 2, _LEAST_KL))]
+        else:
+            references = _measured(site, weight, spectrum, meter)
+        return MapHarms(site.name, weight.numel(), weight.numel(), tuple(options), _rising(references))
+
+    found.maps[site.name] = kept.harms(site.name, measured)
     if site.layer is not None:
         for share, weights in found.together.items():
             rank = _rank(weight, share)
             weights[site.name] = spectrum.best(rank).to(meter.type)
             found.errors[share, site.name] = spectrum.error(rank)
-    found.maps[site.name] = MapHarms(site.name, weight.numel(), weight.numel(), tuple(options), _rising(references))
 
 
 def _measured(site: Site, weight: Tensor, spectrum: Spectrum, meter: HarmMeter) -> list[Reference]:
@@ -274,8 +284,8 @@ def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
 
 
 def _embedding(
-    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, meter: HarmMeter, found: _Found
-) -> None:
+    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, meter: HarmMeter
+) -> MapHarms:
     """The embedding, and the head tied to it: every candidate is fitted, and its KL measured."""
     site = anatomy.sites["embedding"]
     weight, _ = _weight(model, site)
@@ -291,7 +301,7 @@ def _embedding(
         )
         references.append(Reference(min(history, default=0.0), max(meter.kl({site.name: made}), _LEAST_KL)))
         options.append(replace(option, error=min(history, default=0.0)))
-    found.maps[site.name] = MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))
+    return MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))
 
 
 def _together(meter: HarmMeter, found: _Found, exponent: float, work: Work) -> tuple[tuple[float, float], ...]:

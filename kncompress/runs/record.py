@@ -18,7 +18,7 @@ from kncompress.runs.config_file import config_differences, read_config, write_c
 from kncompress.runs.lock import lock
 from kncompress.runs.origin import code_commit, machine, versions
 from kncompress.runs.process import Status, outcome, peak_memory, process_rank
-from kncompress.runs.run_folder import refuse_run, unfinished_run
+from kncompress.runs.run_folder import begun_before, refuse_run, unfinished_run
 from kncompress.runs.stored import read_result, read_run
 from kncompress.runs.whole_file import remove_left_overs, write_text
 from kncompress.terminal import first_line, named_line
@@ -59,7 +59,9 @@ class RunRecord:
             verb: the command's name, such as ``train``.
             config: the resolved configuration as a plain dict.
             resume: go on with the unfinished run in ``folder``. Its W&B id, start and seconds so far are
-                kept; configuration values that differ from the earlier ones are noted under ``resumes``.
+                kept; configuration values that differ from the earlier ones are noted under ``resumes``. A run
+                without a key ``resume``, which goes on from nothing, needs none: one with the same configuration
+                that was stopped before its end is begun again, and what it has left is written anew.
             rank: rank of this process; None: from the environment.
             contents: {key of the configuration: hash of the content that it names}, kept in ``run.json`` for
                 ``run_folder.check_contents``.
@@ -72,19 +74,15 @@ class RunRecord:
         fields: dict[str, Any] = _new_fields(verb, seed) | {"contents": dict(contents or {})}
         if (process_rank() if rank is None else rank) != 0:
             return cls(folder, fields, None)
-        if resume:
-            unfinished_run(folder, verb)  # before anything is written
-        else:
-            refuse_run(folder)
+        _before(folder, verb, config, resume)  # before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         taken = lock(folder, "resume" if resume else "run_dir")
         try:
             remove_left_overs(folder)
             # Another process may have come and gone between the first look and the lock.
-            if resume:
-                fields = _resumed(folder, unfinished_run(folder, verb), fields, config)
-            else:
-                refuse_run(folder)
+            before = _before(folder, verb, config, resume)
+            if before is not None:
+                fields = _resumed(folder, before, fields, config)
             record = cls(folder, fields, taken)
             write_config(folder / "config.yaml", config)
             (folder / "result.json").unlink(missing_ok=True)
@@ -122,10 +120,13 @@ class RunRecord:
         try:
             yield
         except Exception as error:
-            text = f"{what}: {_one_line(error)}"
-            print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)
-            self.fields["warnings"].append(text)
-            self.save()
+            self.warn(f"{what}: {_one_line(error)}")
+
+    def warn(self, text: str) -> None:
+        """Tell a warning, and keep it in ``run.json``."""
+        print(f"kncompress: warning: {text}", file=sys.stderr, flush=True)
+        self.fields["warnings"].append(text)
+        self.save()
 
     def finish(
         self,
@@ -247,6 +248,21 @@ def _readable(read: Callable[[Path, str], dict[str, Any]], folder: Path) -> dict
     with suppress(UserError):
         return read(folder, str(folder))
     return {}
+
+
+def _before(folder: Path, verb: str, config: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """``run.json`` of the run that goes on, or is begun again, in ``folder``; None where a new one begins there.
+
+    Raises UserError where the folder holds a run that neither is possible for.
+    """
+    if resume:
+        return unfinished_run(folder, verb)
+    if "resume" not in config and begun_before(folder, verb):
+        saved = read_config(folder / "config.yaml", f"run_dir={folder}")
+        if not config_differences(saved, config):
+            return unfinished_run(folder, verb, "run_dir")
+    refuse_run(folder)
+    return None
 
 
 def _resumed(folder: Path, before: dict[str, Any], fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

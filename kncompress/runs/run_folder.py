@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
-from kncompress.runs.lock import LOCK
+from kncompress.runs.lock import LOCK, in_use
 from kncompress.runs.metrics_file import METRICS, complete_rows
 from kncompress.runs.process import RUN_DIR, process_rank
 from kncompress.runs.stored import GONE_ON_WITH, RUN, read_run
@@ -46,14 +46,17 @@ def default_name(verb: str, choices: list[dict[str, Any]]) -> str:
     return verb
 
 
-def take(run_dir: str | None, name: str) -> Path:
+def take(run_dir: str | None, name: str, verb: str | None = None) -> Path:
     """Make the run folder and return its absolute path.
 
-    ``run_dir`` is the user's (UserError where it holds anything); without it ``runs/<name>-<time>`` is made,
-    with ``-2``, ``-3``, ... where another process took the name in the same second.
+    ``run_dir`` is the user's (UserError where it holds anything, but what a run of ``verb`` leaves that is killed
+    before its record, which is removed); without it ``runs/<name>-<time>`` is made, with ``-2``, ``-3``, ... where
+    another process took the name in the same second.
     """
     if run_dir is not None:
         folder = Path(run_dir).expanduser().absolute()
+        if verb and folder.is_dir() and killed_at_the_start(folder, verb) and not in_use(folder):
+            discard(folder, made=False)
         refuse_used(folder)
         _make(folder, f"run_dir={folder}")
         return folder
@@ -96,9 +99,10 @@ def refuse_run(folder: Path) -> None:
         raise UserError(f"run_dir={folder}: holds another run ({trace}); give a new folder, or resume={folder}")
 
 
-def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
-    """``run.json`` of the run of ``verb`` in ``folder``, which can be resumed. Raises UserError where it cannot."""
-    name = f"resume={folder}"
+def unfinished_run(folder: Path, verb: str, key: str = "resume") -> dict[str, Any]:
+    """``run.json`` of the run of ``verb`` in ``folder``, which can be resumed. Raises UserError, which names ``key``,
+    where it cannot."""
+    name = f"{key}={folder}"
     if not (folder / "run.json").is_file():
         raise UserError(f"{name}: not a run folder (no run.json in it)")
     run = read_run(folder, name)
@@ -114,20 +118,32 @@ def unfinished_run(folder: Path, verb: str) -> dict[str, Any]:
     return run
 
 
-def check_contents(folder: Path, config: Any, contents: Mapping[str, str]) -> None:
+def begun_before(folder: Path, verb: str) -> bool:
+    """Whether ``folder`` holds a run of ``verb`` that was stopped before its end: killed, interrupted, or failed.
+
+    Raises UserError where its record is damaged.
+    """
+    if not (folder / RUN).is_file() or not (folder / "config.yaml").is_file():
+        return False
+    run = read_run(folder, f"run_dir={folder}")
+    return run["verb"] == verb and run["status"] != "finished"
+
+
+def check_contents(folder: Path, config: Any, contents: Mapping[str, str], key: str = "resume") -> None:
     """Raises UserError where the run in ``folder`` has read another model, tokenizer or text than is there now.
 
     Args:
         config: of the run, for the values that the error names.
         contents: {key of the configuration: hash of the content that it names}, as ``run.json`` has them.
+        key: that the user has named the folder by.
     """
-    for key, content in read_run(folder, f"resume={folder}").get("contents", {}).items():
-        if contents.get(key, content) != content:
+    for name, content in read_run(folder, f"{key}={folder}").get("contents", {}).items():
+        if contents.get(name, content) != content:
             value = config
-            for part in key.split("."):
+            for part in name.split("."):
                 value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
             told = "is not what the run began with, its content has changed; put it back, or start a new run"
-            raise UserError(f"resume={folder}: {key}={value}: {told}")
+            raise UserError(f"{key}={folder}: {name}={value}: {told}")
 
 
 def killed_at_the_start(folder: Path, verb: str) -> bool:

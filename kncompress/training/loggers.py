@@ -1,7 +1,12 @@
 """Where a run's metrics go: ``metrics.csv`` in its folder, and W&B, offline unless told otherwise."""
 
+import http.client
 import os
+import re
 import secrets
+import ssl
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +26,9 @@ from kncompress.terminal import first_line
 
 # W&B also knows "dryrun", an old name of "offline", and "shared".
 MODES = {"offline": "offline", "dryrun": "offline", "online": "online", "shared": "shared", "disabled": "disabled"}
+_PROBE_SECONDS, _INIT_SECONDS = 6.0, 10.0
+"""What W&B's server gets to answer at all, and to start a run; with W&B's own start and end less than 20."""
+_NO_ANSWER = re.compile(r"timed? ?out|deadline|connection|no such host|unreachable|giving up", re.IGNORECASE)
 
 
 class CsvLogger(Logger):
@@ -137,8 +145,9 @@ def _wandb(
     if wandb.run is not None:
         # A run left open would swallow this one: init would return it, or Lightning would go on in it.
         wandb.finish(exit_code=1)
-    try:
-        run = wandb.init(
+
+    def begin(mode: Any) -> Any:
+        return wandb.init(
             project=config.project,
             entity=config.entity,
             group=group,
@@ -151,12 +160,28 @@ def _wandb(
             config=dict(run_config),
             # Offline there is nothing worth a banner; online there are the run's address and a prompt for a
             # missing key. Console off: no copy of a live progress bar in a log.
-            settings=wandb.Settings(silent=mode == "offline", console="off"),
+            settings=wandb.Settings(silent=mode == "offline", console="off", init_timeout=_INIT_SECONDS),
         )
+
+    away = None
+    try:
+        if mode != "offline":
+            wandb.login()  # a missing key is told whether or not there is a network
+            away = unreachable(wandb.setup().settings.base_url)
+        if away is not None and config.required:
+            raise UserError(f"logger.mode={mode}: W&B is not reached ({away}); logger.required=false goes on offline")
+        if away is None:
+            run = begin(mode)
     except wandb.errors.Error as error:
-        raise UserError(
-            f"logger.mode={mode}: {first_line(error)}; logger.mode=offline needs neither key nor network"
-        ) from error
+        if config.required or not isinstance(error, wandb.errors.CommError) or not _NO_ANSWER.search(str(error)):
+            raise UserError(
+                f"logger.mode={mode}: {first_line(error)}; logger.mode=offline needs neither key nor network"
+            ) from error
+        away = first_line(error)
+    if away is not None:
+        run = begin("offline")
+        later = f"wandb sync {run.settings.sync_dir}"
+        record.warn(f"logger.mode={mode}: W&B is not reached ({away}); logged offline, `{later}` uploads it later")
     try:
         record.fields |= {"wandb_group": group, "wandb_tags": tags}
         record.wandb_id = run.id
@@ -167,6 +192,22 @@ def _wandb(
         raise
     # Given a started run, the logger neither starts its own nor sets WANDB_MODE for the whole process.
     return WandbLogger(experiment=run, project=config.project, save_dir=str(folder), log_model=False)
+
+
+def unreachable(address: str) -> str | None:
+    """Why W&B's server gives no answer within a few seconds, asked without W&B's own patient retries; None: it does.
+
+    An answer of any kind is one: a wrong key or certificate is told by W&B itself.
+    """
+    try:
+        with urllib.request.urlopen(f"{address}/healthz", timeout=_PROBE_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except urllib.error.URLError as error:
+        return None if isinstance(error.reason, ssl.SSLError) else f"{address}: {error.reason}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{address}: {error}"
 
 
 def _new_id(sweep: str | None) -> str | None:

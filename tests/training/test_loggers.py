@@ -223,6 +223,35 @@ def test_which_loggers(tmp_path, monkeypatch, config, environment, kinds):
     assert os.environ.get("WANDB_MODE") == environment  # the next job's is not touched
 
 
+@pytest.fixture
+def silent_port():
+    """Address of a server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_wandb_that_is_not_reached_is_logged_offline_unless_it_is_required(tmp_path, monkeypatch, silent_port, capfd):
+    monkeypatch.setattr("kncompress.training.loggers._PROBE_SECONDS", 0.3)
+    monkeypatch.setenv("WANDB_BASE_URL", silent_port)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    wandb.teardown()
+    with (
+        RunRecord.open(tmp_path / "a", "train", CONFIG, 3) as record,
+        pytest.raises(UserError, match=rf"logger\.mode=online: W&B is not reached \({silent_port}: .*timed out"),
+    ):
+        build_loggers(LoggerConfig(mode="online", required=True), tmp_path / "a", record, CONFIG, "job")
+    run_job(tmp_path / "b", 0, mode="online")
+    (warning,) = json.loads((tmp_path / "b/run.json").read_text())["warnings"]
+    assert warning in capfd.readouterr().err
+    folder = re.search("`wandb sync (.*)` uploads it later", warning)[1]
+    assert Path(folder).is_dir() and list(Path(folder).glob("run-*.wandb"))
+    assert any(entry.WhichOneof("record_type") == "history" for entry in offline_log(tmp_path / "b"))
+    wandb.teardown()
+
+
 def test_other_ranks_start_no_wandb_run(tmp_path):
     with RunRecord.open(tmp_path, "train", CONFIG, 3, rank=1) as record:
         assert [type(logger) for logger in build_loggers(LoggerConfig(), tmp_path, record, CONFIG, "job")] == [

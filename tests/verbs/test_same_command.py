@@ -1,0 +1,143 @@
+"""The same command again, after it was stopped: it finishes the work, and takes nothing that is not its own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glue_layout import make_glue
+from verbs.conftest import read
+
+from kncompress.planner.harm import HarmMeter
+
+
+def stop(folder: Path, *keep: str) -> None:
+    """Make the run in ``folder`` look as after a kill: without its end and its outputs, but for those of ``keep``."""
+    run = read(folder, "run.json") | {"status": "running", "ended": None}
+    (folder / "run.json").write_text(json.dumps(run))
+    for name in {"result.json", "compression.json", "plan.yaml", "inspect.json"} - set(keep):
+        (folder / name).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def lines(tiny: Path, text: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """{verb: words} that make it small."""
+    data = [f"data.source={text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    return {
+        "compress": [f"model={tiny}", "factors.mlp.right=[2,1]", "start=nearest"],
+        "export": [f"model={tiny}", "format=dense"],
+        "evaluate": [f"model={tiny}", *data, "tokens=64"],
+        "inspect": [f"model={tiny}"],
+    }
+
+
+@pytest.mark.parametrize("verb", ["compress", "export", "evaluate", "inspect"])
+def test_a_stopped_run_is_begun_again(command: Any, lines: dict[str, list[str]], verb: str) -> None:
+    words = [verb, *lines[verb], "run_dir=run"]
+    assert command(*words)[0] == 0
+    before = read(Path("run"), "result.json")
+    assert command(*words)[:1] == (2,)  # it is finished
+    stop(Path("run"))
+    code, _, err = command(*words, "seed=3")
+    assert code == 2 and "seed=3: the run in" in err and "has seed=0" in err and err.count("\n") == 1
+    assert read(Path("run"), "run.json")["status"] == "running" and not Path("run/result.json").exists()
+    code, _, err = command(*words)
+    assert code == 0, err
+    after, record = read(Path("run"), "result.json"), read(Path("run"), "run.json")
+    assert after["status"] == record["status"] == "finished" and len(record["resumes"]) == 1
+    assert {k: v for k, v in after["metrics"].items() if "seconds" not in k} == {
+        k: v for k, v in before["metrics"].items() if "seconds" not in k
+    }
+
+
+@pytest.mark.parametrize("trace", ["model", "result.json"])
+def test_a_folder_without_a_record_is_not_taken(command: Any, lines: dict[str, list[str]], trace: str) -> None:
+    Path("run").mkdir()
+    Path("run", trace).write_text("{}")
+    code, _, err = command("compress", *lines["compress"], "run_dir=run")
+    assert code == 2 and f"holds another run ({trace})" in err and [p.name for p in Path("run").iterdir()] == [trace]
+
+
+def test_what_a_kill_before_the_record_leaves_is_taken_again(command: Any, lines: dict[str, list[str]]) -> None:
+    words = ["inspect", *lines["inspect"], "run_dir=run"]
+    assert command(*words)[0] == 0
+    for file in Path("run").iterdir():
+        if file.name not in (".hydra", "config.yaml", "inspect.log"):
+            file.unlink()
+    code, _, err = command(*words)
+    assert code == 0, err
+    (Path("run") / "mine.log").write_text("the user's")
+    Path("run/run.json").unlink()
+    assert command(*words)[0] == 2 and Path("run/mine.log").read_text() == "the user's"
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_plan_keeps_its_harms_as_they_come(
+    command: Any, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["plan", f"model={tiny}", f"data.source={text}", f"data.cache_dir={tmp_path / 'cache'}", "budget=0.6"]
+    words += ["calibration.tokens=512", "harm_tokens=64", "validation_tokens=64", "precision=fp32"]
+    measure: Callable[..., float] = HarmMeter.kl
+    asked: list[list[str]] = []
+
+    def limited(limit: int) -> Callable[..., float]:
+        def kl(self: HarmMeter, weights: Any) -> float:
+            asked.append(list(weights))
+            if len(asked) > limit:
+                raise KeyboardInterrupt
+            return measure(self, weights)
+
+        return kl
+
+    monkeypatch.setattr(HarmMeter, "kl", limited(10**6))
+    assert command(*words, "run_dir=whole")[0] == 0
+    every = len(asked)
+    asked.clear()
+    monkeypatch.setattr(HarmMeter, "kl", limited(every // 2))
+    assert command(*words, "run_dir=run")[0] == 130
+    kept = {file.name for file in Path("run/harms").iterdir()}
+    assert "kinds.json" in kept and len(kept) > 2 and not Path("run/harm.json").exists()
+    asked.clear()
+    monkeypatch.setattr(HarmMeter, "kl", limited(10**6))
+    code, _, err = command(*words, "run_dir=run")
+    assert code == 0, err
+    assert len(asked) <= every // 2 + 3 and not Path("run/harms").exists()
+    ours, theirs = read(Path("run"), "harm.json"), read(Path("whole"), "harm.json")
+    assert ours["maps"] == theirs["maps"] and len(ours["together"]) == len(theirs["together"])
+    for one, other in zip(ours["together"], theirs["together"], strict=True):
+        assert one == pytest.approx(other, rel=1e-6)  # its weights are decomposed once more
+    rows = [{row["name"]: row["shape"] for row in read(Path(run), "plan.json")["maps"]} for run in ("run", "whole")]
+    assert rows[0] == rows[1]
+    stop(Path("run"))
+    asked.clear()
+    assert command(*words, "run_dir=run")[0] == 0 and not asked  # the harms were whole
+    stop(Path("run"))
+    text_now = text.read_text()
+    try:
+        text.write_text(text_now + "More.")
+        code, _, err = command(*words, "run_dir=run")
+    finally:
+        text.write_text(text_now)
+    assert code == 2 and f"data.source={text}" in err and "its content has changed" in err
+
+
+def test_a_suite_goes_on_with_its_cells(command: Any, tiny: Path, tmp_path: Path) -> None:
+    glue = make_glue(tmp_path / "glue", train=8, dev=6, test=3)
+    words = ["glue", f"teacher={tiny}", f"data.source={glue}", f"data.cache_dir={tmp_path / 'cache'}", "tasks=[rte]"]
+    words += ["data.max_length=32", "fine_tuning.epochs=1", "fine_tuning.batch_size=8", "fine_tuning.precision=fp32"]
+    words += ["fine_tuning.accelerator=cpu", "run_dir=run"]
+    assert command(*words)[0] == 0
+    cells = {file: file.stat().st_mtime_ns for file in Path("run/cells").rglob("*.json")}
+    lost = next(file for file in cells if file.stem == "student")
+    lost.unlink()
+    stop(Path("run"))
+    code, out, err = command(*words)
+    assert code == 0 and f"{len(cells) - 1} of them finished" in out, err
+    again = {file: file.stat().st_mtime_ns for file in Path("run/cells").rglob("*.json")}
+    assert again.keys() == cells.keys() and {file for file in cells if cells[file] != again[file]} == {lost}
+    code, _, err = command(*words)
+    assert code == 2 and "holds another run" in err
