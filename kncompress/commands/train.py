@@ -121,7 +121,8 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
             callbacks = [start, RunState(config.seed, record.wandb_id)]
-            trainer = logged.trainer = _trainer(config, job, run_dir, logged.loggers, callbacks)
+            trainer = _trainer(config, job, run_dir, logged.loggers, callbacks)
+            logged.watch(trainer)
             repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
             tokens_per_second = fit(config, plan, job, run_dir, trainer)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))

@@ -58,7 +58,7 @@ def check_hub(ask: bool, seconds: float) -> list[Finding]:
 
 def check_wandb(ask: bool, seconds: float) -> list[Finding]:
     """Key, mode and server. Runs are logged offline unless told otherwise, so none of these is essential."""
-    base = _wandb_url()
+    base = wandb_url()
     mode = os.environ.get("WANDB_MODE")
     disabled = f"WANDB_MODE={mode}" if mode in ("offline", "dryrun", "disabled") else None
     findings = [_reach(WANDB, base, disabled, ask, seconds, "runs are logged to their folders: logger.mode=offline")]
@@ -89,7 +89,7 @@ def wandb_key() -> str | None:
     """Where the key of W&B's server is, not what it is: the variable, or the netrc file; None: there is none."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
-    server = urlsplit(_wandb_url())
+    server = urlsplit(wandb_url())
     named = os.environ.get("NETRC")
     for name in [named] if named else ["~/.netrc", "~/_netrc"]:
         file = Path(name).expanduser()
@@ -103,7 +103,8 @@ def wandb_key() -> str | None:
     return None
 
 
-def _wandb_url() -> str:
+def wandb_url() -> str:
+    """W&B's server."""
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
 
 

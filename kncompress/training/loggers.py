@@ -1,12 +1,8 @@
 """Where a run's metrics go: ``metrics.csv`` in its folder, and W&B, offline unless told otherwise."""
 
-import http.client
 import os
 import re
 import secrets
-import ssl
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kncompress.config import LoggerConfig
+from kncompress.diagnosis.network import answer, wandb_key, wandb_url
 from kncompress.errors import UserError
 from kncompress.runs.logged_names import STEP
 from kncompress.runs.metrics_file import MetricsFile
@@ -165,9 +162,8 @@ def _wandb(
 
     away = None
     try:
-        if mode != "offline":
-            wandb.login()  # a missing key is told whether or not there is a network
-            away = unreachable(wandb.setup().settings.base_url)
+        if mode != "offline" and wandb_key() is not None:  # W&B tells that there is none
+            away = _away()
         if away is not None and config.required:
             raise UserError(f"logger.mode={mode}: W&B is not reached ({away}); logger.required=false goes on offline")
         if away is None:
@@ -194,20 +190,13 @@ def _wandb(
     return WandbLogger(experiment=run, project=config.project, save_dir=str(folder), log_model=False)
 
 
-def unreachable(address: str) -> str | None:
-    """Why W&B's server gives no answer within a few seconds, asked without W&B's own patient retries; None: it does.
+def _away() -> str | None:
+    """Why W&B's server does not answer, asked once and without W&B's own patient retries; None: it does.
 
-    An answer of any kind is one: a wrong key or certificate is told by W&B itself.
+    W&B has certificates of its own, and tells itself what is wrong with one.
     """
-    try:
-        with urllib.request.urlopen(f"{address}/healthz", timeout=_PROBE_SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None
-    except urllib.error.URLError as error:
-        return None if isinstance(error.reason, ssl.SSLError) else f"{address}: {error.reason}"
-    except (OSError, http.client.HTTPException) as error:
-        return f"{address}: {error}"
+    reason = answer(wandb_url(), _PROBE_SECONDS)
+    return f"{wandb_url()}: {reason}" if reason and "CERTIFICATE" not in reason else None
 
 
 def _new_id(sweep: str | None) -> str | None:

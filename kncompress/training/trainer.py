@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.config import TrainerConfig
 from kncompress.training.batches import BatchPlan
 from kncompress.training.processes import accelerator_of, devices, started_outside
+from kncompress.training.ranks import WatchedDDP, WatchedFSDP
 
 _VALIDATIONS = 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -72,9 +73,9 @@ def _strategy(config: TrainerConfig, model: Any) -> str | Strategy:
         # Full checkpoints: they are read back into an ordinary model. Embedding and head, which may share a weight,
         # stay together in the root.
         layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
-        return FSDPStrategy(auto_wrap_policy={type(layers[0])}, state_dict_type="full")
+        return WatchedFSDP(auto_wrap_policy={type(layers[0])}, state_dict_type="full")
     if config.strategy == "ddp" or devices(config) * config.nodes > 1:
-        return DDPStrategy(gradient_as_bucket_view=True)
+        return WatchedDDP(gradient_as_bucket_view=True)
     return "auto"
 
 
