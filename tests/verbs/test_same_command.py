@@ -9,7 +9,11 @@ import pytest
 from glue_layout import make_glue
 from verbs.conftest import read
 
+from kncompress.errors import UserError
+from kncompress.planner.budget import MapHarms, Reference
+from kncompress.planner.candidates import Option, packed
 from kncompress.planner.harm import HarmMeter
+from kncompress.planner.kept_harms import KeptHarms
 
 
 def stop(folder: Path, *keep: str) -> None:
@@ -72,15 +76,31 @@ def test_what_a_kill_before_the_record_leaves_is_taken_again(command: Any, lines
     assert command(*words)[0] == 2 and Path("run/mine.log").read_text() == "the user's"
 
 
-class Killed(BaseException):
-    pass
+def test_harms_are_kept_to_the_last_digit_and_measured_once(tmp_path: Path) -> None:
+    harms = MapHarms("mlp.up", 6, 6, (Option("keep", 6, 6, 0.0),), (Reference(0.1, 1 / 3),))
+    kinds: dict[str, Any] = {"mlp.up": [[packed(8, 6, 2)]]}
+    kept = KeptHarms(tmp_path / "harms")
+    assert kept.harms("mlp.up", lambda: harms) == harms and kept.kinds(lambda: kinds) == kinds
+
+    def again() -> Any:
+        raise AssertionError("measured twice")
+
+    assert KeptHarms(tmp_path / "harms").harms("mlp.up", again) == harms
+    assert KeptHarms(tmp_path / "harms").kinds(again) == kinds
+    (tmp_path / "harms" / "mlp.up.json").write_text("{")
+    with pytest.raises(UserError, match=rf"run_dir={tmp_path}: mlp\.up\.json: is damaged"):
+        kept.harms("mlp.up", again)
+    (tmp_path / "harms" / "mine").touch()
+    kept.remove(["mlp.up"])
+    assert [file.name for file in (tmp_path / "harms").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_harms_as_they_come(
     command: Any, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["plan", f"model={tiny}", f"data.source={text}", f"data.cache_dir={tmp_path / 'cache'}", "budget=0.6"]
-    words += ["calibration.tokens=512", "harm_tokens=64", "validation_tokens=64", "precision=fp32"]
+    words += ["calibration.tokens=512", "harm_tokens=64", "validation_tokens=64", "precision=fp32", "sums=false"]
     measure: Callable[..., float] = HarmMeter.kl
     asked: list[list[str]] = []
 
