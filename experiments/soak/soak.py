@@ -1,12 +1,11 @@
-"""A long distillation beside one that is killed in the middle: memory, open files and threads of both, and their bits.
+"""A long distillation beside one that is killed in the middle: memory, files and threads of both, and their bits.
 
-Usage: python experiments/soak/soak.py FOLDER STEPS [overrides of train]; Linux, for it reads /proc. Called again, it goes
-on with what is unfinished. Writes ``samples.csv``, ``soak.svg`` and ``soak.json`` into the folder.
+Usage: python experiments/soak/soak.py FOLDER STEPS [overrides of train]; Linux, for it reads /proc. Called again, it
+goes on with what is unfinished. Writes ``samples.csv``, ``soak.svg`` and ``soak.json`` into the folder.
 """
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,9 +22,10 @@ EVERY = 10.0
 COLUMNS = ("seconds", "run", "step", "process", "memory_mb", "files", "threads")
 WANDB = "W&B's service"
 SETTINGS = (
-    "model=mini", "data=sample", "factors=kngpt2", "objective=ilkd", "trainer.batch_tokens=512", "trainer.validate_every=10",
-    "trainer.micro_batch_tokens=512", "trainer.validation_tokens=2048", "trainer.test_tokens=4096", "trainer.accelerator=cpu",
-    "trainer.precision=fp32", "logger=wandb", "logger.mode=offline", "samples.count=0",
+    "model=mini", "data=sample", "factors=kngpt2", "objective=ilkd", "trainer.accelerator=cpu",
+    "trainer.batch_tokens=512", "trainer.micro_batch_tokens=512", "trainer.validate_every=10",
+    "trainer.validation_tokens=2048", "trainer.test_tokens=4096", "trainer.precision=fp32",
+    "logger=wandb", "logger.mode=offline", "samples.count=0",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class Run:
         for pid in [self.process.pid, *children(self.process.pid)]:
             try:
                 status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-                files = len(os.listdir(f"/proc/{pid}/fd"))
+                files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
             except (OSError, ValueError):
                 continue  # it has just ended
             if "VmRSS" in status:
