@@ -106,14 +106,14 @@ def _wrong(subject: str, fault: str, place: Sequence[str | int], value: Any, say
         return f"{subject}: is damaged, not JSON ({says.removeprefix('Invalid JSON: ')})"
     key, node = "", json.loads(content)
     for part in place:  # the name of a type among several that were tried stands there too, and is no key
-        inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
         if not inside and not (fault.startswith("missing") and part is place[-1]):
             break
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
         node = node[part] if inside else None
     key = "".join(char if char.isprintable() else "?" for char in key[:_LONGEST])
     if fault.startswith("missing"):
-        return f"{subject}: has no {key}"
+        return f"{subject}: has no {key or 'value'}"
     if fault == "unexpected_keyword_argument":
         return f"{subject}: {key}: unknown key"
     says = says.replace("Input should be", "must be")
@@ -167,6 +167,8 @@ def _check_yaml(text: str, subject: str, bounds: Bounds) -> None:
             raise UserError(f"{line}: YAML aliases are not allowed in this file")
         if getattr(event, "tag", None) is not None:
             raise UserError(f"{line}: {event.tag}: YAML tags are not allowed in this file")
+        if isinstance(event, yaml.ScalarEvent) and not depth:
+            raise UserError(f"{subject}: must hold keys and values, not {shown(event.value)}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         count += isinstance(event, yaml.NodeEvent)
         if depth > _DEEPEST:

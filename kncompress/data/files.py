@@ -157,7 +157,7 @@ def _json_kind(start: str, named: bool) -> str | None:
     line, end, _ = start.partition("\n")
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         if named:  # a long first line may not be whole
             if line.strip() == "{":
                 raise _NoText("one JSON object, not rows: give an object a line, or an array of them") from None
@@ -233,7 +233,7 @@ def _is_one_object(file: TextFile, key: str, column: str) -> bool:
         line = stream.readline()
         if stream.read(_HEAD).strip():
             return False
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return column not in json.loads(line)
     return False
 

@@ -81,9 +81,10 @@ def _lines(stream: IO[str], where: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: row {number}: not JSON ({error})") from None
+            yield number, row
 
 
 def _array(stream: IO[str], where: str) -> Iterator[tuple[int, Any]]:
@@ -99,6 +100,8 @@ def _array(stream: IO[str], where: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{where}: row {number + 1}: not JSON ({error})") from None
             text, done = text[done:] + more, 0
             continue
+        except RecursionError as error:
+            raise UserError(f"{where}: row {number + 1}: not JSON ({error})") from None
         if not found:
             return
         number, done = number + 1, end

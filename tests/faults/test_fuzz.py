@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from faults.damage import VALUES, altered, damaged
-from hypothesis import HealthCheck, given, seed, settings
+from faults.damage import altered, damaged, texts, values
+from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tiny_models import config_of, random_model
@@ -34,6 +34,7 @@ from kncompress.cli.streams import message
 from kncompress.cli.sweep_folder import read_sweep, refuse_code
 from kncompress.cli.typed_config import typed
 from kncompress.config import CompressConfig
+from kncompress.data.sources import find_sources
 from kncompress.data.tokens import open_stream
 from kncompress.errors import UserError
 from kncompress.formats import gguf
@@ -195,6 +196,13 @@ def _tsv(content: bytes, folder: Path) -> None:
         assert example.label in (0, 1)
 
 
+def _rows(named: tuple[str, bytes], folder: Path) -> None:
+    file = _file(folder, *named)
+    (source,) = find_sources(str(file), "data.source")
+    for text in source.documents("all"):
+        text.encode()
+
+
 def _facts(content: bytes, folder: Path) -> None:
     _file(folder, "tokens.bin", bytes(8))
     _file(folder, "facts.json", content)
@@ -291,16 +299,25 @@ def _reported() -> st.SearchStrategy[tuple[str, bytes]]:
         st.tuples(st.just("compression.json"), _json({"rows": [ROW, ROW]})["inputs"]()),
         st.tuples(st.just("samples.json"), _json([{"prompt": "a", "text": "b"}])["inputs"]()),
         st.tuples(st.just("metrics.csv"), damaged([csv])),
-        st.tuples(st.just("config.yaml"), damaged([CONFIG.encode()]) | VALUES.map(lambda v: json.dumps(v).encode())),
+        st.tuples(st.just("config.yaml"), damaged([CONFIG.encode()]) | values().map(lambda v: json.dumps(v).encode())),
+    )
+
+
+def _row_files() -> st.SearchStrategy[tuple[str, bytes]]:
+    lines = b'{"text": "One."}\n{"text": "Two \\u00e9", "id": 3}\n'
+    nested = b'{"text": ' + b"[" * 5000
+    return st.one_of(
+        st.tuples(st.just("a.jsonl"), damaged([lines, nested])),
+        st.tuples(st.just("a.json"), damaged([b"[" + lines.replace(b"}\n{", b"},\n{") + b"]", b"[" * 5000])),
+        st.tuples(st.just("a.csv"), damaged([b'text,id\n"One, two",3\nThree,4\n'])),
+        st.tuples(st.just("a.txt"), damaged([b"One.\n\n = Two = \n\nThree."])),
     )
 
 
 def _command_lines() -> st.SearchStrategy[list[str]]:
     word = st.sampled_from(WORDS) | damaged([w.encode() for w in WORDS]).map(lambda b: b.decode(errors="replace"))
-    pair = st.tuples(
-        st.sampled_from(["seed", "model", "factors", "data.source", "hydra.x", "a.b"]), st.text(max_size=30)
-    )
-    return st.lists(word | pair.map("=".join) | st.text(max_size=30), max_size=4)
+    pair = st.tuples(st.sampled_from(["seed", "model", "factors", "data.source", "hydra.x", "a.b"]), texts())
+    return st.lists(word | pair.map("=".join) | texts(), min_size=1, max_size=3)
 
 
 def _of(contents: Callable[[], list[bytes]], *more: st.SearchStrategy[bytes]) -> dict[str, Callable[[], Any]]:
@@ -319,7 +336,7 @@ def _settings_of(*kinds: str) -> dict[str, Callable[[], Any]]:
 
 
 _AS_TEXT = {"good": lambda: SHAPES[0], "inputs": lambda: (
-    st.text("0123456789x()+*sp .\n٣", max_size=40)
+    texts("0123456789x()+*sp .\n٣", 40)
     | damaged([s.encode() for s in SHAPES]).map(lambda b: b.decode(errors="replace"))
 )}  # fmt: skip
 
@@ -335,7 +352,8 @@ PARSERS = {
     ),
     "sweep files": Parser(_sweep, **_json(SWEEP), count=10_000),
     "overrides": Parser(_words, lambda: WORDS[1:2], _command_lines, 8_000),
-    "TSV": Parser(_tsv, **_of(lambda: [TSV.encode()], st.text().map(_bytes)), count=8_000),
+    "TSV": Parser(_tsv, **_of(lambda: [TSV.encode()], texts().map(_bytes)), count=8_000),
+    "rows of text": Parser(_rows, lambda: ("a.jsonl", b'{"text": "a"}\n'), _row_files, 6_000),
     "token cache facts": Parser(_facts, **_json(FACTS), count=8_000),
     "model settings": Parser(
         _settings, lambda: _settings_of("gpt2", "llama")["good"](), lambda: _settings_of("gpt2", "llama")["inputs"](),
@@ -368,6 +386,7 @@ def test_random_inputs_are_taken_or_refused_by_one_line(name: str, tmp_path: Pat
     def check(content: Any) -> None:
         nonlocal tried, refused, slowest
         tried += 1
+        note(repr(content)[:2000])
         since = time.process_time()
         try:
             with warnings.catch_warnings():
@@ -382,15 +401,17 @@ def test_random_inputs_are_taken_or_refused_by_one_line(name: str, tmp_path: Pat
         assert spent < SECONDS
 
     parser.read(parser.good(), tmp_path)  # without a fault it is taken
-    print(f"seed {SEED}")
-    began = time.monotonic()
-    check()
-    told = {"kind": "fuzz", "what": name, "tried": tried, "refused": refused, "slowest": round(slowest, 3)}
-    told |= {"seconds": round(time.monotonic() - began, 1), "seed": SEED}
-    print(json.dumps(told))
-    if out := os.environ.get("KNCOMPRESS_FAULTS_OUT"):
-        with Path(out).open("a") as file:
-            file.write(json.dumps(told) + "\n")
+    began, passed = time.monotonic(), False
+    try:
+        check()
+        passed = True
+    finally:
+        told = {"kind": "fuzz", "what": name, "tried": tried, "refused": refused, "passed": passed, "seed": SEED}
+        told |= {"slowest": round(slowest, 3), "seconds": round(time.monotonic() - began, 1)}
+        print(json.dumps(told))
+        if out := os.environ.get("KNCOMPRESS_FAULTS_OUT"):
+            with Path(out).open("a") as file:
+                file.write(json.dumps(told) + "\n")
 
 
 def test_in_all_there_are_a_hundred_thousand() -> None:
