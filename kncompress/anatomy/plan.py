@@ -175,7 +175,7 @@ def _layers(key: str, value: Any, count: int, owner: str) -> list[int]:
             raise UserError(f"{key}={value}: not one of all, odd, even or a list of layers; {known}")
         chosen = list(named[value])
     else:
-        chosen = [value] if type(value) is int else list(value)
+        chosen = list(value) if isinstance(value, list | tuple) else [value]
         if any(type(layer) is not int or not 0 <= layer < count for layer in chosen):
             raise UserError(f"{key}={chosen}: {known}")
     if not chosen:

@@ -96,7 +96,8 @@ def unknown_keys(config: type, values: dict[Any, Any], prefix: str = "") -> list
 def with_lists(config: type, values: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
     """``values`` with each lone text where ``config`` has a list of texts as a list of that one.
 
-    Raises UserError for a lone value where there is a list of something else.
+    Raises UserError for a lone value where there is a list of something else, and for a list, a group of keys or
+    nothing where there is to be a text or a number.
     """
     found = dict(values)
     hints, known = typing.get_type_hints(config), sections(config)
@@ -110,7 +111,19 @@ def with_lists(config: type, values: dict[Any, Any], prefix: str = "") -> dict[A
             if typing.get_args(hints[name]) != (str,):
                 raise UserError(f"{prefix}{name}={value}: a list; {prefix}{name}=[{value}]")
             found[name] = [value]
+        elif _holds_text_or_number(hints[name]) and isinstance(value, list | dict):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in pairs:
+                if isinstance(inner, list | dict) or inner is None:  # OmegaConf lets them through
+                    place = f"{prefix}{name}.{key}" if isinstance(value, dict) else f"{prefix}{name}[{key}]"
+                    raise UserError(f"{place}={'null' if inner is None else inner}: must be a text or a number")
     return found
+
+
+def _holds_text_or_number(hint: Any) -> bool:
+    """Whether a type is a list or a dict of texts or numbers, or null."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) in (list, dict)]
+    return bool(kinds) and typing.get_args(kinds[0])[-1] in (str, int, float)
 
 
 def nearest_key(config: type, path: str) -> str:

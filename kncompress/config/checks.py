@@ -36,13 +36,6 @@ def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value}: not one of {', '.join(allowed)}")
 
 
-def check_texts(key: str, values: dict[str, str]) -> None:
-    """Raises UserError for a value that is no text: OmegaConf takes lists in their place."""
-    for name, value in values.items():
-        if not isinstance(value, str):
-            raise UserError(f"{key}.{name}={value}: must be a text")
-
-
 def check_positive(key: str, value: float | None) -> None:
     """Raises UserError where a number is given that is not above 0."""
     if value is not None and value <= 0:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choices, check_not_negative, check_positive, check_texts, choice
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, choice
 from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
@@ -46,9 +46,6 @@ class FactorsConfig:
     scalars: bool = False
     """Whether each term has a scalar to learn (Krony-PT), 1 at the start. For single maps: ``s*`` before the shape in
     ``maps``."""
-
-    def __post_init__(self) -> None:
-        check_texts("factors.maps", self.maps)
 
 
 @dataclass

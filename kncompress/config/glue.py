@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_choices, check_not_negative, check_positive, check_texts, choice
+from kncompress.config.checks import check_choices, check_not_negative, check_positive, choice
 from kncompress.config.distillation import ObjectiveConfig, OptimizerConfig
 from kncompress.config.factoring import FactorsConfig
 from kncompress.config.run import ModelRunConfig
@@ -99,7 +99,6 @@ class GlueConfig(ModelRunConfig):
             raise UserError(f"seeds={self.seeds}: must be a number from 1, or a list of seeds")
         if len(set(seeds)) < len(seeds):
             raise UserError(f"seeds={self.seeds}: names a seed twice")
-        check_texts("baselines", self.baselines)
 
     @property
     def all_training(self) -> set[str]:

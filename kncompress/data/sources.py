@@ -167,15 +167,18 @@ def find_sources(value: Any, key: str, text_format: str = "auto", column: str | 
     Raises UserError naming ``key`` where a file is missing or no text, a folder has no text, a data set of the hub is
     neither in the cache nor within reach, or the list is empty.
     """
-    named = entries(value)
+    named = entries(value, key)
     if not named:
         raise UserError(f"{key}=[]: give `sample`, a text file, a folder of text files, hub:ID, or a list of these")
     return [_find(name, key, text_format, column) for name in named]
 
 
-def entries(value: Any) -> list[str]:
-    """The names in ``data.source`` or the like."""
-    return [value] if isinstance(value, str) else [str(entry) for entry in value]
+def entries(value: Any, key: str = "data.source") -> list[str]:
+    """The names in ``data.source`` or the like. Raises UserError, which names ``key``, for anything else."""
+    named = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(entry, str) for entry in named):
+        raise UserError(f"{key}={value}: must be a text or a list of texts; ./{value} is a file")
+    return named
 
 
 def without_own(config: DataConfig) -> DataConfig:

@@ -97,6 +97,8 @@ MISTAKES = [
     ({"layers": [13], "o": FactorConfig()}, "factors.layers=[13]: the model has layers 0 to 11"),
     ({"layers": [-1], "o": FactorConfig()}, "factors.layers=[-1]: the model has layers 0 to 11"),
     ({"layers": [True], "o": FactorConfig()}, "factors.layers=[True]: the model has layers 0 to 11"),
+    ({"layers": None, "o": FactorConfig()}, "factors.layers=[None]: the model has layers 0 to 11"),
+    ({"layers": 1.5, "o": FactorConfig()}, "factors.layers=[1.5]: the model has layers 0 to 11"),
     ({"layers": "some", "o": FactorConfig()}, "factors.layers=some: not one of all, odd, even"),
     ({"layers": [], "o": FactorConfig()}, "factors.layers=[]: names no layer"),
     ({"o": FactorConfig(layers=[12])}, "factors.o.layers=[12]: the model has layers 0 to 11"),

@@ -1,5 +1,6 @@
 """A small real verb to test the dispatcher: it keeps a run record and does what ``logger.project`` says."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -47,6 +48,11 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
                     (run_dir / "cleaned").touch()
             case "flaky" if not resume:
                 raise RuntimeError("no space left on device")
+            case "disk" if not resume:
+                try:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError as error:
+                    raise RuntimeError("unexpected pos 64 vs 0") from error  # as torch says it
             case "swallow":  # as a training loop that stops at the next step
                 (run_dir / "waiting").touch()
                 try:

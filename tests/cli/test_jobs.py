@@ -1,6 +1,7 @@
 """Jobs that really run: folders, outcomes, exit codes, sweeps, resume, signals and processes of DDP."""
 
 import csv
+import errno
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ from waiting import PATIENCE, wait_for
 from kncompress.__main__ import VERBS
 from kncompress.cli.engine import Engine
 from kncompress.cli.job import Job
+from kncompress.runs.process import disk_error
 from kncompress.runs.run_folder import take
 
 PROBE = Path(__file__).with_name("probe_verb.py")
@@ -89,6 +91,34 @@ def test_failure_tells_the_traceback_and_exits_1(probe, tmp_path):
     assert "Traceback" in (tmp_path / "new" / "train.log").read_text()
     result = _result(tmp_path / "new")
     assert (result["status"], result["exit_code"]) == ("failed", 1)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    code, _, err = command("train", "logger.project=disk", "run_dir=new")
+    folder = Path("new").absolute()
+    said = f"run_dir={folder}: No space left on device; make room, then resume={folder} goes on"
+    assert code == 1 and err == f"kncompress: {said}\n"
+    result = _result(folder)
+    assert (result["status"], result["exit_code"], result["error"]) == ("failed", 1, said)
+    assert command("train", "resume=new")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device"),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError(errno.ENOENT, "x"), None),
+        (RuntimeError("the loss is not finite"), None),
+    ],
+)
+def test_what_is_behind_an_error_is_a_disk_or_not(error, words):
+    outer = RuntimeError("save")
+    outer.__cause__ = error
+    error.__context__ = outer  # a circle
+    assert disk_error(outer) == words
 
 
 def test_log_lines_appear_once(probe, tmp_path):

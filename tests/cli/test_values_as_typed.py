@@ -1,6 +1,8 @@
 """What people type comes through as they mean it: text with ``${``, a lone value of a list, Hydra's names, paths."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -125,3 +127,17 @@ def test_paths_of_a_saved_run_are_absolute_and_other_words_stay(tmp_path, monkey
     assert found.calibration.moments == str(tmp_path / "later") and found.data.test is None
     assert config.data.source[0] == "a.txt"  # what a message shows is what was typed
     assert with_absolute_paths(EvaluateConfig(tasks=["arc_easy"])).tasks == ["arc_easy"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("factors.maps={a:[]}", "factors.maps.a=[]: must be a text or a number"),
+        ("factors.maps={a:null}", "factors.maps.a=null: must be a text or a number"),
+        ("logger.tags=[[1]]", "logger.tags[0]=[1]: must be a text or a number"),
+        ("fit.symmetries=[{a:1}]", "fit.symmetries[0]={'a': 1}: must be a text or a number"),
+    ],
+)
+def test_a_list_where_a_text_belongs_is_told(command: Callable[..., Any], word: str, told: str) -> None:
+    code, _, err = command("train", word, "--show")
+    assert code == 2 and err == f"kncompress: {told}\n"

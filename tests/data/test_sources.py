@@ -173,6 +173,9 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         find_sources(str(tmp_path / "empty"), "data.source")
     with pytest.raises(UserError, match=r"data\.source=\[\]"):
         find_sources([], "data.source")
+    for value in (None, 1.5, True, {"a": 1}, [None], ["sample", 3]):
+        with pytest.raises(UserError, match=r"^data\.source=.*: must be a text or a list of texts"):
+            find_sources(value, "data.source")
     with pytest.raises(UserError, match="no text in the train split"):
         read_split(DataConfig(source=str(tmp_path / "blank.txt")), "train")
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\)"):
