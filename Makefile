@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-all lint fmt docs clean
+.PHONY: help install demo test test-all test-faults lint fmt docs lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,14 @@ test: $(STAMP) ## run the tests that need neither a GPU nor the hub nor long
 test-all: $(STAMP) ## run every test that this machine can run
 	$(PYTEST) -m ''
 
+# Counts are kept here, a line a kind.
+FAULTS := .pytest_cache/faults.jsonl
+test-faults: export HYPOTHESIS_PROFILE := faults
+test-faults: $(STAMP) ## try every fault: kills, damaged files, random inputs; writes docs/reliability.md
+	mkdir -p $(dir $(FAULTS)) && rm -f $(FAULTS)
+	began=$$(date +%s); KNCOMPRESS_FAULTS_OUT=$(abspath $(FAULTS)) $(PYTEST) -m '' tests/faults; status=$$?; \
+	$(BIN)/python tests/faults/report.py $(FAULTS) $$(( $$(date +%s) - began )) docs/reliability.md && exit $$status
+
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +51,16 @@ docs: $(STAMP) ## build site/ from docs/ and the docstrings; a broken link is an
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python -W error -m pdoc -d google -o docs/api kncompress
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: then strict lets warnings pass
+
+lock: $(STAMP) ## write requirements.lock: the packages of constraints.txt with hashes
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .lock.json -r constraints.txt
+	$(BIN)/python -c 'import json; from pathlib import Path; file = Path("requirements.lock"); \
+	  head = [line for line in file.read_text().splitlines() if line.startswith("#")]; \
+	  rows = [(p["metadata"]["name"], p["metadata"]["version"], p["download_info"]["archive_info"]["hashes"]["sha256"]) \
+	    for p in json.loads(Path(".lock.json").read_text())["install"]]; \
+	  lines = [f"{name}=={version} --hash=sha256:{hash}" for name, version, hash in sorted(rows, key=lambda r: r[0].lower())]; \
+	  file.write_text("\n".join([*head, *lines]) + "\n")'
+	rm .lock.json
 
 clean: ## remove the virtual environment and caches, not the runs
 	rm -rf $(VENV) docs/api site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
