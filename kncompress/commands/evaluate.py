@@ -18,6 +18,7 @@ from kncompress.errors import UserError
 from kncompress.evaluation import bits_per_byte, compare, last_words, perplexity
 from kncompress.evaluation.comparison import ANCHORS
 from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_tasks
+from kncompress.evaluation.quantised import quantise_
 from kncompress.runs.record import RunRecord
 from kncompress.terminal import counting, show
 from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
@@ -70,6 +71,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     passages = _passages(config.lambada, config.data.column, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
         model, tokenizer = load_teacher(config.model)
+        rounded = {"bytes": quantise_(model, config.bits, config.group)} if config.bits else {}
         positions, other = model.config.max_position_embeddings, None
         if config.compare is not None:
             other, _ = load_teacher(second_model(config.compare, "evaluate"))
@@ -90,7 +92,9 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
         else:
             metrics = _perplexity(config, model, tokenizer, window)
             table = _table(config, window, metrics)
-        metrics["parameters"] = unique_parameters(model)
+        metrics |= {"parameters": unique_parameters(model)} | rounded
+        if config.bits:
+            _add_bytes(table, config, metrics["bytes"])
         record.finish("finished", metrics)
         show(table)
     return metrics
@@ -193,6 +197,12 @@ def _last_words(
         "lambada/perplexity": score.perplexity,
         "lambada/items": float(score.passages),
     }
+
+
+def _add_bytes(table: Table, config: EvaluateConfig, count: float) -> None:
+    groups = "whole rows" if config.group is None else f"groups of {config.group}"
+    metric = [""] if len(table.columns) > 2 else []
+    table.add_row(f"bytes in {config.bits} bits, {groups}", *metric, f"{count:,.0f}")
 
 
 def _comparison_table(config: EvaluateConfig, window: int, metrics: dict[str, float]) -> Table:

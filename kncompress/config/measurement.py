@@ -38,6 +38,11 @@ class EvaluateConfig(ModelRunConfig):
     """The model that this one was made from, as ``model.path``: tells how far apart both are on the text (KL per token,
     share of equal likeliest tokens, ratio of the perplexities), or how many items of ``tasks`` flip from right to wrong
     or back."""
+    bits: int | None = None
+    """Round the weights to integers of 2 to 8 bits before anything is scored (to the nearest, weights alone), and tell
+    the bytes. ``compare`` is not rounded: the same model there tells what rounding costs. null: no rounding."""
+    group: int | None = 64
+    """Neighbouring weights that share a scale; null: whole rows."""
     shots: int | None = None
     """Worked examples before each item of a task; null: as the task says."""
 
@@ -47,6 +52,9 @@ class EvaluateConfig(ModelRunConfig):
         for name in ("stride", "tokens", "batch_tokens", "limit"):
             check_positive(name, getattr(self, name))
         check_not_negative("shots", self.shots)
+        check_positive("group", self.group)
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise UserError(f"bits={self.bits}: must be between 2 and 8, or null")
         if self.tasks and self.lambada is not None:
             raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
         if self.compare is not None and self.lambada is not None:
