@@ -33,6 +33,7 @@ TOKENIZER = (
 WEIGHTS = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", CHECKSUMS)
 _PATTERNS = {"config": CONFIG, "tokenizer": TOKENIZER, "weights": WEIGHTS}
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
@@ -188,8 +189,8 @@ def shards(folder: Path, subject: str) -> list[str]:
     """Names of the files that the index of a model in several files has. Raises UserError where it is damaged."""
     weights = read_fields(folder / _INDEX, _Index, subject)["weight_map"]
     for name, file in weights.items():
-        if Path(file).name != file:
-            where = f"{subject}: {_INDEX}: weight_map.{name}"
+        if not _SHARD.fullmatch(file):
+            where = f"{subject}: {_INDEX}: weight_map.{name[:80]}"
             raise UserError(f"{where}={shown(file)}: not the name of a file in the folder")
     return sorted(set(weights.values()))
 

@@ -17,6 +17,8 @@ from kncompress.errors import UserError
 from kncompress.runs.config_file import literal
 
 FLAGS = {"-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--show": "show"}
+_HALF = re.compile(r"[\ud800-\udbff]")
+"""Halves of characters; the others, ``\\udc80`` and so on, stand for bytes of a name that is not UTF-8."""
 _CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
 _FUNCTION = re.compile(r"(glob|sort|shuffle|tag|extend_list)\(.*\)", re.DOTALL)
 _LAUNCHERS = {
@@ -90,6 +92,8 @@ def to_hydra(
     for word in words:
         key, equals, text = word.partition("=")
         plain = key.lstrip("+")
+        if "\0" in word or _HALF.search(word):  # from a sweep's file; a command line has none
+            raise UserError(f"{word}: holds a null character or half of one")
         if key.startswith("~"):
             translated.append(word)
         elif not equals:
