@@ -54,12 +54,7 @@ docs: $(STAMP) ## build site/ from docs/ and the docstrings; a broken link is an
 
 lock: $(STAMP) ## write requirements.lock: the packages of constraints.txt with hashes
 	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .lock.json -r constraints.txt
-	$(BIN)/python -c 'import json; from pathlib import Path; file = Path("requirements.lock"); \
-	  head = [line for line in file.read_text().splitlines() if line.startswith("#")]; \
-	  rows = [(p["metadata"]["name"], p["metadata"]["version"], p["download_info"]["archive_info"]["hashes"]["sha256"]) \
-	    for p in json.loads(Path(".lock.json").read_text())["install"]]; \
-	  lines = [f"{name}=={version} --hash=sha256:{hash}" for name, version, hash in sorted(rows, key=lambda r: r[0].lower())]; \
-	  file.write_text("\n".join([*head, *lines]) + "\n")'
+	$(BIN)/python tests/lock.py .lock.json requirements.lock
 	rm .lock.json
 
 clean: ## remove the virtual environment and caches, not the runs

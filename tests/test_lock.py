@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LINE = re.compile(r"([A-Za-z0-9._-]+)==([^ ]+) --hash=sha256:[0-9a-f]{64}")
+LINE = re.compile(r"([A-Za-z0-9._-]+)(?:\[[a-z,]+\])?==([^ ]+) --hash=sha256:[0-9a-f]{64}")
 
 
 def _name(text: str) -> str:

@@ -18,7 +18,7 @@ from kncompress.data.tokens import cache_root
 from kncompress.errors import UserError
 from kncompress.formats.pretrained import load_model, save_model
 from kncompress.glue.cell_progress import CellProgress
-from kncompress.glue.cells import Cell, read_cell, read_cells, suite_metrics, write_cell, write_suite
+from kncompress.glue.cells import Cell, check_cells, read_cell, read_cells, suite_metrics, write_cell, write_suite
 from kncompress.glue.classifiers import (
     Base,
     Student,
@@ -55,6 +55,7 @@ def check(config: GlueConfig) -> SuiteParts:
     parts = check_glue(config, _students(config))
     if config.resume is not None and config.run_dir is not None:
         check_contents(Path(config.run_dir), config, _contents(config, parts))
+        check_cells(Path(config.run_dir))
     return parts
 
 

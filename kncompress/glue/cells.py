@@ -67,6 +67,14 @@ def read_cell(folder: Path, task: str, seed: int, who: str) -> Cell | None:
     return cell
 
 
+def check_cells(folder: Path) -> None:
+    """Raises UserError where a finished cell in a run folder is damaged, or lies in the place of another one."""
+    for file in sorted(folder.glob("cells/*/seed*/*.json")):
+        seed = file.parent.name.removeprefix("seed")
+        if seed.isdecimal():
+            read_cell(folder, file.parts[-3], int(seed), file.stem)
+
+
 def read_cells(folder: Path, tasks: Iterable[str], seeds: Sequence[int], whos: Sequence[str]) -> list[Cell]:
     """Every finished cell of a suite, in the order of its table."""
     found = [read_cell(folder, task, seed, who) for task in tasks for seed in seeds for who in whos]

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from kncompress.glue.cells import Cell, averages, read_cell, read_cells, suite_metrics, suite_table, write_cell
+from kncompress.errors import UserError
+from kncompress.glue.cells import (
+    Cell,
+    averages,
+    check_cells,
+    read_cell,
+    read_cells,
+    suite_metrics,
+    suite_table,
+    write_cell,
+)
 from kncompress.glue.cells import write_suite as write
 
 
@@ -59,3 +69,18 @@ def test_cells_are_read_back(tmp_path: Path) -> None:
     assert read_cell(tmp_path, "mrpc", 1, "student") is None
     found = read_cells(tmp_path, ["cola", "mrpc"], [0, 1], ["teacher", "student"])
     assert sorted(map(repr, found)) == sorted(map(repr, CELLS))
+
+
+def test_a_damaged_cell_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    write_cell(tmp_path, CELLS[0])
+    check_cells(tmp_path)
+    file = tmp_path / "cells" / "cola" / "seed0" / "teacher.json"
+    other = file.with_name("student.json")
+    other.write_text(file.read_text())
+    with pytest.raises(
+        UserError, match=f"run_dir={tmp_path}: cells/cola/seed0/student.json is of cola, seed 0, teacher"
+    ):
+        check_cells(tmp_path)
+    other.write_text("{")
+    with pytest.raises(UserError, match=r"student\.json: is damaged"):
+        check_cells(tmp_path)
