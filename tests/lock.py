@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HEAD = """# The packages of constraints.txt with the hashes of their files: Linux x86-64, Python 3.11, PyTorch without CUDA.
+HEAD = """# The packages of constraints.txt with hashes of their files: Linux x86-64, Python 3.11, PyTorch for CPUs.
 # pip install --require-hashes -r requirements.lock && pip install --no-deps kncompress
 # Made by `make lock`.
 """
