@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from kncompress.runs.stored import GONE_ON_WITH, RUN, read_run
 
 TRACES = ("run.json", "result.json", "metrics.csv", "checkpoints", "model", "wandb")
 """Any of these in a folder says that a run has been there."""
+_HALF_WRITTEN = re.compile(r"\.(config\.yaml|run\.json)\.\d+\.tmp")
+"""What a kill in the writing of a record leaves."""
 
 
 def inherited() -> Path | None:
@@ -148,10 +151,13 @@ def check_contents(folder: Path, config: Any, contents: Mapping[str, str], key: 
 
 def killed_at_the_start(folder: Path, verb: str) -> bool:
     """Whether ``folder`` holds what a run of ``verb`` leaves that is killed before its record, and nothing else."""
-    hydra = {path.name for path in (folder / ".hydra").glob("*")}
-    if not {"hydra.yaml"} <= hydra <= {"config.yaml", "hydra.yaml", "overrides.yaml"}:
+    log, hydra = f"{verb}.log", {path.name for path in (folder / ".hydra").glob("*")}
+    found = {path.name for path in folder.iterdir() if not _HALF_WRITTEN.fullmatch(path.name)} - {LOCK}
+    if found == {log}:
+        return (folder / log).stat().st_size == 0
+    if ".hydra" not in found or hydra - {"config.yaml", "hydra.yaml", "overrides.yaml"}:
         return False
-    return {path.name for path in folder.iterdir()} <= {".hydra", "config.yaml", f"{verb}.log", LOCK}
+    return found <= {".hydra", log} | ({"config.yaml"} if "hydra.yaml" in hydra else set())
 
 
 def discard(folder: Path, made: bool) -> None:
@@ -160,7 +166,8 @@ def discard(folder: Path, made: bool) -> None:
     For folders that this command has made or found empty, or that ``killed_at_the_start`` knows.
     """
     hydra = [folder / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    for file in [*hydra, *folder.glob("*.log"), folder / "config.yaml", folder / LOCK]:
+    half = [path for path in folder.glob(".*.tmp") if _HALF_WRITTEN.fullmatch(path.name)]
+    for file in [*hydra, *half, *folder.glob("*.log"), folder / "config.yaml", folder / LOCK]:
         file.unlink(missing_ok=True)
     for empty in (folder / ".hydra", *((folder,) if made else ())):
         with contextlib.suppress(OSError):  # it holds something of the user's or of the verb's

@@ -166,6 +166,11 @@ KILLED = ["train", "compress", "plan", "export", "evaluate", "glue", "sweep"]
 SIGNALS = {"kill": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGSTOP": signal.SIGSTOP}
 
 
+def _finished(folder: Path) -> bool:
+    record = folder / "run.json"
+    return record.exists() and json.loads(record.read_text())["status"] == "finished"
+
+
 def stop_and_repeat(world: World, verb: str, name: str, count: int) -> None:
     """The command, stopped at a random moment, and the same once more."""
     moments, tally = random.Random(f"{SEED} {verb} {name}"), Tally(f"{name} of {verb}")
@@ -176,7 +181,7 @@ def stop_and_repeat(world: World, verb: str, name: str, count: int) -> None:
         line = [*world.words[verb], f"run_dir={folder.name}", *world.own(verb, folder)]
         code, output = world.forks.stopped(SIGNALS[name], moments.uniform(0.02, 1.0) * length, *line)
         wrong = faults_of(code, output, (0, *STOPPED))
-        ended = code == 0
+        ended = code == 0 or (verb != "sweep" and _finished(folder))  # or killed behind its last word
         code, output = world.forks.run(*line)
         wrong += faults_of(code, output, (2,) if ended else (0,))
         if not wrong and result(verb, folder) != expected:
