@@ -17,7 +17,7 @@ EXTRA = re.compile(r"([A-Za-z0-9._-]+)\[([A-Za-z0-9._,-]+)\]")
 
 
 def lock(packages: list[dict[str, Any]]) -> str:
-    """A line a package, with the extras that others want of it: pip wants those pinned too."""
+    """A line a package, and one with the extras that others want of it: pip wants both pinned."""
     extras: dict[str, set[str]] = {}
     for package in packages:
         for text in package["metadata"].get("requires_dist", []):
@@ -28,7 +28,9 @@ def lock(packages: list[dict[str, Any]]) -> str:
         name, version = package["metadata"]["name"], package["metadata"]["version"]
         wanted = ",".join(sorted(extras.get(_name(name), ())))
         digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
-        lines.append(f"{name}{f'[{wanted}]' if wanted else ''}=={version} --hash=sha256:{digest}\n")
+        lines += [
+            f"{entry}=={version} --hash=sha256:{digest}\n" for entry in (name, f"{name}[{wanted}]")[: 1 + bool(wanted)]
+        ]
     return HEAD + "".join(lines)
 
 
