@@ -9,7 +9,7 @@ evaluate() {
   finished "$out/$1-evaluated" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-evaluated" data=sample tokens=40000
 }
 compress() { # name, factors, start, overrides
-  finished "$out/$1" || python -m kncompress compress model=mini "factors=$2" "start=$3" data=sample "run_dir=$out/$1" "${@:4}"
+  finished "$out/$1" || python -m kncompress compress model=mini "factors=$2" "start=$3" data=sample fit.sides=inputs "run_dir=$out/$1" "${@:4}"
   evaluate "$1" "$out/$1/model"
 }
 

@@ -17,7 +17,7 @@ for shape in one_term two_by_two four_by_four outer_products; do
   for start in nearest calibrated sequential; do
     [ "$shape" != four_by_four ] || [ "$start" != sequential ] || continue  # long
     run="$shape-$start"
-    finished "$out/$run" || python -m kncompress compress model=smollm2 "factors=$here/$shape.yaml" "start=$start" \
+    finished "$out/$run" || python -m kncompress compress model=smollm2 "factors=$here/$shape.yaml" "start=$start" fit.sides=inputs \
       "data.source=$text" data.text_format=lines calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments" \
       "run_dir=$out/$run" "$@"
     evaluate "$run" "$out/$run/model"

@@ -13,7 +13,7 @@ evaluate() {
     "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000
 }
 compress() { # name, factors, start
-  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1"
+  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" fit.sides=inputs "${fit[@]}" "run_dir=$out/$1"
   evaluate "$1" "$out/$1/model"
 }
 plan() { # name, overrides

@@ -76,7 +76,7 @@ class FitConfig:
     gauge: str = choice("equal", "equal", "unit_right", "equal_rms")
     """How the scale of a term is shared by its two factors, of every start but random: ``equal`` norms, ``unit_right``
     (right factors of norm 1) or ``equal_rms`` (entries of equal size)."""
-    sides: str = choice("inputs", "inputs", "both")
+    sides: str = choice("both", "inputs", "both")
     """What a calibrated or sequential fit weighs errors by: the ``inputs`` of each map, or ``both``: inputs and the
     gradients of the loss at its outputs, so that errors count as the logits feel them."""
     output_ridge: float = 0.1

@@ -29,7 +29,7 @@ class PlanConfig(FittingConfig):
     place of each map. ``gradients``: half of its two-sided error, without a forward pass for each map (needs
     ``fit.sides=both``)."""
     sums: bool = True
-    """Try Kronecker sums beside low rank. With ``fit.sides=both`` their fits take many times as long."""
+    """Try Kronecker sums beside low rank."""
     harm_tokens: int = 1024
     """Tokens on which the harm of each map is measured."""
     measure: bool | None = None

@@ -186,30 +186,28 @@ def error_of(
     return min(history, default=0.0)
 
 
-def screened(weight: Tensor, moment: PreparedMoment, outputs: PreparedMoment | None = None) -> list[list[Shape]]:
+def screened(weight: Tensor, moment: PreparedMoment) -> list[list[Shape]]:
     """Kinds of shapes whose middle one beats the packed outer products of its size on this map by ``MARGIN``: the best,
     and the best of those that take as few multiply-adds as parameters.
 
     Hybrids are tried for the kinds that come near.
     """
-    spectrum = Spectrum(weight, moment, outputs)
+    spectrum = Spectrum(weight, moment)
     won: list[tuple[float, list[Shape]]] = []
     for shapes in sums(*weight.shape):
-        ratio = _against(weight, shapes, moment, outputs, spectrum)
+        ratio = _against(weight, shapes, moment, spectrum)
         won.append((ratio, list(shapes)))
         if ratio < 1 + MARGIN and (mixed := hybrids(shapes)):
-            won.append((_against(weight, mixed, moment, outputs, spectrum), mixed))
+            won.append((_against(weight, mixed, moment, spectrum), mixed))
     better = sorted((kind for kind in won if kind[0] < 1 - MARGIN), key=lambda kind: kind[0])
     kinds = [shapes for _, shapes in better]
     lean = next((shapes for shapes in kinds if shapes[0].multiply_adds <= 1.1 * shapes[0].parameters), None)
     return kinds[:1] if lean is None or lean is kinds[0] else [kinds[0], lean]
 
 
-def _against(
-    weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, outputs: PreparedMoment | None, spectrum: Spectrum
-) -> float:
+def _against(weight: Tensor, shapes: Sequence[Shape], moment: PreparedMoment, spectrum: Spectrum) -> float:
     """Error of the middle one of a kind, relative to that of the packed outer products of its size."""
     dense = weight.numel()
     middle = min(shapes, key=lambda shape: abs(shape.parameters / dense - SCREEN_SHARE))
     known = spectrum.error_at(middle.parameters)
-    return error_of(weight, middle, moment, SCREEN_SWEEPS, outputs) / known if known > 0 else math.inf
+    return error_of(weight, middle, moment, SCREEN_SWEEPS) / known if known > 0 else math.inf

@@ -104,7 +104,7 @@ def measure_harms(
     work.expect(sum(costs.values()) + screening)
     felt = _felt(model, anatomy, text, settings, work)
     kept = kept or KeptHarms(None)
-    kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work, felt) if sums else {})
+    kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work) if sums else {})
     found = _Found()
     readers = _readers(anatomy)
     if not anatomy.tied:
@@ -178,9 +178,12 @@ def _felt(model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConf
 
 
 def _screen(
-    model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work, felt: _Felt
+    model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work
 ) -> dict[str, list[list[Shape]]]:
-    """{map: kinds of shapes that beat outer products in the screened layer nearest to it}."""
+    """{map: kinds of shapes that beat outer products in the screened layer nearest to it}.
+
+    By the inputs alone: fits of Kronecker sums to both sides take many times as long, and are for what is left.
+    """
     chosen = _screened_layers(anatomy)
     readers = {
         name: [site for site in sites if site.layer in chosen]
@@ -195,7 +198,7 @@ def _screen(
             weight, bias = _weight(model, site)
             prepared = shared.prepared(bias and settings.bias)
             assert site.layer is not None
-            winners[site.layer, site.kind] = screened(weight, prepared, felt(site))
+            winners[site.layer, site.kind] = screened(weight, prepared)
             work.finish(_screen_cost(site))
     return {
         site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], site.kind]

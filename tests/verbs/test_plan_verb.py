@@ -94,11 +94,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(command: Any, words: list[str]
 
 def test_a_plan_remembers_its_fit_and_text(command: Any, words: list[str], tiny: Path, tmp_path: Path) -> None:
     """``compress`` makes what ``plan`` measured, with not a word on fit and text; words on either come first."""
-    told = ["start=sequential", "fit.sides=both", "fit.sweeps=3", "data.text_format=lines", "calibration.context=32"]
+    told = ["start=sequential", "fit.sides=inputs", "fit.sweeps=3", "data.text_format=lines", "calibration.context=32"]
     code, _, err = command("plan", *words, *told, "budget=0.6", "measure=false", "run_dir=planned")
     assert code == 0, err
     given = ["model=" + str(tiny), "factors=planned/plan.yaml"]
-    kept = {"fit": {"sides": "both", "sweeps": 3}, "calibration": {"tokens": 1024, "context": 32}}
+    kept = {"fit": {"sides": "inputs", "sweeps": 3}, "calibration": {"tokens": 1024, "context": 32}}
     memory = yaml.safe_load(Path("planned/plan.yaml").read_text())["made_for"]
     source = next(word for word in words if word.startswith("data.source=")).partition("=")[2]
     assert memory == {"start": "sequential", **kept, "data": {"source": source, "text_format": "lines"}}
@@ -111,10 +111,10 @@ def test_a_plan_remembers_its_fit_and_text(command: Any, words: list[str], tiny:
     for section, values in kept.items():
         assert {key: config[section][key] for key in values} == values
 
-    code, _, err = command("compress", *given, "start=calibrated", "fit.sides=inputs", "data=sample", "run_dir=other")
+    code, _, err = command("compress", *given, "start=calibrated", "fit.sides=both", "data=sample", "run_dir=other")
     assert code == 0, err
     config = yaml.safe_load(Path("other/config.yaml").read_text())
-    assert (config["start"], config["fit"]["sides"], config["fit"]["sweeps"]) == ("calibrated", "inputs", 3)
+    assert (config["start"], config["fit"]["sides"], config["fit"]["sweeps"]) == ("calibrated", "both", 3)
     assert config["data"]["source"] == "sample" and config["data"]["text_format"] == "auto"
 
     code, _, err = command("plan", f"model={tiny}", "harm=planned", "budget=0.8", "run_dir=second")
