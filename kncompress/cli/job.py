@@ -30,7 +30,7 @@ from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
 from kncompress.runs.config_file import literal
 from kncompress.runs.lock import in_use
-from kncompress.runs.process import RUN_DIR, disk_error, process_rank
+from kncompress.runs.process import RUN_DIR, disk_error, memory_error, process_rank
 from kncompress.runs.process import outcome as outcome_of
 from kncompress.runs.record import keep_outcome
 from kncompress.runs.run_folder import discard, inherited
@@ -117,9 +117,11 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
             outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
     except BaseException as error:
         outcome = _failure(error)
+        again = f", then resume={folder} goes on" if job.verb.resumes else ", then the same command goes on"
         if full := disk_error(error):
-            again = f", then resume={folder} goes on" if job.verb.resumes else ", then the same command goes on"
             outcome |= {"error": f"run_dir={folder}: {full}; make room{again}"}
+        elif short := memory_error(error):
+            outcome |= {"error": f"out of memory ({short}); take fewer tokens at once{again}"}
         elif signals.received() is None and not isinstance(error, UserError | CheckFailed):
             _log_traceback(error, on_stderr=job.sweep_dir is None)
     number = signals.received()

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Literal
 
 from kncompress.errors import UserError
+from kncompress.terminal import first_line
 
 Status = Literal["finished", "failed", "interrupted"]
 
@@ -94,6 +95,12 @@ def disk_error(error: BaseException | None) -> str | None:
             return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
+
+
+def memory_error(error: BaseException) -> str | None:
+    """The first line of what torch or Python says where memory has run out; None: it is something else."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # without importing torch
+    return first_line(error) if named or "can't allocate memory" in str(error) else None
 
 
 def outcome(error: BaseException | None) -> tuple[Status, int]:

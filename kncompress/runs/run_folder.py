@@ -152,7 +152,7 @@ def check_contents(folder: Path, config: Any, contents: Mapping[str, str], key: 
 def killed_at_the_start(folder: Path, verb: str) -> bool:
     """Whether ``folder`` holds what a run of ``verb`` leaves that is killed before its record, and nothing else."""
     log, hydra = f"{verb}.log", {path.name for path in (folder / ".hydra").glob("*")}
-    found = {path.name for path in folder.iterdir() if not _HALF_WRITTEN.fullmatch(path.name)} - {LOCK}
+    found = {path.name for path in folder.glob("*") if not _HALF_WRITTEN.fullmatch(path.name)} - {LOCK}
     if found == {log}:
         return (folder / log).stat().st_size == 0
     if ".hydra" not in found or hydra - {"config.yaml", "hydra.yaml", "overrides.yaml"}:

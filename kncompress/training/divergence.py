@@ -8,10 +8,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kncompress.errors import CheckFailed
+
 ADVICE = "the checkpoints hold the last good weights; try a lower optimizer.lr or trainer.gradient_clip"
 
 
-class DivergedError(FloatingPointError):
+class DivergedError(CheckFailed):
     """The loss or its gradient is no longer finite; ``step`` is the optimiser step, counted from 1."""
 
     def __init__(self, step: int, what: str, advice: str) -> None:

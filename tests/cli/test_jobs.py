@@ -13,6 +13,7 @@ from pathlib import Path
 
 import probe_verb
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from waiting import PATIENCE, wait_for
@@ -366,3 +367,30 @@ def test_left_over_variables_leave_every_job_of_a_sweep(probe, tmp_path):
         "finished",
         "finished",
     ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+)
+def test_memory_that_has_run_out_is_one_line(error, command, monkeypatch):
+    def run(*_):
+        raise error
+
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    monkeypatch.setattr(probe_verb, "run", run)
+    code, _, err = command("train", "run_dir=new")
+    said = f"take fewer tokens at once, then resume={Path('new').absolute()} goes on"
+    assert code == 1 and err.startswith("kncompress: out of memory (") and err.endswith(f"{said}\n")
+    assert err.count("\n") == 1
+
+
+def test_resume_auto_in_a_folder_that_is_not_there_begins_a_run(command, monkeypatch):
+    monkeypatch.setitem(VERBS, "train", probe_verb.VERB)
+    code, _, err = command("train", "resume=auto", "run_dir=new")
+    assert code == 0, err
+    assert _result(Path("new"))["status"] == "finished"
