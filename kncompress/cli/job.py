@@ -42,6 +42,8 @@ FAILED = ".failed"
 """File that marks a sweep's folder once a job has failed and ``fail_fast`` is to stop the others."""
 _CHILD_WAITS = 30.0
 """Seconds that a failed process of a distributed run gives the main process to fail by itself."""
+_TOLD = UserError, CheckFailed
+"""Errors that say all in one line."""
 _OWN_HANDLERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 
@@ -122,7 +124,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
             outcome |= {"error": f"run_dir={folder}: {full}; make room{again}"}
         elif short := memory_error(error):
             outcome |= {"error": f"out of memory ({short}); take fewer tokens at once{again}"}
-        elif signals.received() is None and not isinstance(error, UserError | CheckFailed):
+        elif outcome["status"] == "failed" and signals.received() is None and not isinstance(error, _TOLD):
             _log_traceback(error, on_stderr=job.sweep_dir is None)
     number = signals.received()
     if number is not None:
@@ -161,7 +163,7 @@ def _end_of_child(outcome: dict[str, Any]) -> dict[str, Any]:
 def _failure(error: BaseException) -> dict[str, Any]:
     status, code = outcome_of(error)
     text = " ".join(str(error).split())
-    if status == "failed" and not isinstance(error, UserError | CheckFailed):
+    if status == "failed" and not isinstance(error, _TOLD):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return {"status": status, "exit_code": code} | ({"error": text} if code else {})
 
