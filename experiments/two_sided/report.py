@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-COLUMNS = ("wikitext2", "web", "parameters", "share", "multiply_adds", "seconds", "peak_gb", "plan_seconds")
+COLUMNS = (
+    "wikitext2",
+    "web",
+    "parameters",
+    "share",
+    "megabytes",
+    "multiply_adds",
+    "seconds",
+    "peak_gb",
+    "plan_seconds",
+)
 
 
 def read(run: Path, name: str) -> dict[str, Any]:
@@ -24,15 +34,18 @@ def row_of(folder: Path, name: str) -> dict[str, str]:
     made, cost = read(folder / name, "result.json").get("metrics", {}), read(folder / name, "run.json")
     # A model that no plan of this study made has none.
     plan = read(folder / f"{name.partition('-')[0]}-plan", "run.json")
-    texts = {text: read(folder / f"{name}-{text}", "result.json")["metrics"] for text in ("wikitext2", "web")}
-    share = made["parameters/student"] / made["parameters/teacher"] if made else 1.0
-    adds = made["multiply_adds/student"] / made["multiply_adds/teacher"] if made else 1.0
+    texts = {text: read(folder / f"{name}-{text}", "result.json")["metrics"] for text in COLUMNS[:2]}
+    parameters = texts["web"]["parameters"]
+    share = parameters / read(folder / "dense-web", "result.json")["metrics"]["parameters"]
+    size = texts["web"].get("bytes", 2 * parameters)  # of a model that is not rounded in 16 bits
+    adds = f"{made['multiply_adds/student'] / made['multiply_adds/teacher']:.3f}" if made else ""
     return {
         "wikitext2": f"{texts['wikitext2']['perplexity']:.2f}",
         "web": f"{texts['web']['perplexity']:.2f}",
-        "parameters": f"{texts['web']['parameters']:.0f}",
+        "parameters": f"{parameters:.0f}",
         "share": f"{share:.4f}",
-        "multiply_adds": f"{adds:.3f}",
+        "megabytes": f"{size / 1e6:.1f}",
+        "multiply_adds": adds,
         "seconds": f"{cost['wall_seconds']:.0f}" if cost else "",
         "peak_gb": f"{cost['peak_memory_bytes'] / 1e9:.2f}" if cost else "",
         "plan_seconds": f"{plan['wall_seconds']:.0f}" if plan else "",

@@ -8,11 +8,11 @@ finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" &
 text="$KNCOMPRESS_DATA/wikitext2"
 fit=("data.source=$text/wiki.train.tokens" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
 
-evaluate() { # name, model
+evaluate() { # name, model, overrides
   finished "$out/$1-wikitext2" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-wikitext2" \
-    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000
+    "data.source=$text/wiki.test.raw" data.text_format=lines context=512 tokens=12000 "${@:3}"
   finished "$out/$1-web" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1-web" \
-    "data.source=$KNCOMPRESS_DATA/text/digitalgov_cc0.txt" context=512 tokens=12000
+    "data.source=$KNCOMPRESS_DATA/text/digitalgov_cc0.txt" context=512 tokens=12000 "${@:3}"
 }
 compress() { # name, factors, start, overrides
   finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$2" "start=$3" "${fit[@]}" "run_dir=$out/$1" "${@:4}"
@@ -41,4 +41,8 @@ plan measured_inputs fit.sides=inputs sums=false budget=0.667
 compress measured_inputs-sequential "$here/measured_inputs.yaml" sequential fit.sides=inputs
 plan measured fit.sides=both sums=false budget=0.667
 compress measured-sequential "$here/measured.yaml" sequential fit.sides=both
+for bits in 8 5 4; do # the original in as many bytes: in 5 bits it takes about those of the planned model in 8
+  evaluate "dense_$bits" smollm2 "bits=$bits"
+done
+evaluate gradients_8 "$out/gradients/model" bits=8
 python "$here/report.py" "$out"

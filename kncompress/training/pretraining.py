@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kncompress.config import ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Loss, Objective, cross_entropy
+from kncompress.errors import UserError
 from kncompress.evaluation import TokenMean
 from kncompress.training.distillation import Distillation, teacher_layers
 
@@ -121,5 +122,9 @@ class ILKDPretraining(Distillation):
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [key for key in result.missing_keys if not key.startswith(_TEACHER)]
         if strict and (missing or result.unexpected_keys):
-            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {result.unexpected_keys}")
+            other = f"lacks {missing[0]}" if missing else f"holds {result.unexpected_keys[0]}"
+            raise UserError(
+                f"resume: the checkpoint {other}: it is of another student than config.yaml describes; "
+                "put that file back, or start a new run"
+            )
         return result
