@@ -78,10 +78,10 @@ def test_moved_run_folder_keeps_its_best_score(tmp_path, fit, linear_task):
 
 def test_save_that_breaks_off_leaves_the_old_file(tmp_path):
     writer, path = WholeFileCheckpointIO(), tmp_path / "last.ckpt"
-    writer.save_checkpoint({"global_step": 1}, path)
+    writer.save_checkpoint({"global_step": 1, "state_dict": {}}, path)
     with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
         writer.save_checkpoint({"weights": torch.ones(10), "bad": lambda: None}, path)
-    assert writer.load_checkpoint(path) == {"global_step": 1}
+    assert writer.load_checkpoint(path) == {"global_step": 1, "state_dict": {}}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
