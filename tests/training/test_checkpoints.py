@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kncompress.errors import UserError
-from kncompress.training.checkpoints import BestCheckpoint, WholeFileCheckpointIO, checkpoint_callbacks
+from kncompress.training.checkpoints import _PARTS, BestCheckpoint, WholeFileCheckpointIO, checkpoint_callbacks
 from kncompress.training.divergence import DivergedError, NonFiniteLoss
 
 
@@ -78,10 +78,11 @@ def test_moved_run_folder_keeps_its_best_score(tmp_path, fit, linear_task):
 
 def test_save_that_breaks_off_leaves_the_old_file(tmp_path):
     writer, path = WholeFileCheckpointIO(), tmp_path / "last.ckpt"
-    writer.save_checkpoint({"global_step": 1, "state_dict": {}}, path)
+    whole = {"global_step": 1} | {part: [] for part in _PARTS}
+    writer.save_checkpoint(whole, path)
     with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
         writer.save_checkpoint({"weights": torch.ones(10), "bad": lambda: None}, path)
-    assert writer.load_checkpoint(path) == {"global_step": 1, "state_dict": {}}
+    assert writer.load_checkpoint(path) == whole
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
