@@ -32,7 +32,7 @@ from kncompress.runs.config_file import literal
 from kncompress.runs.lock import in_use
 from kncompress.runs.process import RUN_DIR, disk_error, memory_error, process_rank
 from kncompress.runs.process import outcome as outcome_of
-from kncompress.runs.record import keep_outcome
+from kncompress.runs.record import began, forget, keep_outcome
 from kncompress.runs.run_folder import discard, inherited
 from kncompress.runs.whole_file import write_text
 from kncompress.training import signals
@@ -106,7 +106,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         return {"status": "elsewhere", "exit_code": 0}
     if job.sweep_dir is not None:
         print(f"job {folder.name}: {' '.join(words)}", flush=True)
-    before = _stamp(folder)
+    forget(folder)
     try:
         ready = job.ready.get(str(folder)) or ReadyJob(composed, typed(job.verb.config, composed))
         with _environment(job, words, folder):
@@ -131,7 +131,7 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
     if process_rank() == 0:
         try:
-            _record(job, folder, outcome, words, began=_stamp(folder) != before)
+            _record(job, folder, outcome, words, began(folder))
         except OSError as error:  # a full disk, say
             if not outcome["exit_code"]:
                 outcome = {"status": "failed", "exit_code": 1, "error": f"the outcome cannot be written: {error}"}
@@ -168,24 +168,16 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"status": status, "exit_code": code} | ({"error": text} if code else {})
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Tells one ``run.json`` from another, each of which is written anew."""
-    with contextlib.suppress(OSError):
-        found = (folder / "run.json").stat()
-        return found.st_ino, found.st_mtime_ns
-    return None
-
-
-def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], began: bool) -> None:
+def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], own: bool) -> None:
     """Complete ``result.json`` and ``run.json``, which a verb writes itself when it ends, and the sweep's table.
 
-    ``began``: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
+    ``own``: whether the run in ``folder`` is that of this job, and not an earlier one that could not be resumed.
     """
     if in_use(folder):
         return  # another process is at work in the folder, so this job was refused
-    if outcome["exit_code"] == 2 and job.sweep_dir is None and not began:
-        return  # a single run that never began leaves nothing
-    keep_outcome(folder, job.verb.name, outcome, began)
+    if job.sweep_dir is None and not own and (outcome["exit_code"] == 2 or outcome["status"] == "interrupted"):
+        return  # a single run that never began leaves nothing, or what the same command takes again
+    keep_outcome(folder, job.verb.name, outcome, own)
     hydra_words = folder / ".hydra" / "overrides.yaml"
     if hydra_words.exists():
         kept = not_own(words) if job.sweep_dir is not None else words

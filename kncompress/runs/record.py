@@ -90,6 +90,7 @@ class RunRecord:
         except BaseException:
             taken.release()
             raise
+        _BEGUN.add(folder)
         return record
 
     @property
@@ -223,6 +224,20 @@ def _new_fields(verb: str, seed: int) -> dict[str, Any]:
         "warnings": [],
         "resumes": [],
     }
+
+
+_BEGUN: set[Path] = set()
+"""Folders whose run this process has begun, or gone on with."""
+
+
+def forget(folder: Path) -> None:
+    """A job begins in ``folder``: what this process did there before is another one's."""
+    _BEGUN.discard(folder.absolute())
+
+
+def began(folder: Path) -> bool:
+    """Whether the run in ``folder`` is that of the job at work, not an earlier or another process's one."""
+    return folder.absolute() in _BEGUN
 
 
 def keep_outcome(folder: Path, verb: str, outcome: Mapping[str, Any], began: bool) -> None:

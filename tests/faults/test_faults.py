@@ -221,7 +221,7 @@ DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {"flipped": _flip, 
 SCORED = ("data.source=text.txt", "data.cache_dir=cache", "tokens=64")
 READ: dict[str, tuple[str, str, list[str]]] = {
     "weights": ("compress", "model/model.safetensors", ["evaluate", "model={}/model", *SCORED]),
-    "config.json of a model": ("compress", "model/config.json", ["inspect", "model={}/model"]),
+    "config.json of a model": ("compress", "model/config.json", ["evaluate", "model={}/model", *SCORED]),
     "tokenizer": ("compress", "model/tokenizer.json", ["evaluate", "model={}/model", *SCORED]),
     "checkpoint": ("train", "checkpoints/last.ckpt", ["train", "resume={}"]),
     "run.json": ("train", "run.json", ["train", "resume={}"]),
