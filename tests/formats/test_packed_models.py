@@ -18,6 +18,7 @@ from kncompress.config import FactorsConfig
 from kncompress.errors import UserError
 from kncompress.formats.card import card_text
 from kncompress.formats.pretrained import load_model, save_model, to_dense
+from kncompress.hub import CHECKSUMS
 from kncompress.kron import PackedLinear, PackedShape
 
 
@@ -103,6 +104,7 @@ def test_a_damaged_order_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["transformer.h.1.mlp.c_fc.order"][3] = 4
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / CHECKSUMS).unlink()
     with pytest.raises(UserError, match=r"h.1.mlp.c_fc.order does not have each of 0 to 23 once") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
