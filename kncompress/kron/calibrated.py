@@ -112,7 +112,7 @@ def _alternated(
     tolerance: float,
 ) -> tuple[Factors, list[float]]:
     """Factors of ``weight`` from those of ``unit`` times it, and the shares of f on the way there."""
-    matrix = (moment.matrix / moment.size).to(weight)
+    matrix = moment.unit.to(weight)
     begin = Factors(start.left / unit, start.right)
     return alternate(Problem.of(weight, shape, matrix), begin, sweeps, tolerance)
 

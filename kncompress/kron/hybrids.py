@@ -94,7 +94,7 @@ def _back_fitted(
     target = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     metric = None if moment is None else moment.matrix.to(target)
     fitted: list[Factors | None] = [None] * len(shape.parts)
-    feels = None if outputs is None else (outputs.matrix / outputs.size).to(target)
+    feels = None if outputs is None else outputs.unit.to(target)
     total = _squared(target, metric, feels)
     residual = target.clone()
     with without_autocast(weight.device):

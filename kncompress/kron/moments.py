@@ -112,6 +112,11 @@ class PreparedMoment:
         return 1.0 if self.null else self.scale
 
     @property
+    def unit(self) -> Tensor:
+        """(N, N), float64: ``matrix`` divided by ``size``."""
+        return self.matrix / self.size
+
+    @property
     def cholesky(self) -> Tensor:
         """(N, N), float64: lower L with L L^T = ``matrix``; ||D L|| is the weighted norm of D."""
         return self._ridged[1]

@@ -174,8 +174,8 @@ class _Problem:
 
     def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: PreparedMoment) -> None:
         self.weight, self.shape = weight, shape
-        self.inputs = (inputs.matrix / inputs.size).to(weight)
-        self.outputs = (outputs.matrix / outputs.size).to(weight)
+        self.inputs = inputs.unit.to(weight)
+        self.outputs = outputs.unit.to(weight)
         self.total = self._squared(weight)
 
     def _squared(self, difference: Tensor) -> float:
