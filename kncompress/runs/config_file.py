@@ -11,6 +11,8 @@ from kncompress.runs.whole_file import write_text
 
 _LOOKED_UP = re.compile(r"(?<!\\)(\\\\)*\$\{")
 """``${`` that OmegaConf would look up: behind no backslash, or behind pairs of them."""
+_END = "..."
+"""YAML's own mark of a document's end. The last line of what is written: a file that was cut lacks it."""
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
@@ -24,16 +26,21 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write ``to_yaml`` of a plain nested dict."""
-    write_text(path, to_yaml(config))
+    """Write ``to_yaml`` of a plain nested dict, and YAML's mark of the end."""
+    write_text(path, f"{to_yaml(config)}{_END}\n")
 
 
-def read_config(path: Path, subject: str = "config.yaml") -> Any:
+def read_config(path: Path, subject: str = "config.yaml", to_go_on: bool = True) -> Any:
     """Return the nested dict in ``path``; empty where there is no such file.
 
+    Args:
+        to_go_on: the values decide how a run goes on. Then the mark of the end must be there: a file that was cut at
+            the end of a line is valid YAML, and its lost values would become defaults.
+
     Raises:
-        UserError: begins with ``subject``; not valid, or a value asks for more than stands there. A saved configuration
-        is resolved. In a stranger's one ``${oc.env:...}`` would look up secrets of the environment and write them.
+        UserError: begins with ``subject``; not valid, cut, or a value asks for more than stands there. A saved
+        configuration is resolved. In a stranger's one ``${oc.env:...}`` would look up secrets of the environment and
+        write them.
     """
     from omegaconf import OmegaConf
 
@@ -47,6 +54,9 @@ def read_config(path: Path, subject: str = "config.yaml") -> Any:
         if _LOOKED_UP.search(text):
             told = "nothing is looked up for a saved value, so it may not hold ${"
             raise UserError(f"{subject}: {path.name} has {key}={text}; {told}")
+    if to_go_on and path.read_bytes().splitlines()[-1:] != [_END.encode()]:
+        told = f"its last line is not {_END}, so it was cut, or an older version wrote it; add the line if it is whole"
+        raise UserError(f"{subject}: {path.name}: {told}")
     return OmegaConf.to_container(loaded, resolve=True)  # takes the escapes away
 
 

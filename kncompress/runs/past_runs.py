@@ -139,7 +139,7 @@ def _read(folder: Path, name: str) -> Run:
 
 def _text(file: Path, verb: str, subject: str) -> str:
     """Source, split, tokens and window of the text that the perplexity is of, as the configuration names them."""
-    config = read_config(file, subject)
+    config = read_config(file, subject, to_go_on=False)
     for section in ("data", "trainer"):
         if not isinstance(config.get(section, {}), dict | None):
             raise UserError(f"{subject}: {file.name}: {section}={shown(config[section])}: a group of keys")

@@ -70,6 +70,19 @@ def test_a_configuration_that_cannot_be_read_is_told(run: Path, command: Callabl
     assert status(run) == "failed"
 
 
+def test_a_cut_configuration_is_told_wherever_it_ends(run: Path, command: Callable[..., Any]) -> None:
+    lines = (run / "config.yaml").read_bytes().splitlines(keepends=True)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
+    assert lines[-1] == b"...\n"
+    for kept in [*range(0, len(lines), 9), len(lines) - 1]:
+        (run / "config.yaml").write_bytes(b"".join(lines[:kept]))
+        code, _, err = command("train", "resume=run")
+        assert code == 2 and "/run: config.yaml: its last line is not ..." in err and err.count("\n") == 1
+        assert {file: file.read_bytes() for file in before} == before
+    (run / "config.yaml").write_bytes(b"".join([*lines[:-1], b"... "]).rstrip())  # whole, without the last line break
+    assert command("train", "resume=run")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -174,7 +174,7 @@ def _report(named: tuple[str, bytes], folder: Path) -> None:
 
 
 def _saved(content: bytes, folder: Path) -> None:
-    values = read_config(_file(folder, "config.yaml", content), f"resume={folder}")
+    values = read_config(_file(folder, "config.yaml", content + b"\n...\n"), f"resume={folder}")
     plain(VERBS["train"], OmegaConf.create(literal(values)))
 
 
