@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from kncompress.errors import CheckFailed
+from kncompress.training import signals
 
 _EVERY = 0.5
 PATIENCE = 10.0
@@ -53,6 +54,7 @@ class Launcher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
             threading.Thread(target=self.watch, daemon=True, name="ranks").start()
+            signals.before_giving_up.append(self._kill_all)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **options)
 
@@ -71,13 +73,16 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _abandon(self, error: LostProcess) -> None:
         """End this process and the others although the main thread hangs."""
-        for process in self.procs:
-            process.kill()
+        self._kill_all()
         try:
             if self.give_up is not None:
                 self.give_up(error)
         finally:
             os._exit(1)
+
+    def _kill_all(self) -> None:
+        for process in self.procs:
+            process.kill()
 
 
 class _Watched:

@@ -1,15 +1,25 @@
 """SIGINT and SIGTERM as exceptions, so that ``finally`` blocks run, and their exit codes.
 
 While a model trains they wait for the end of the optimiser step (``postponed``), so that a checkpoint can be
-saved; a second signal is raised at once.
+saved; a second signal is raised at once. Python raises in the main thread, between two of its instructions. A main
+thread that waits in C code, as for a process that takes no more part in a collective, never comes to one: it is left
+to its fate some seconds after the second signal.
 """
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+PATIENCE = 5.0
+"""Seconds for the main thread to see a second signal."""
+APART = 2.0
+"""Seconds between two signals that are one and another: Python makes one of two that come at once."""
+before_giving_up: list[Callable[[], None]] = []
+"""Called before a process ends whose main thread hangs."""
 _received: list[int] = []
 _postponing = False
 
@@ -40,14 +50,46 @@ def signals_as_exceptions() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _handle)
+    with _insisting():
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """End this process where its main thread does not see a second signal."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_insist, args=(read,), daemon=True, name="signals").start()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        os.close(write)
+
+
+def _insist(read: int) -> None:
+    """Read the numbers that C writes as signals come, until the pipe ends."""
+    first = 0.0
+    while byte := os.read(read, 1):
+        if byte[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        first = first or time.monotonic()
+        if time.monotonic() - first > APART:
+            time.sleep(PATIENCE)
+            if len(_received) < 2:
+                for act in before_giving_up:
+                    with suppress(Exception):
+                        act()
+                os._exit(exit_code(byte[0]))
+    os.close(read)
 
 
 def postpone(active: bool) -> None:

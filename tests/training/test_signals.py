@@ -1,0 +1,43 @@
+"""A second signal ends a process, also one whose main thread waits in C code."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from waiting import PATIENCE
+
+from kncompress.training import signals
+
+PROGRAM = """
+import ctypes, sys, time
+from kncompress.training import signals
+
+with signals.signals_as_exceptions():
+    signals.postpone(True)
+    signals.before_giving_up.append(lambda: print("gave up", flush=True))
+    print("ready", flush=True)
+    if sys.argv[1] == "hangs":
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second time for ever
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a mutex of glibc")
+@pytest.mark.parametrize(("how", "told"), [("hangs", "gave up\n"), ("runs", "")])
+def test_the_second_signal_ends_it(how: str, told: str) -> None:
+    line = [sys.executable, "-c", PROGRAM, how]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2 if how == "hangs" else 1):  # two at once may be one to Python
+        process.send_signal(signal.SIGTERM)
+    time.sleep(signals.APART + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (143, told), err
