@@ -258,6 +258,22 @@ def test_a_search_marks_its_front_and_goes_on_in_its_study(sweep: Any) -> None:
     }
 
 
+def test_a_damaged_study_is_told_and_made_anew_from_the_jobs(sweep: Any) -> None:
+    pytest.importorskip("optuna")
+    words = [*SEARCH, "factors.mlp.right=[1,2]", "run_dir=s"]
+    assert sweep(*words, "hydra.sweeper.jobs=1")[0] == 0
+    study = Path("s/study.db")
+    whole, before = study.read_bytes(), {file: file.read_bytes() for file in Path("s/0").rglob("*") if file.is_file()}
+    for damaged in (whole[:1000], b"x" + whole[1:], whole.replace(b"CREATE TABLE", b"CREATE TABEL")):
+        study.write_bytes(damaged)
+        code, _, err = sweep(*words, "hydra.sweeper.jobs=2")
+        assert code == 2 and "study.db is damaged" in err and err.count("\n") == 1, err
+        assert len(rows("s")) == 1 and {file: file.read_bytes() for file in before} == before
+    study.unlink()
+    code, out, err = sweep(*words, "hydra.sweeper.jobs=2")
+    assert code == 0 and "job 0:" not in out and len(rows("s")) == 2, err
+
+
 def test_a_search_does_not_go_on_with_another_configuration(sweep: Any) -> None:
     pytest.importorskip("optuna")
     Path("plan.yaml").write_text("layers: all\nqkv:\n  right: [1, 2]\n")
