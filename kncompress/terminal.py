@@ -196,3 +196,18 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
                 progress.show(done, f"{done:,} of {total:,}")
 
         yield tell
+
+
+@contextmanager
+def stages(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Yields ``tell(name)``, which says that the next of ``total`` stages begins, each of which may take a while."""
+    with Progress(label, total, quiet=0.0) as progress:
+        begun = 0
+
+        def tell(name: str) -> None:
+            nonlocal begun
+            if progress.due:
+                progress.show(begun, name)
+            begun += 1
+
+        yield tell

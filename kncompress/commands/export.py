@@ -1,6 +1,5 @@
 """``export``: a model in a form that runs without this package, checked before it is kept."""
 
-import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kncompress.anatomy.sites import language_task
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import ExportConfig
 from kncompress.data.sources import split_sources
@@ -17,11 +17,15 @@ from kncompress.data.tokens import token_stream
 from kncompress.errors import CheckFailed, UserError
 from kncompress.evaluation import perplexity
 from kncompress.formats.merged import read_merged_, write_merged
-from kncompress.formats.onnx_graph import check_packages, write_int8, write_onnx
-from kncompress.formats.onnx_session import OnnxModel, largest_difference
+from kncompress.formats.onnx_decoder import cache_sizes
+from kncompress.formats.onnx_folder import GRAPH, accompany
+from kncompress.formats.onnx_graph import check_packages, write_decoder, write_onnx
+from kncompress.formats.onnx_integers import write_int8
+from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
 from kncompress.formats.pretrained import load_model, save_model, to_dense
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import filling
+from kncompress.terminal import stages
 from kncompress.training.student import locate, model_config, require_causal, tokenizer_if_any, tokenizer_of
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -42,6 +46,10 @@ def check(config: ExportConfig) -> None:
     if config.format in ("onnx", "int8"):
         check_packages(f"format={config.format}")
     fields = model_config(config.model)
+    if config.cache:
+        if _is_classifier(fields):
+            raise UserError("cache=true: a classifier has no use for one; leave it out")
+        require_causal(fields, "export cache=true")
     if config.format == "int8":
         if _is_classifier(fields):
             raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
@@ -65,6 +73,10 @@ def run(config: ExportConfig, run_dir: Path) -> dict[str, float]:
         record.finish("finished", metrics, file)
         print(_summary(config, metrics, file))
     return metrics
+
+
+def _generates(fields: Any) -> bool:
+    return language_task(fields) == "causal-lm" and not _is_classifier(fields)
 
 
 def _is_classifier(fields: Any) -> bool:
@@ -128,10 +140,22 @@ def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, 
 def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
     model = _in_type(config, model, metrics)
     folder = run_dir / "model"
-    with filling(folder) as fresh:
-        write_onnx(model, fresh / "model.onnx")
-        _compare(config, model, OnnxModel(fresh / "model.onnx", model.config), metrics)
-        _accompany(config, model, fresh)
+    sizes = cache_sizes(model) if config.cache is not False and _generates(model.config) else []
+    if config.cache and not sizes:
+        raise UserError(
+            f"cache=true: a {model.config.model_type} has an attention of its own, for which there is no operator "
+            "with a cache; leave it out for a graph that scores"
+        )
+    with filling(folder) as fresh, stages("export", 4) as tell:
+        if sizes:
+            write_decoder(model, sizes, fresh / GRAPH, tell)
+        else:
+            write_onnx(model, fresh / GRAPH, tell)
+        tell("comparing it with the model")
+        session = OnnxDecoder if sizes else OnnxModel
+        _compare(config, model, session(fresh / GRAPH, model.config), metrics)
+        accompany(model, tokenizer_if_any(config.model), fresh, sizes)
+    metrics["cache"] = float(bool(sizes))
     return folder
 
 
@@ -167,7 +191,7 @@ def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
                 f"{metrics['perplexity/onnx']:,.2f} to {metrics['perplexity/int8']:,.2f}, and was not kept; "
                 "allow more, or take format=onnx"
             )
-        _accompany(config, model, fresh)
+        accompany(model, tokenizer, fresh, [])
     return folder
 
 
@@ -183,22 +207,13 @@ def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, fl
         )
 
 
-def _accompany(config: ExportConfig, model: Any, folder: Path) -> None:
-    """What a reader of an ONNX file needs beside it: tokenizer and config."""
-    fields = copy.deepcopy(model.config)
-    if hasattr(fields, "quantization_config"):  # the graph holds the factors
-        del fields.quantization_config
-    fields.save_pretrained(folder)
-    tokenizer = tokenizer_if_any(config.model)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
 def _summary(config: ExportConfig, metrics: dict[str, float], file: Path) -> str:
     lines = [
         f"{config.model.path} as {config.format}, {metrics['bytes']:,.0f} bytes: {file}",
         f"logits differ by {metrics['logits/difference']:.2g} of the largest",
     ]
+    if "cache" in metrics:
+        lines.append("it generates, with a cache" if metrics["cache"] else "it scores: no cache between calls")
     if "logits/rounding" in metrics:
         lines[1] += f"; {config.dtype} alone changes them by {metrics['logits/rounding']:.2g}"
     if config.format == "int8":

@@ -18,8 +18,12 @@ class ExportConfig(ModelRunConfig):
 
     format: str = choice("dense", "dense", "merged", "onnx", "int8")
     """``dense``: a plain transformers folder, the factors multiplied out; ``merged``: its weights as one safetensors
-    file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same, its weights as 8-bit
-    integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
+    file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same without a cache, its weights
+    as 8-bit integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
+    cache: bool | None = None
+    """Whether the graph of ``onnx`` keeps keys and values between calls: it then generates, in onnxruntime-genai too;
+    ``false``: a graph that scores texts in one call. null: ``true`` where the model predicts the next token and asks
+    transformers for its attention, as all but GPT-J, GPT-Neo, Bloom, MPT and Falcon do."""
     dtype: str = choice("float32", "float32", "float16", "bfloat16")
     """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
     tolerance: float | None = None
@@ -37,6 +41,8 @@ class ExportConfig(ModelRunConfig):
         super().__post_init__()
         types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
         check_choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
+        if self.cache and self.format != "onnx":
+            raise UserError(f"cache=true: is for format=onnx, and this is format={self.format}")
         for name in ("tolerance", "int8_tolerance", "tokens"):
             check_positive(name, getattr(self, name))
 

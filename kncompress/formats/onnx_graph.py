@@ -1,16 +1,14 @@
-"""Language models as ONNX files: from torch, with the factors as they are, and from there to 8-bit integers.
+"""Language models as ONNX files: from torch, with the factors as they are.
 
-The graph maps ``input_ids`` and ``attention_mask``, both (batch, tokens) int64, to ``logits`` (batch, tokens, V), or
-(batch, labels) of a classifier, for any batch and any number of tokens up to the model's positions. It has no cache.
+``write_decoder`` makes the graph that generates (its inputs and outputs: ``onnx_decoder.py``). ``write_onnx`` makes
+one that scores: ``input_ids`` and ``attention_mask``, both (batch, tokens) int64, to ``logits`` (batch, tokens, V), or
+(batch, labels) of a classifier, without a cache. Both take any batch and any number of tokens up to the model's
+positions.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,15 +16,21 @@ from torch import Tensor, nn
 
 from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
+from kncompress.formats.onnx_decoder import FROM_END, CacheSizes, Decoder
+from kncompress.formats.onnx_passes import name_sizes, quiet, save, tidy_
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_EXTERNAL = 3 << 29
-"""Bytes of weights above which they lie in a file of their own: a protocol buffer ends at 2 GiB."""
+_OPEN = torch.export.Dim.DYNAMIC
+Tell = Callable[[str], None]
 
 
-def check_packages(key: str) -> None:
+def _silent(stage: str) -> None:
+    """Nobody asks."""
+
+
+def check_packages(key: str, packages: Sequence[str] | None = None) -> None:
     """Raises UserError, which names ``key``, where a package of the extra ``onnx`` is missing."""
-    for package in PACKAGES:
+    for package in PACKAGES if packages is None else packages:
         if find_spec(package) is None:
             raise UserError(f"{key}: needs the package {package}: pip install 'kncompress[onnx]'")
 
@@ -43,102 +47,80 @@ class _Logits(nn.Module):
         return logits
 
 
-def write_onnx(model: Any, file: Path) -> None:
-    """Write ``model``, in the type of its weights, to ``file``; weights above 1.5 GiB to ``<file>.data`` beside it.
+def write_onnx(model: Any, file: Path, tell: Tell = _silent) -> None:
+    """Write the graph of ``model`` that scores, in the type of its weights; above 1.5 GiB they go to ``<file>.data``.
 
     Maps stay factored: the file has as many numbers as the model has parameters, up to a copy of factors that two
     maps read in different orders.
     """
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
-
-    was_training = model.training
-    wrapped = _Logits(model).eval()
     # Sizes of 1 would be taken for constants.
     ids = torch.zeros(2, min(8, positions_of(model.config)), dtype=torch.long)
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                wrapped,
-                (ids, torch.ones_like(ids)),
-                dynamo=True,
-                verbose=False,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
-                dynamic_shapes=(sizes, sizes),
-            )
-    finally:
-        model.train(was_training)
-    assert program is not None
-    with _quiet():
-        DeduplicateInitializersPass(size_limit=1 << 40)(program.model)
-        ClearMetadataAndDocStringPass()(program.model)  # stack traces, with the paths of this machine
-        _name_sizes(program.model)
-        _multiply_in_float32(program.model)
-        program.save(str(file), external_data=_weight_bytes(program.model) > _EXTERNAL)
+    sizes = {0: _OPEN, 1: _OPEN}
+    with quiet():
+        graph = _recorded(
+            _Logits(model),
+            (ids, torch.ones_like(ids)),
+            (sizes, sizes),
+            ["input_ids", "attention_mask"],
+            ["logits"],
+            tell,
+        )
+        for value in (*graph.graph.inputs, *graph.graph.outputs):
+            name_sizes(value, ("batch", "tokens"))
+        save(graph, file)
 
 
-def write_int8(source: Path, file: Path) -> None:
-    """Write the ONNX file ``source`` to ``file`` with the weights of its maps and tables as 8-bit integers.
+def write_decoder(model: Any, sizes: list[CacheSizes], file: Path, tell: Tell = _silent) -> None:
+    """Write the graph of ``model`` that generates; everything else as ``write_onnx``.
 
-    Each output of a map has a scale of its own; inputs are turned to integers as they come (dynamic quantisation).
+    Args:
+        model: a causal language model in evaluation mode.
+        sizes: of its cache, as ``cache_sizes`` found them.
+        file: is replaced.
+        tell: is called with the name of each stage that begins.
     """
     import onnx_ir
-    from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxscript.optimizer import fold_constants
 
-    model = onnx_ir.load(source)
-    large = _weight_bytes(model) > _EXTERNAL
-    with _quiet(), TemporaryDirectory(dir=file.parent) as folder:
-        # The quantiser takes a factor for a weight only where it meets the product as it is, not reshaped on the way.
-        fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
-        RemoveUnusedNodesPass()(model)
-        DeduplicateInitializersPass(size_limit=1 << 40)(model)
-        folded = Path(folder) / "folded.onnx"
-        onnx_ir.save(model, folded, external_data="folded.onnx.data" if large else None)
-        quantize_dynamic(folded, file, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large)
-
-
-def _name_sizes(model: Any) -> None:
-    """``batch`` and ``tokens`` in the place of the exporter's numbered sizes."""
-    from onnx_ir import Shape
-
-    names = ("batch", "tokens")
-    for value in model.graph.inputs:
-        value.shape = Shape(names)
-    for value in model.graph.outputs:
-        fixed = [size for size in value.shape if isinstance(size, int)]
-        value.shape = Shape([*names[: len(value.shape) - len(fixed)], *fixed])
+    past = [torch.zeros(2, size.key_heads, 3, size.head, dtype=model.dtype) for size in sizes for _ in "kv"]
+    # No tensor twice: torch would take both for one input.
+    ids, positions = (torch.zeros(2, 2, dtype=torch.long) for _ in range(2))
+    inputs = ids, torch.ones(2, 5, dtype=torch.long), positions, torch.zeros(2, dtype=torch.long), past
+    rows = {0: _OPEN, 1: _OPEN}
+    open_sizes = rows, rows, rows, {0: _OPEN}, [{0: _OPEN, 2: _OPEN}] * len(past)
+    kept = [f"{layer}.{kind}" for layer in range(len(sizes)) for kind in ("key", "value")]
+    names = ["input_ids", "attention_mask", "position_ids", FROM_END, *(f"past_key_values.{name}" for name in kept)]
+    with quiet():
+        outputs = ["logits", *(f"present.{name}" for name in kept)]
+        graph = _recorded(Decoder(model), inputs, open_sizes, names, outputs, tell)
+        known = {"attention_mask": ("batch", "total"), FROM_END: ("chosen",)}
+        for value in graph.graph.inputs:
+            name_sizes(value, known.get(value.name, ("batch", "past" if "past" in value.name else "tokens")))
+        for value in graph.graph.outputs[1:]:
+            name_sizes(value, ("batch", "total"))
+        # What it is unless ``from_end`` is fed. onnxruntime-genai reads here that it gets the last logits alone.
+        graph.graph.outputs[0].shape = onnx_ir.Shape(["batch", 1, graph.graph.outputs[0].shape[2]])
+        last = next(value for value in graph.graph.inputs if value.name == FROM_END)
+        last.const_value = onnx_ir.tensor([0], onnx_ir.DataType.INT64, name=FROM_END)
+        graph.graph.initializers[FROM_END] = last
+        save(graph, file)
 
 
-def _multiply_in_float32(model: Any) -> None:
-    """Falcon multiplies its position biases in bfloat16, for which onnxruntime has no product: widen, round after."""
-    import onnx_ir
-
-    wide, narrow = onnx_ir.DataType.FLOAT, onnx_ir.DataType.BFLOAT16
-    for node in [node for node in model.graph if node.op_type == "Mul" and node.outputs[0].dtype == narrow]:
-        casts = [onnx_ir.node("Cast", [value], {"to": wide}) for value in node.inputs]
-        product = onnx_ir.node("Mul", [cast.outputs[0] for cast in casts])
-        rounded = onnx_ir.node("Cast", product.outputs, {"to": narrow})
-        old, new = node.outputs[0], rounded.outputs[0]
-        new.type, new.shape = old.type, old.shape
-        onnx_ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [*casts, product, rounded], [old], [new]
-        )
-
-
-def _weight_bytes(model: Any) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's and the quantiser's talk of themselves: packages that they lack, their own old calls."""
-    logging.disable(logging.WARNING)
+def _recorded(
+    function: nn.Module, inputs: tuple[Any, ...], sizes: Any, names: list[str], outputs: list[str], tell: Tell
+) -> Any:
+    """``function`` as an ``onnx_ir.Model``."""
+    was_training = function.model.training  # type: ignore[union-attr]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        with torch.no_grad():
+            tell("recording the model")
+            program = torch.export.export(function.eval(), inputs, dynamic_shapes=sizes)
+            tell("writing it as ONNX")
+            made = torch.onnx.export(
+                program, dynamo=True, verbose=False, optimize=False, input_names=names, output_names=outputs
+            )
     finally:
-        logging.disable(logging.NOTSET)
+        function.train(was_training)
+    assert made is not None
+    tell("tidying the graph")
+    tidy_(made.model)
+    return made.model

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def compressed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graph(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of its ONNX export."""
     folder = tmp_path_factory.mktemp("onnx") / "run"
-    assert main(["export", f"model={compressed}", "format=onnx", f"run_dir={folder}"]) == 0
+    assert main(["export", f"model={compressed}", "format=onnx", "cache=false", f"run_dir={folder}"]) == 0
     return folder
 
 
@@ -322,7 +323,7 @@ def test_packed_maps_are_exported(command: Any, tmp_path: Path) -> None:
     maps = {"attn.q": "p*32x1(x)1x24*6", "mlp.[gu]*": "p*48x1(x)1x24*9", "mlp.down": "p*24x1(x)1x48*9"}
     compress_(model, Plan({f"layers.*.{name}": parse_shape(text) for name, text in maps.items()}))
     save_model(model, tmp_path / "packed")
-    assert command("export", f"model={tmp_path / 'packed'}", "format=onnx", "run_dir=run")[0] == 0
+    assert command("export", f"model={tmp_path / 'packed'}", "format=onnx", "cache=false", "run_dir=run")[0] == 0
     session = onnxruntime.InferenceSession("run/model/model.onnx", providers=["CPUExecutionProvider"])
     for ids in (IDS % 96, IDS[:1, :1] % 96, IDS.repeat(3, 3) % 96):
         feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
@@ -346,7 +347,7 @@ def test_onnx_of_every_family(command: Any, tmp_path: Path, kind: str) -> None:
     model = random_model(config)
     compress_(model, PLAN)
     save_model(model, tmp_path / "compressed")
-    code, _, err = command("export", f"model={tmp_path / 'compressed'}", "format=onnx", "run_dir=run")
+    code, _, err = command("export", f"model={tmp_path / 'compressed'}", "format=onnx", "cache=false", "run_dir=run")
     assert code == 0, err
     session = onnxruntime.InferenceSession("run/model/model.onnx", providers=["CPUExecutionProvider"])
     ids = torch.randint(2, 96, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -362,7 +363,12 @@ def test_a_float16_graph_turns_by_float32_angles(command: Any, tmp_path: Path) -
     """At position 2,048 an angle from a frequency of 11 bits is off by half a radian."""
     model = random_model(config_of("llama"))
     save_model(model, tmp_path / "rotary")
-    assert command("export", f"model={tmp_path / 'rotary'}", "format=onnx", "dtype=float16", "run_dir=run")[0] == 0
+    assert (
+        command("export", f"model={tmp_path / 'rotary'}", "format=onnx", "dtype=float16", "cache=false", "run_dir=run")[
+            0
+        ]
+        == 0
+    )
     frequencies = model.model.rotary_emb.inv_freq.numpy().ravel()
     tables = [
         onnx.numpy_helper.to_array(value).ravel() for value in onnx.load("run/model/model.onnx").graph.initializer
@@ -383,6 +389,7 @@ def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: 
         (["format=int8", "dtype=float16"], "dtype=float16: not one of float32"),
         (["format=onnx", "dtype=bfloat16"], "dtype=bfloat16: not one of float32, float16"),
         (["int8_tolerance=0"], "int8_tolerance=0"),
+        (["cache=true"], "cache=true: is for format=onnx, and this is format=dense"),
         (["format=int8", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["model=./nowhere"], "model=./nowhere: no such"),
         (["model.path=null", "model.architecture={model_type: gpt2}"], "model.path=null: export needs"),
@@ -409,3 +416,55 @@ def test_a_missing_package_is_named(command: Any, monkeypatch: pytest.MonkeyPatc
     code, _, err = command("export", "format=onnx")
     assert code == 2 and "format=onnx: needs the package no_such_package: pip install 'kncompress[onnx]'" in err
     assert list(Path().iterdir()) == []
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("kncompress", "transformers", "torch"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+exec(open(sys.argv[1]).read())
+"""
+
+
+def test_a_graph_that_generates_runs_by_the_lines_of_its_card(command: Any, compressed: Path, tmp_path: Path) -> None:
+    """Without this package, transformers and torch: in onnxruntime-genai, and in a loop on onnxruntime alone."""
+    code, out, err = command("export", f"model={compressed}", "format=onnx", "run_dir=run")
+    assert code == 0 and "it generates, with a cache" in out, err
+    folder = Path("run/model").absolute()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(compressed), AutoTokenizer.from_pretrained(compressed)
+    ids = tokenizer("The river, in spring,", return_tensors="pt").input_ids
+    ids_alone = {
+        "onnxruntime_genai": model.generate(ids, max_new_tokens=20, do_sample=False)[0],
+        "numpy": model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[0],
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "KNCOMPRESS"))}
+    for (name, expected), block in zip(ids_alone.items(), blocks, strict=True):
+        assert f"import {name}" in block and "print(tokenizer.decode(" in block
+        (tmp_path / "lines.py").write_text(block.replace("print(tokenizer.decode(", "print(*map(int, "))
+        done = subprocess.run(
+            [sys.executable, "-c", BARE, str(tmp_path / "lines.py")],
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert list(map(int, done.stdout.split())) == expected.tolist(), name
+    assert read(Path("run"), "result.json")["metrics"]["cache"] == 1
+
+
+def test_a_family_without_the_operator_gets_a_graph_that_scores(command: Any, tmp_path: Path) -> None:
+    save_model(random_model(config_of("gptj")), tmp_path / "gptj")
+    code, out, err = command("export", f"model={tmp_path / 'gptj'}", "format=onnx", "cache=true", "run_dir=run")
+    assert code == 2 and "cache=true: a gptj has an attention of its own" in err and err.count("\n") == 1, err
+    assert not Path("run/model").exists()
+    code, out, err = command("export", f"model={tmp_path / 'gptj'}", "format=onnx", "run_dir=other")
+    assert code == 0 and "it scores: no cache between calls" in out, err
+    assert not Path("other/model/genai_config.json").exists()
+    assert "onnxruntime.InferenceSession" in Path("other/model/README.md").read_text()
