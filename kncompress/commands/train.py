@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from kncompress.training.checkpoints import (
     checkpoint_callbacks,
     read_checkpoint,
 )
+from kncompress.training.clock import TrainingClock
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
@@ -120,11 +121,13 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
-            callbacks = [start, RunState(config.seed, record.wandb_id)]
-            trainer = _trainer(config, job, run_dir, logged.loggers, callbacks)
+            clock = None if config.trainer.minutes is None else TrainingClock(config.trainer.minutes)
+            callbacks = [start, RunState(config.seed, record.wandb_id), *([] if clock is None else [clock])]
+            trainer = _trainer(config, job, run_dir, logged.loggers, callbacks, clock)
             logged.watch(trainer)
             repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
-            tokens_per_second = fit(config, plan, job, run_dir, trainer)
+            tokens_per_second = fit(config, plan, job, run_dir, trainer, clock)
+            job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
@@ -198,7 +201,12 @@ def _kept_repair(file: Path) -> dict[str, float]:
 
 
 def _trainer(
-    config: TrainConfig, job: TrainingJob, run_dir: Path, loggers: list[Any], callbacks: list[Any]
+    config: TrainConfig,
+    job: TrainingJob,
+    run_dir: Path,
+    loggers: list[Any],
+    callbacks: list[Any],
+    clock: TrainingClock | None,
 ) -> L.Trainer:
     best, last = checkpoint_callbacks(run_dir, config.trainer.checkpoint_every)
     callbacks = [
@@ -208,19 +216,28 @@ def _trainer(
         StopAtSignal(last),
         NonFiniteLoss(),
         RewindMetrics(),
-        TrainingProgress(loss_is_cross_entropy=not config.objective.needs_teacher),
+        TrainingProgress(loss_is_cross_entropy=not config.objective.needs_teacher, clock=clock),
     ]
     return build_trainer(config.trainer, job.batches, job.student, run_dir, callbacks, loggers, WholeFileCheckpointIO())
 
 
-def fit(config: TrainConfig, plan: StudentPlan, job: TrainingJob, run_dir: Path, trainer: L.Trainer) -> float:
+def fit(
+    config: TrainConfig,
+    plan: StudentPlan,
+    job: TrainingJob,
+    run_dir: Path,
+    trainer: L.Trainer,
+    clock: TrainingClock | None,
+) -> float:
     """Train the student, to the weights that ``trainer.keep`` names in the end; returns tokens per second."""
+    length = job.batches.steps if clock is None else clock
+    assert length is not None
     module = ILKDPretraining(
         job.student,
         job.teacher,
         config.objective,
         config.optimizer,
-        job.batches.steps,
+        length,
         config.trainer.dropout,
         job.layers,
     )

@@ -17,6 +17,9 @@ class TrainerConfig:
     """Training tokens in all; null: one epoch. Rounded up to whole steps."""
     steps: int | None = None
     """Optimiser steps in all; overrides ``tokens``."""
+    minutes: float | None = None
+    """Minutes of training in all, validations included, instead of tokens or steps: the schedule follows the clock, and
+    is at its end when the time is."""
     batch_tokens: int = 8192
     """Tokens of one optimiser step, over all devices: more of them share the same batch."""
     micro_batch_tokens: int = 4096
@@ -38,7 +41,7 @@ class TrainerConfig:
     dropout: bool = False
     """Keep the model's dropout while training."""
     validate_every: int | None = None
-    """Steps between validations; null: ten in a run."""
+    """Steps between validations; null: ten in a run. Ten in any case where ``minutes`` are given."""
     validation_tokens: int | None = 65536
     """Most tokens of one validation during training; null: all."""
     test_tokens: int | None = None
@@ -52,6 +55,7 @@ class TrainerConfig:
         for name in (
             "tokens",
             "steps",
+            "minutes",
             "batch_tokens",
             "micro_batch_tokens",
             "nodes",
@@ -61,6 +65,10 @@ class TrainerConfig:
             "checkpoint_every",
         ):
             check_positive(f"trainer.{name}", getattr(self, name))
+        for name in ("tokens", "steps"):
+            if self.minutes is not None and getattr(self, name) is not None:
+                told = "the time decides how far it comes; leave one of the two out"
+                raise UserError(f"trainer.minutes={self.minutes:g}: beside trainer.{name}={getattr(self, name)}; {told}")
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
         check_choices(self, "trainer.")

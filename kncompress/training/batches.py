@@ -18,7 +18,8 @@ class BatchPlan:
     """Blocks of one forward pass in one process."""
     accumulate: int
     """Forward passes of one process in an optimiser step."""
-    steps: int
+    steps: int | None
+    """None: as many as there is time for."""
 
     @property
     def step_tokens(self) -> int:
@@ -27,8 +28,8 @@ class BatchPlan:
 
     @property
     def tokens(self) -> int:
-        """Training tokens of the whole run."""
-        return self.steps * self.step_tokens
+        """Training tokens of the whole run; 0 where the clock ends it."""
+        return (self.steps or 0) * self.step_tokens
 
 
 def blocks_of_a_step(config: TrainerConfig, context: int, processes: int = 1) -> int:
@@ -58,5 +59,5 @@ def plan_batches(config: TrainerConfig, context: int, blocks: int, processes: in
     most = max(1, config.micro_batch_tokens // context)
     micro_batch = max(n for n in range(1, own_blocks + 1) if own_blocks % n == 0 and n <= most)
     tokens = config.tokens or blocks * context
-    steps = config.steps or math.ceil(tokens / (step_blocks * context))
+    steps = None if config.minutes else config.steps or math.ceil(tokens / (step_blocks * context))
     return BatchPlan(context, step_blocks, micro_batch, own_blocks // micro_batch, steps)

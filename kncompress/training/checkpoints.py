@@ -173,7 +173,7 @@ class LastCheckpoint(Checkpoint):
     @staticmethod
     def validation_is_due(trainer: Trainer) -> bool:
         """Whether a validation follows the optimiser step that has just ended."""
-        interval = trainer.val_check_interval
+        interval = trainer.val_check_batch  # what the interval has become, and what a clock sets
         every = interval // trainer.accumulate_grad_batches if isinstance(interval, int) else 0
         return every > 0 and trainer.global_step % every == 0 and trainer.enable_validation
 

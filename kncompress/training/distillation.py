@@ -12,6 +12,7 @@ from kncompress.anatomy.activations import fuse_gelu_
 from kncompress.anatomy.taps import Taps
 from kncompress.config import OptimizerConfig
 from kncompress.distill import Objective, Outputs, layer_mapping
+from kncompress.training.clock import TICKS, TrainingClock
 from kncompress.training.optimization import build_optimizer, build_schedule, parameter_groups
 
 
@@ -25,7 +26,7 @@ class Distillation(L.LightningModule):
         teacher: the model it learns from, or None.
         objective: the weighted loss.
         optimizer: optimiser and schedule.
-        steps: optimiser steps of the whole run, for the schedule.
+        steps: optimiser steps of the whole run, for the schedule; or the clock that it follows.
         dropout: keep the student's dropout while training.
     """
 
@@ -35,7 +36,7 @@ class Distillation(L.LightningModule):
         teacher: nn.Module | None,
         objective: Objective,
         optimizer: OptimizerConfig,
-        steps: int,
+        steps: int | TrainingClock,
         dropout: bool = False,
     ) -> None:
         super().__init__()
@@ -84,7 +85,9 @@ class Distillation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer_config, self._groups)
-        schedule = build_schedule(optimizer, self.steps, self.optimizer_config)
+        clock = self.steps if isinstance(self.steps, TrainingClock) else None
+        steps, place = (self.steps, None) if clock is None else (TICKS, lambda: clock.tick)
+        schedule = build_schedule(optimizer, steps, self.optimizer_config, place)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -69,9 +69,15 @@ def warmup_cosine(steps: int, config: OptimizerConfig) -> Callable[[int], float]
     return factor
 
 
-def build_schedule(optimizer: Optimizer, steps: int, config: OptimizerConfig) -> LambdaLR:
-    """The schedule of ``warmup_cosine``, stepped once an optimiser step."""
-    return LambdaLR(optimizer, warmup_cosine(steps, config))
+def build_schedule(
+    optimizer: Optimizer, steps: int, config: OptimizerConfig, place: Callable[[], int] | None = None
+) -> LambdaLR:
+    """The schedule of ``warmup_cosine``, stepped once an optimiser step.
+
+    ``place`` tells at which of the ``steps`` the next one is; None: as many as were made.
+    """
+    factor = warmup_cosine(steps, config)
+    return LambdaLR(optimizer, factor if place is None else lambda _: factor(place()))
 
 
 class OptimizerPair(Optimizer):

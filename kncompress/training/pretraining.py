@@ -11,6 +11,7 @@ from kncompress.config import ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Loss, Objective, cross_entropy
 from kncompress.errors import UserError
 from kncompress.evaluation import TokenMean
+from kncompress.training.clock import TrainingClock
 from kncompress.training.distillation import Distillation, teacher_layers
 
 _TEACHER = "teacher."
@@ -30,7 +31,7 @@ class ILKDPretraining(Distillation):
         teacher: the model it learns from, or None.
         objective: weights of the loss.
         optimizer: optimiser and schedule.
-        steps: optimiser steps of the whole run, for the schedule.
+        steps: optimiser steps of the whole run, for the schedule; or the clock that it follows.
         dropout: keep the student's dropout while training.
         layers: the teacher layer that each student layer learns from, counted from 0; None: evenly spread
             (``layer_mapping``).
@@ -42,7 +43,7 @@ class ILKDPretraining(Distillation):
         teacher: nn.Module | None,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
-        steps: int,
+        steps: int | TrainingClock,
         dropout: bool = False,
         layers: Sequence[int] | None = None,
     ) -> None:

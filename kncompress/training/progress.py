@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from kncompress.terminal import Progress, clock
+from kncompress.training.clock import TrainingClock
 
 SHARE = 0.05
 """Part of the steps after which a plain line is due."""
@@ -21,11 +22,14 @@ class TrainingProgress(ProgressBar):
     Shows ``train/loss``, ``train/tokens_per_second`` and ``validation/loss`` as the module logs them.
     Perplexity is ``train/perplexity``, else exp of ``train/cross_entropy``, else exp of the loss where
     ``loss_is_cross_entropy`` says that it means that; the same for ``validation/``. Lightning replaces its
-    own bar by this one.
+    own bar by this one. Where a ``clock`` ends the training, the bar is its time.
     """
 
-    def __init__(self, loss_is_cross_entropy: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, loss_is_cross_entropy: bool = False, stream: TextIO | None = None, clock: TrainingClock | None = None
+    ) -> None:
         super().__init__()
+        self._clock = clock
         self.loss_is_cross_entropy = loss_is_cross_entropy
         self._enabled = True
         self._progress = Progress("training", None, stream, quiet=0.0, lines=SECONDS, kept=True)
@@ -57,7 +61,7 @@ class TrainingProgress(ProgressBar):
         self._started = time.monotonic()
         total = trainer.estimated_stepping_batches
         self._total = int(total) if math.isfinite(total) and total > 0 else None
-        self._progress.begin(self._total)
+        self._progress.begin(self._total if self._clock is None else 1.0)
         if self._enabled and self._progress.on_terminal:
             self._show(trainer)
 
@@ -96,7 +100,7 @@ class TrainingProgress(ProgressBar):
 
     def _show(self, trainer: Trainer) -> None:
         self._shown, text = trainer.global_step, self._status(trainer)
-        self._progress.show(self._shown, text, line=text)
+        self._progress.show(self._shown if self._clock is None else self._clock.share, text, line=text)
 
     def _line(self, text: str) -> None:
         if self._enabled:
@@ -104,6 +108,8 @@ class TrainingProgress(ProgressBar):
 
     def _position(self, trainer: Trainer) -> str:
         step = trainer.global_step
+        if self._clock is not None:
+            return f"step {step} ({self._clock.share:.0%} of {self._clock.minutes:g} min)"
         return f"step {step}/{self._total} ({step / self._total:.0%})" if self._total else f"step {step}"
 
     def _status(self, trainer: Trainer) -> str:
@@ -114,7 +120,9 @@ class TrainingProgress(ProgressBar):
         if (speed := _metric(trainer, "train/tokens_per_second")) is not None:
             parts.append(f"{speed:.0f} tokens/s")
         done = trainer.global_step - self._first
-        if self._total and done:
+        if self._clock is not None:
+            parts.append(f"eta {clock(self._clock.left)}")
+        elif self._total and done:
             left = (time.monotonic() - self._started) / done * (self._total - trainer.global_step)
             parts.append(f"eta {clock(left)}")
         return "  ".join(part for part in parts if part)

@@ -19,10 +19,11 @@ from lightning.pytorch.strategies import Strategy
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.config import TrainerConfig
 from kncompress.training.batches import BatchPlan
+from kncompress.training.clock import TrainingClock
 from kncompress.training.processes import accelerator_of, devices, started_outside
 from kncompress.training.ranks import WatchedDDP, WatchedFSDP
 
-_VALIDATIONS = 10
+_VALIDATIONS, _LOG_EVERY = 10, 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -35,11 +36,15 @@ def build_trainer(
     loggers: Sequence[Logger],
     checkpoint_io: CheckpointIO,
 ) -> L.Trainer:
-    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times.
+    """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times; where there is no number of
+    steps, a ``TrainingClock`` among the ``callbacks`` does both.
 
     ``model`` tells what fsdp shards together: each of its layers.
     """
-    every = config.validate_every or max(1, batches.steps // _VALIDATIONS)
+    steps = batches.steps
+    every = TrainingClock.NO_INTERVAL
+    if steps is not None:
+        every = (config.validate_every or max(1, steps // _VALIDATIONS)) * batches.accumulate
     plugins: list[Any] = [checkpoint_io]
     outside = started_outside()
     if outside and outside[0] == "SLURM":
@@ -51,14 +56,14 @@ def build_trainer(
         devices=devices(config),
         num_nodes=config.nodes,
         precision=precision(config.precision, config.accelerator),
-        max_steps=batches.steps,
+        max_steps=-1 if steps is None else steps,
         max_epochs=-1,
         accumulate_grad_batches=batches.accumulate,
-        val_check_interval=every * batches.accumulate,
+        val_check_interval=every,
         check_val_every_n_epoch=None,
         gradient_clip_val=config.gradient_clip or None,
         num_sanity_val_steps=0,
-        log_every_n_steps=max(1, min(10, batches.steps // 20)),
+        log_every_n_steps=_LOG_EVERY if steps is None else max(1, min(_LOG_EVERY, steps // 20)),
         callbacks=list(callbacks),
         logger=list(loggers),
         plugins=plugins,
