@@ -21,6 +21,7 @@ _PATHS = (
     "compare",
     "prompts",
     "lambada",
+    "unseen",
     "tasks",
     "run_dir",
 )

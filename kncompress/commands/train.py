@@ -13,11 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
+from kncompress.commands.shrink import check_parts, export_all, outlook, planned, unseen_text, write_page
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
-from kncompress.data.sources import sources_of, without_own
-from kncompress.data.tokens import default_context
+from kncompress.data.sources import find_sources, sources_of, without_own
+from kncompress.data.tokens import TokenStream, default_context, token_stream
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
@@ -73,6 +74,9 @@ def check(config: TrainConfig) -> StudentPlan:
     if config.data.context is not None and config.data.context > positions:
         raise UserError(f"data.context={config.data.context}: the model has {positions} positions")
     plan = StudentPlan.of(config.factors, fields)
+    check_parts(config)
+    if config.unseen is not None:
+        find_sources(config.unseen, "unseen")
     if config.needs_text:
         check_calibration(config.data, config.calibration, fields)
     blocks_of_a_step(config.trainer, config.data.context or default_context(positions), processes(config.trainer))
@@ -118,6 +122,9 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         run_dir, "train", asdict(config), config.seed, config.resume is not None, contents=read
     ) as record:
         L.seed_everything(config.seed, verbose=False)
+        if config.budget is not None:
+            print(outlook(config), flush=True)
+            plan = planned(config, run_dir)
         job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
@@ -129,10 +136,14 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             tokens_per_second = fit(config, plan, job, run_dir, trainer, clock)
             job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
+            unseen, further = _unseen(config, job, trainer)
+            metrics |= unseen
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
                 _keep_results(config, job, record, logged, trainer.strategy.root_device)
-                write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"])
+                write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"], further=further)
+                if config.report:
+                    write_page(record)
                 print(f"model: {run_dir / 'model'}", flush=True)
     return logged.metrics
 
@@ -164,6 +175,7 @@ def _keep_results(
         _keep_samples(config, job, run_dir / SAMPLES, device, loggers)
     with record.tolerating("W&B artifact"):
         log_model(loggers if config.logger.artifact else [], model, run_dir / COMPRESSION, _maps(job), logged.metrics)
+    export_all(config, record)
     record.finish("finished", logged.metrics, model)
 
 
@@ -268,7 +280,7 @@ def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, be
 
 def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[str, float], dict[str, ModelScores]]:
     """The metrics of ``result.json`` and the rows of the table, from the scores before and after training."""
-    metrics = job.facts | {"tokens": job.batches.tokens, "steps": job.batches.steps}
+    metrics: dict[str, float] = job.facts | {"tokens": job.batches.tokens, "steps": job.batches.steps or 0}
     rows: dict[str, ModelScores] = {}
     if isinstance(start, Comparison) and isinstance(end, Comparison):
         rows["teacher"] = _row("teacher", metrics["parameters/teacher"], start.teacher, job)
@@ -287,13 +299,36 @@ def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[
     return metrics, rows
 
 
+def _unseen(config: TrainConfig, job: TrainingJob, trainer: L.Trainer) -> tuple[dict[str, float], list[ModelScores]]:
+    """Metrics and rows of the models on ``unseen``."""
+    if config.unseen is None:
+        return {}, []
+    stream = token_stream(unseen_text(config), "auto", job.tokenizer)
+    score = job.scores(trainer, stream)
+    if isinstance(score, Perplexity):
+        row = _row("model, unseen text", job.facts["parameters/student"], score, job, text=stream)
+        return {"unseen/perplexity/student": score.perplexity}, [row]
+    metrics = {"perplexity/teacher": score.teacher.perplexity, "perplexity/student": score.student.perplexity}
+    metrics |= {"kl/student": score.kl} | score.metrics
+    rows = [
+        _row("teacher, unseen text", job.facts["parameters/teacher"], score.teacher, job, text=stream),
+        _row("student, unseen text", job.facts["parameters/student"], score.student, job, score, stream),
+    ]
+    return {f"unseen/{name}": value for name, value in metrics.items()}, rows
+
+
 def _row(
-    name: str, parameters: float, score: Perplexity, job: TrainingJob, compared: Comparison | None = None
+    name: str,
+    parameters: float,
+    score: Perplexity,
+    job: TrainingJob,
+    compared: Comparison | None = None,
+    text: TokenStream | None = None,
 ) -> ModelScores:
-    bits = None
-    if job.test_tokens is None or job.test_tokens >= len(job.test):
+    bits, text = None, text or job.test
+    if job.test_tokens is None or job.test_tokens >= len(text):
         # The few tokens that no window scores count as the mean of the others.
-        bits = bits_per_byte(score.nll * len(job.test), job.test.text_bytes)
+        bits = bits_per_byte(score.nll * len(text), text.text_bytes)
     kl, same_top = (None, None) if compared is None else (compared.kl, compared.same_top)
     return ModelScores(name, int(parameters), score.perplexity, kl, bits, same_top)
 

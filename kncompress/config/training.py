@@ -67,8 +67,10 @@ class TrainerConfig:
             check_positive(f"trainer.{name}", getattr(self, name))
         for name in ("tokens", "steps"):
             if self.minutes is not None and getattr(self, name) is not None:
-                told = "the time decides how far it comes; leave one of the two out"
-                raise UserError(f"trainer.minutes={self.minutes:g}: beside trainer.{name}={getattr(self, name)}; {told}")
+                other = f"trainer.{name}={getattr(self, name)}"
+                raise UserError(
+                    f"trainer.minutes={self.minutes:g}: the time decides how far it comes; not with {other}"
+                )
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
         check_choices(self, "trainer.")
@@ -129,7 +131,25 @@ class TrainConfig(FactoringConfig):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    budget: float | None = None
+    """Plan the shapes of all maps first, in ``plan/`` of the run, instead of ``factors``. Up to 1: share of all unique
+    parameters; above 1: their number."""
+    speed: bool = False
+    """With ``budget``: only shapes whose product is faster than the dense one, as in ``plan``."""
+    unseen: Any = None
+    """Source of a text that no fit and no training reads: teacher and student are scored on it in the end."""
+    export: list[str] = choice([], "dense", "merged", "onnx", "int8")
+    """Formats of ``export`` that the finished model is written in, each in ``export-<format>/`` of the run."""
+    report: bool = False
+    """Write ``report.html`` of the run (needs the extra ``reports``)."""
     resume: str | None = None
     """Folder of an unfinished run or sweep to continue; ``auto``: the run in ``run_dir``, or without one the newest in
     ``runs/`` with this configuration, and a new run where there is none; ``never`` or null: a new run. A sweep goes on
     with the newest of the same jobs unless ``never``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
+        check_positive("budget", self.budget)
+        if self.speed and self.budget is None:
+            raise UserError("speed=true: chooses among the shapes of budget=, which is not given")

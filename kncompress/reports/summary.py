@@ -70,13 +70,16 @@ def write_summary(
     start: ModelScores | None,
     student: ModelScores,
     console: Console | None = None,
+    further: Sequence[ModelScores] = (),
 ) -> str:
     """Print the comparison to ``console`` (standard output) and write it as plain text to ``summary.txt``.
+
+    ``further`` are rows of another text.
 
     Returns:
         The text written. Without a teacher or a start it has no line about the gap.
     """
-    rows = [scores for scores in (teacher, start, student) if scores is not None]
+    rows = [scores for scores in (teacher, start, student, *further) if scores is not None]
     parts: list[RenderableType] = [comparison_table(rows)]
     if teacher is not None and start is not None:
         parts.append(_gap_line(gap_closed(teacher, start, student)))

@@ -85,9 +85,11 @@ class Distillation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer_config, self._groups)
-        clock = self.steps if isinstance(self.steps, TrainingClock) else None
-        steps, place = (self.steps, None) if clock is None else (TICKS, lambda: clock.tick)
-        schedule = build_schedule(optimizer, steps, self.optimizer_config, place)
+        length, settings = self.steps, self.optimizer_config
+        if isinstance(length, TrainingClock):
+            schedule = build_schedule(optimizer, TICKS, settings, lambda: length.tick)
+        else:
+            schedule = build_schedule(optimizer, length, settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -55,11 +55,13 @@ class TrainingJob:
             facts["error/weighted"] = self.compression.weighted_error
         return facts
 
-    def scores(self, trainer: L.Trainer) -> Scores:
-        """Student, and where there is one the teacher, on the test split; every process scores its share."""
+    def scores(self, trainer: L.Trainer, text: TokenStream | None = None) -> Scores:
+        """Student, and where there is one the teacher, on a text, or else the test split; every process scores its
+        share."""
+        text = text or self.test
         options: dict[str, Any] = {
             "ignore": ignored_token(self.tokenizer),
-            "first": self.test.first,
+            "first": text.first,
             "limit": self.test_tokens,
             "rank": trainer.global_rank,
             "world": trainer.world_size,
@@ -67,8 +69,8 @@ class TrainingJob:
         device, context = trainer.strategy.root_device, self.batches.context
         student = self.student.to(device)
         if self.teacher is None:
-            return perplexity(student, self.test.tokens, context, **options)
-        return compare(self.teacher.to(device), student, self.test.tokens, context, **options)
+            return perplexity(student, text.tokens, context, **options)
+        return compare(self.teacher.to(device), student, text.tokens, context, **options)
 
 
 @dataclass

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,31 @@ def process(tmp_path: Path) -> Callable[..., Any]:
 def read(folder: Path, name: str) -> Any:
     """A JSON file of a run folder."""
     return json.loads((folder / name).read_text())
+
+
+@contextmanager
+def interrupted_when(ready: Callable[[], bool]) -> Iterator[None]:
+    """Sends this process SIGINT, as Ctrl-C does, once ``ready()`` is true; needs the fixture ``interruptible``."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not ready():
+            if over.wait(0.02):  # it has ended by itself
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has SIGINT ignored, which they inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

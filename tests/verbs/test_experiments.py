@@ -32,6 +32,8 @@ def test_there_are_experiments() -> None:
 def test_one_batch(command: Any, small: list[str], text: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("KNCOMPRESS_DATA", str(text.parent))
     words = [*small, "trainer.steps=1", "run_dir=run"]
+    if name == "shrink":
+        words += ["trainer.minutes=null", "budget=0.9"]
     if name == "mini_teacher":
         words = [word for word in words if not word.startswith("model=")] + SMALL_FROM_SCRATCH
         words += ["data.validation=null", "data.test=null"]

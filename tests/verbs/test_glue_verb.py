@@ -1,19 +1,14 @@
 """``glue``: teacher, student and baseline over tasks and seeds; tables, predictions, the cache, resuming, bad input."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from glue_layout import make_glue, write
 from transformers import AutoModelForSequenceClassification
-from verbs.conftest import read
+from verbs.conftest import interrupted_when, read
 
 CELLS = ("teacher", "student", "student_ilkd", "half_ilkd")
 
@@ -78,39 +73,11 @@ def test_a_suite_leaves_cells_tables_and_predictions(command: Any, quick: list[s
     assert "16/16 mnli seed 1 half_ilkd: epoch 1/1" in err
 
 
-@contextmanager
-def interrupted_after(run: Path, cells: int) -> Iterator[None]:
-    """Sends this process SIGINT, as Ctrl-C does, once the suite in ``run`` has that many finished cells."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while len(times(run)) < cells:
-            if over.wait(0.02):  # it has ended by itself
-                return
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell that starts the tests in the background has SIGINT ignored, which they inherit."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_a_stopped_suite_goes_on_and_repeats_nothing(command: Any, quick: list[str]) -> None:
     words = [*quick, "tasks=[cola,rte]", "training=[ilkd]", "save_models=true"]
     run = Path("run").absolute()
-    with interrupted_after(run, 3):
+    with interrupted_when(lambda: len(times(run)) >= 3):
         code, _, err = command("glue", *words, "seeds=99", f"run_dir={run}")
     assert code == 130, err
     assert read(run, "result.json")["status"] == "interrupted"

@@ -1,0 +1,131 @@
+"""What ``train`` does besides training where it is asked to: plan the shapes before, export and report after."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kncompress.anatomy.plan import Plan
+from kncompress.commands import export, plan
+from kncompress.compression.inspection import predict
+from kncompress.compression.student_plan import StudentPlan
+from kncompress.config import DataConfig, ExportConfig, FactorsConfig, ModelConfig, PlanConfig, TrainConfig
+from kncompress.errors import UserError
+from kncompress.formats.onnx_graph import check_packages
+from kncompress.planner.budget import spend
+from kncompress.planner.planning import read_harms
+from kncompress.reports.report_page import report_page
+from kncompress.runs.past_runs import read_runs
+from kncompress.runs.process import process_rank
+from kncompress.runs.record import RunRecord
+from kncompress.runs.stored import read_run
+from kncompress.runs.whole_file import write_text
+from kncompress.training.processes import started_outside
+from kncompress.training.student import model_config
+
+PLAN, PAGE = "plan", "report.html"
+_NUMBER = 4
+"""Bytes of a float32."""
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Raises UserError where a part that is asked for cannot be done: nothing is written yet."""
+    for format in config.export:
+        if format in ("onnx", "int8"):
+            check_packages(f"export=[{format}]")
+    if config.budget is None:
+        return
+    if config.factors != FactorsConfig():
+        raise UserError(f"budget={config.budget:g}: plans the factors of all maps by itself; give factors=dense")
+    outside = started_outside()
+    if outside is not None and outside[1] > 1:
+        raise UserError(
+            f"budget={config.budget:g}: one process plans, and {outside[0]} has started {outside[1]}; run `plan` "
+            "first, then train with factors=<its plan.yaml>"
+        )
+    plan.check(_planning(config, None))
+
+
+def planned(config: TrainConfig, run_dir: Path) -> StudentPlan:
+    """The student of ``budget``, planned in ``run_dir/plan``, where a stopped run finds its harms again.
+
+    The first process plans; Lightning starts the others later.
+    """
+    folder = run_dir / PLAN
+    if process_rank() == 0 and not _finished(folder):
+        planning = _planning(config, folder)
+        plan.run(planning, folder, plan.check(planning))
+    assert config.budget is not None
+    spent = spend(read_harms(folder, "run_dir"), config.budget, config.speed)
+    return StudentPlan.of(FactorsConfig(maps=spent.maps), model_config(config.model))
+
+
+def _planning(config: TrainConfig, folder: Path | None) -> PlanConfig:
+    """Harms by gradients: they take minutes where one forward pass for each map takes an hour."""
+    return PlanConfig(
+        run_dir=None if folder is None else str(folder),
+        seed=config.seed,
+        model=config.model,
+        data=config.data,
+        calibration=config.calibration,
+        fit=config.fit,
+        repair=config.repair,
+        budget=config.budget or 1.0,
+        speed=config.speed,
+        harms="gradients",
+        sums=False,
+        measure=False,
+    )
+
+
+def _finished(folder: Path) -> bool:
+    return read_run(folder, f"run_dir={folder}").get("status") == "finished"
+
+
+def outlook(config: TrainConfig) -> str:
+    """What will be done, and what it takes, in a line for each part."""
+    fields = model_config(config.model)
+    teacher = predict(fields, Plan()).parameters_before
+    assert config.budget is not None
+    student = round(config.budget * teacher if config.budget <= 1 else config.budget)
+    time = config.trainer
+    length = f"{time.minutes:g} minutes" if time.minutes is not None else f"{time.steps} steps" if time.steps else None
+    tokens = f"{time.tokens:,} tokens" if time.tokens else "one pass over the text"
+    logits = 3 * time.micro_batch_tokens * fields.vocab_size
+    memory = _NUMBER * (teacher + 4 * student + logits) / 1e9
+    disk = _NUMBER * student * (2 * 3 + 1) / 1e9  # two checkpoints with Adam's two moments, and the model
+    lines = [
+        f"shrink: {config.model.path}, {teacher:,} parameters, to {student:,} ({student / teacher:.1%})",
+        f"  plan     a shape for every map, in {PLAN}/; a stopped run finds it again",
+        f"  fit      start={config.start}, on {config.calibration.tokens:,} tokens of {config.data.source}",
+        f"  distil   {length or tokens}; at least {memory:.1f} GB of memory, {disk:.1f} GB on disk",
+        f"  compare  with the dense model{'' if config.unseen is None else f', also on {config.unseen}'}",
+    ]
+    lines += [f"  export   {format}: export-{format}/" for format in config.export]
+    return "\n".join([*lines, f"  report   {PAGE}"] if config.report else lines)
+
+
+def unseen_text(config: TrainConfig) -> DataConfig:
+    """The source of ``unseen``: its test split where it names one, the whole of it otherwise."""
+    return replace(config.data, source=config.unseen, validation=None, test=None, column=None, text_format="auto")
+
+
+def export_all(config: TrainConfig, record: RunRecord) -> None:
+    """The finished model in every format of ``export``; what fails is a warning, the model stays."""
+    for format in config.export:
+        folder = record.folder / f"export-{format}"
+        with record.tolerating(f"export={format}"):
+            if not _finished(folder):
+                model = ModelConfig(path=str(record.folder / "model"))
+                own: dict[str, Any] = {"run_dir": str(folder), "seed": config.seed, "data": config.data}
+                wanted = ExportConfig(model=model, format=format, **own)
+                export.check(wanted)
+                export.run(wanted, folder)
+
+
+def write_page(record: RunRecord) -> None:
+    """``report.html`` of this run alone; plotly may be missing."""
+    with record.tolerating(PAGE):
+        file = record.folder / PAGE
+        write_text(file, report_page(read_runs([str(record.folder)]), record.folder.name, {}))
+        print(f"report: {os.path.relpath(file)}", flush=True)
