@@ -97,12 +97,16 @@ def outlook(config: TrainConfig) -> str:
     lines = [
         f"shrink: {config.model.path}, {teacher:,} parameters, to {student:,} ({student / teacher:.1%})",
         f"  plan     a shape for every map, in {PLAN}/; a stopped run finds it again",
-        f"  fit      start={config.start}, on {config.calibration.tokens:,} tokens of {config.data.source}",
+        f"  fit      start={config.start}, on {config.calibration.tokens:,} tokens of {_names(config.data.source)}",
         f"  distil   {length or tokens}; at least {memory:.1f} GB of memory, {disk:.1f} GB on disk",
-        f"  compare  with the dense model{'' if config.unseen is None else f', also on {config.unseen}'}",
+        f"  compare  with the dense model{'' if config.unseen is None else f', also on {_names(config.unseen)}'}",
     ]
     lines += [f"  export   {format}: export-{format}/" for format in config.export]
     return "\n".join([*lines, f"  report   {PAGE}"] if config.report else lines)
+
+
+def _names(source: Any) -> str:
+    return ", ".join(map(str, source)) if isinstance(source, list) else str(source)
 
 
 def unseen_text(config: TrainConfig) -> DataConfig:

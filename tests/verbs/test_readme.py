@@ -36,6 +36,7 @@ STAND_INS = {
     "<the same>": "model",
     "<folder>": "student",
     "<text>": "story.txt",
+    "<another text>": "story.txt",
     "<file or folder>": "story.txt",
     "<run folder>": "block0",
     "<folder with CoLA/train.tsv ...>": "glue",
