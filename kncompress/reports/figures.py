@@ -10,6 +10,9 @@ _MARGIN = {"t": 20}
 """Pixels above a picture, which has its heading in the page."""
 _NAMED = 12
 """Most runs whose names are written beside their points."""
+_TICKS = [digit * 10.0**power for power in range(-5, 9) for digit in ((1, 3) if power < 0 else (1, 1.5, 2, 3, 5, 7))]
+_PLAIN = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,g}" for tick in _TICKS]}
+"""A log scale over so few powers of ten that plain numbers read better."""
 
 
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
@@ -56,20 +59,26 @@ def pareto_figure(
         figure.add_scatter(
             **at, mode="markers+text", text=others, textposition="top center", name="baselines", marker=marker
         )
-    # So few powers of ten that plain numbers read better.
-    ticks = [digit * 10**power for power in range(-1, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
-    axis = {"title": "perplexity", "type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
+    axis = {"title": "perplexity", **_PLAIN}
     return figure.update_layout(xaxis_title="unique parameters", yaxis=axis, margin=_MARGIN)
 
 
-def curves_figure(curves: Mapping[str, Points], y: str) -> Any:
-    """One line a run: (step, value)."""
+def curves_figure(curves: Mapping[str, Points], x: str, y: str, log: bool = False) -> Any:
+    """One line a run, or a term of the loss.
+
+    Args:
+        curves: {name: (x, y) pairs}.
+        x, y: what the axes show.
+        log: whether the vertical axis has a log scale.
+    """
     from plotly import graph_objects as go
 
     figure = go.Figure()
     for name, curve in curves.items():
         figure.add_scatter(**_xy(curve), mode="lines+markers" if len(curve) < 30 else "lines", name=name)
-    return figure.update_layout(xaxis_title="step", yaxis_title=y, showlegend=True, margin=_MARGIN)
+    below = {"orientation": "h", "yanchor": "top", "y": -0.2}  # names of runs may be long
+    axis = {"title": y, **(_PLAIN if log else {})}
+    return figure.update_layout(xaxis_title=x, yaxis=axis, showlegend=True, legend=below, margin=_MARGIN)
 
 
 def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
@@ -100,7 +109,7 @@ def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}]
         )
     layers = max(len(_grid(maps, key)["y"]) for maps in runs.values())
-    return figure.update_layout(height=220 + 30 * layers)
+    return figure.update_layout(height=220 + 30 * layers, margin={"t": 20 if len(runs) == 1 else 80})
 
 
 def _grid(maps: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from kncompress.reports.figures import curves_figure, maps_figure, pareto_figure
+from kncompress.evaluation.comparison import ANCHORS
+from kncompress.reports.figures import Points, curves_figure, maps_figure, pareto_figure
 from kncompress.runs.past_runs import Run
 
 _COLUMNS = (
@@ -17,9 +18,17 @@ _COLUMNS = (
     "perplexity",
     "perplexity/start",
     "kl/student",
+    "compare/kl_median",
+    "compare/kl_99",
+    "compare/same_top",
+    "compare/log_ppl_ratio",
+    "unseen/perplexity/student",
+    "unseen/perplexity/teacher",
+    "unseen/kl/student",
     "error/mean",
     "error/weighted",
 )
+_NO_TERMS = ("train/loss", "train/tokens", "train/tokens_per_second")
 
 
 def report_page(runs: Sequence[Run], title: str, baselines: Mapping[str, Sequence[float]] | None = None) -> str:
@@ -42,6 +51,8 @@ def report_page(runs: Sequence[Run], title: str, baselines: Mapping[str, Sequenc
     return environment.from_string(template).render(
         title=title,
         figures=figures,
+        headlines=_headlines(runs),
+        anchors=[f"{name}: KL {kl:g}, {same:g}%" for name, kl, same in ANCHORS] if _compared(runs) else [],
         texts=_texts(runs),
         runs=_table(runs),
         samples=_samples(runs),
@@ -59,13 +70,56 @@ def _figures(runs: Sequence[Run], baselines: Mapping[str, Sequence[float]]) -> I
     labels = {run.name: run.label for run in runs}
     if points or others:
         yield "pareto", "Perplexity against parameters", pareto_figure(points, dense, others, labels)
-    for split in ("train", "validation"):
-        curves = {run.label: run.curves[f"{split}/loss"] for run in runs if run.curves.get(f"{split}/loss")}
-        if curves:
-            yield f"loss-{split}", f"Loss, {split}", curves_figure(curves, "loss")
+    yield from _curves(runs)
     maps = {run.name: run.maps for run in runs if run.maps}
     if maps:
         yield "maps", "Shapes and errors of the maps at the start", maps_figure(maps)
+
+
+def _curves(runs: Sequence[Run]) -> Iterator[tuple[str, str, Any]]:
+    """Loss and perplexity of all runs against training tokens, where all have logged those, else against steps; and
+    where there is one training run, the terms of its loss."""
+    trained = [run for run in runs if run.curves]
+    counted = all(run.curves.get("train/tokens") for run in trained)
+    x = "training tokens" if counted else "step"
+
+    def curves(metric: str) -> dict[str, Points]:
+        found = {run.label: run.by_tokens(metric) if counted else run.curves.get(metric, []) for run in trained}
+        return {name: curve for name, curve in found.items() if curve}
+
+    if losses := curves("train/loss"):
+        yield "loss-train", "Loss, train", curves_figure(losses, x, "loss")
+    if len(trained) == 1:
+        names = [name for name in trained[0].curves if name.startswith("train/") and name not in _NO_TERMS]
+        terms = {name.removeprefix("train/"): next(iter(curves(name).values())) for name in names}
+        if len(terms) > 1:
+            yield "terms", "Loss by terms", curves_figure(terms, x, "nats, or squared difference", log=True)
+    if scores := curves("validation/perplexity"):
+        yield "perplexity-validation", "Perplexity, validation", curves_figure(scores, x, "perplexity", log=True)
+    elif losses := curves("validation/loss"):
+        yield "loss-validation", "Loss, validation", curves_figure(losses, x, "loss")
+
+
+def _headlines(runs: Sequence[Run]) -> list[str]:
+    """What each finished training has come to, in a line."""
+    found = []
+    for run in runs:
+        if not (run.point and run.dense and run.status == "finished"):
+            continue
+        (parameters, perplexity), (whole, of_teacher) = run.point, run.dense
+        start, closed = run.metrics.get("perplexity/start"), run.metrics.get("gap_closed")
+        kl, same = run.metrics.get("kl/student"), run.metrics.get("compare/same_top")
+        speed = run.metrics.get("tokens_per_second")
+        parts = [
+            f"{whole:,.0f} → {parameters:,.0f} parameters ({parameters / whole:.1%})",
+            f"perplexity {f'{start:,.2f} → ' if start else ''}{perplexity:,.2f} (dense {of_teacher:,.2f})",
+            f"{closed:.0%} of the gap closed" if closed is not None else "",
+            f"KL {kl:.3f}" if kl is not None else "",
+            f"same likeliest token {same:.1f}%" if same is not None else "",
+            f"trained at {speed:,.0f} tokens/s" if speed else "",
+        ]
+        found.append(f"{run.label}: {', '.join(part for part in parts if part)}")
+    return found
 
 
 def _texts(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -75,6 +129,10 @@ def _texts(runs: Sequence[Run]) -> dict[str, list[str]]:
         if run.text and (run.point or run.measured):
             found.setdefault(run.text, []).append(run.name)
     return found
+
+
+def _compared(runs: Sequence[Run]) -> bool:
+    return any("compare/same_top" in run.metrics for run in runs)
 
 
 def _table(runs: Sequence[Run]) -> list[list[str]]:

@@ -63,6 +63,14 @@ class Run:
         """Name, and what tells it from the others."""
         return f"{self.name}: {self.differs}" if self.differs else self.name
 
+    def by_tokens(self, metric: str) -> list[tuple[float, float]]:
+        """A curve as (training tokens, value), as near as its steps allow; empty where the tokens were not logged."""
+        seen = self.curves.get("train/tokens")
+        if not seen:
+            return []
+        first, tokens = seen[-1]
+        return [(tokens / (first + 1) * (step + 1), value) for step, value in self.curves.get(metric, [])]
+
     @property
     def point(self) -> tuple[float, float] | None:
         """(unique parameters, perplexity) of the model that the run made; None where either was not measured."""

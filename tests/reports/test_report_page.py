@@ -87,6 +87,32 @@ def test_the_pictures_and_the_table_have_the_runs_numbers(folder: Path) -> None:
     assert rows[3:] == [[name, f"of run {name}"] for name in SCORES]
 
 
+def test_one_training_has_a_headline_its_terms_and_tokens(folder: Path) -> None:
+    run = folder / "0"
+    found = json.loads((run / "result.json").read_text())
+    found["metrics"] |= {
+        "perplexity/start": 90.0,
+        "gap_closed": 0.5391,
+        "kl/student": 0.25,
+        "tokens_per_second": 1234.5,
+    }
+    found["metrics"] |= {"compare/same_top": 71.25, "compare/kl_99": 2.5, "unseen/perplexity/student": 77.0}
+    (run / "result.json").write_text(json.dumps(found))
+    (run / "metrics.csv").write_text(
+        "step,train/loss,train/logits,train/hidden,train/tokens,validation/loss,validation/perplexity\n"
+        "9,3.5,2.5,1.0,1000,,\n19,3.0,2.25,0.75,2000,2.5,12.18\n"
+    )
+    page = report_page(read_runs([str(run)]), "one")
+    told = "1,000 → 400 parameters (40.0%), perplexity 90.00 → 40.00 (dense 20.00), 54% of the gap closed, KL 0.250, "
+    assert f"<li>0: {told}same likeliest token 71.2%, trained at 1,234 tokens/s</li>" in page
+    assert "<th>compare/kl_99</th>" in page and "<th>unseen/perplexity/student</th>" in page and "8 bits: KL" in page
+    _, train, terms, validation, _ = figures(page)
+    assert [(trace["x"], trace["y"]) for trace in train] == [([1000, 2000], [3.5, 3.0])]
+    assert {trace["name"]: trace["y"] for trace in terms} == {"logits": [2.5, 2.25], "hidden": [1.0, 0.75]}
+    assert [(trace["x"], trace["y"]) for trace in validation] == [([2000], [12.18])]
+    assert "training tokens" in page and "Perplexity, validation" in page
+
+
 def test_what_differs_is_told_and_what_does_not_is_not(folder: Path) -> None:
     for number, name in enumerate(SCORES):
         file = folder / name / "run.json"
