@@ -22,10 +22,11 @@ _PATHS = (
     "prompts",
     "lambada",
     "unseen",
+    "objective.cache",
     "tasks",
     "run_dir",
 )
-_WRITTEN = ("data.cache_dir", "calibration.moments", "run_dir")
+_WRITTEN = ("data.cache_dir", "calibration.moments", "objective.cache", "run_dir")
 """Paths that need not exist yet; the others may be hub ids and the like, which stay."""
 _WORDS = ("sample", "model", "hub", "all")
 """Values that are no paths, whatever lies in the folder."""

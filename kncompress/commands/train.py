@@ -252,6 +252,7 @@ def fit(
         length,
         config.trainer.dropout,
         job.layers,
+        job.cache,
     )
     folder = run_dir / "checkpoints"
     resumed = folder / LAST if (folder / LAST).exists() else None

@@ -26,6 +26,11 @@ class ObjectiveConfig:
     """Softmax temperature of the logits term."""
     cross_entropy: float = 1.0
     """Next-token cross-entropy on the text."""
+    cache: str | None = None
+    """``train``: folder of tokens that are drawn from the teacher once, and stand for its logits in every later run:
+    unbiased, and the teacher need not run (arXiv 2503.16870). Null: its logits."""
+    samples: int = 12
+    """Tokens that ``cache`` draws from each distribution."""
 
     TERMS = ("embedding", "attention", "hidden", "feed_forward", "logits", "cross_entropy")
 
@@ -36,6 +41,17 @@ class ObjectiveConfig:
             raise UserError(f"objective: every weight is 0; give at least one of {', '.join(self.TERMS)}")
         check_choices(self, "objective.")
         check_positive("objective.temperature", self.temperature)
+        check_positive("objective.samples", self.samples)
+        if self.cache is not None:
+            self._check_cache()
+
+    def _check_cache(self) -> None:
+        if not self.logits:
+            raise UserError(f"objective.cache={self.cache}: stands for the teacher's logits; objective.logits is 0")
+        for name in ("embedding", "attention", "hidden", "feed_forward"):
+            if getattr(self, name):
+                told = f"objective.{name}={getattr(self, name):g} needs the teacher itself; give objective=logits"
+                raise UserError(f"objective.cache={self.cache}: keeps its logits alone, and {told}")
 
     @property
     def needs_teacher(self) -> bool:

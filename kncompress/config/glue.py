@@ -99,6 +99,8 @@ class GlueConfig(ModelRunConfig):
             raise UserError(f"seeds={self.seeds}: must be a number from 1, or a list of seeds")
         if len(set(seeds)) < len(seeds):
             raise UserError(f"seeds={self.seeds}: names a seed twice")
+        if self.objective.cache is not None:
+            raise UserError(f"objective.cache={self.objective.cache}: is for train; glue's teacher scores few labels")
 
     @property
     def all_training(self) -> set[str]:

@@ -52,10 +52,13 @@ class TextDataModule(L.LightningDataModule):
         step_blocks: int,
         seed: int = 0,
         validation_blocks: int | None = None,
+        numbered: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.context, self.seed = config, tokenizer, context, seed
         self.micro_batch, self.step_blocks, self.validation_blocks = micro_batch, step_blocks, validation_blocks
+        self.numbered = numbered
+        """Whether training blocks tell their number."""
         self.consumed = 0
 
     def blocks(self, split: str) -> Blocks:
@@ -65,6 +68,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         blocks = self.blocks("train")
+        blocks.numbered = self.numbered
         sampler = EndlessSampler(len(blocks), self.seed, self.consumed, *self._place())
         return DataLoader(blocks, batch_size=self.micro_batch, sampler=sampler)
 

@@ -148,16 +148,17 @@ class Blocks(Dataset[dict[str, Tensor]]):
     A last short rest is left out.
 
     An item is {"input_ids": (context,) int64, "labels": (context,) int64 with -100 where the token is ``ignored``};
-    the loss shifts the labels.
+    the loss shifts the labels. Where ``numbered`` it has its "block" too, a number.
     """
 
-    def __init__(self, stream: TokenStream, context: int, ignored: int | None = None) -> None:
+    def __init__(self, stream: TokenStream, context: int, ignored: int | None = None, numbered: bool = False) -> None:
         if len(stream) < context:
             raise UserError(
                 f"data.context={context}: the text has only {len(stream)} tokens, less than one block; "
                 "give more text or a shorter context"
             )
         self.tokens, self.context, self.ignored, self.first = stream.tokens, context, ignored, stream.first
+        self.numbered = numbered
 
     def __len__(self) -> int:
         return len(self.tokens) // self.context
@@ -168,4 +169,5 @@ class Blocks(Dataset[dict[str, Tensor]]):
         if self.first is not None:
             ids[0] = self.first
         labels = ids if self.ignored is None else ids.masked_fill(ids == self.ignored, IGNORED_LABEL)
-        return {"input_ids": ids, "labels": labels}
+        number = {"block": torch.tensor(index)} if self.numbered else {}
+        return {"input_ids": ids, "labels": labels} | number

@@ -133,7 +133,7 @@ def _over_vocabulary(
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: must be greater than 0")
     tokens, vocabulary = student.shape
-    step = _tokens_at_once(chunk, tokens, vocabulary, student.device)
+    step = tokens_at_once(chunk, tokens, vocabulary, student.device)
     wanted = wants_gradient(student)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         kl, text = (full_precision(student.new_zeros(())) for _ in range(2))
@@ -181,7 +181,7 @@ def _over_vocabulary(
         return kl * temperature**2 / tokens, text / scored, gradient
 
 
-def _tokens_at_once(chunk: Chunk, tokens: int, vocabulary: int, device: torch.device) -> int:
+def tokens_at_once(chunk: Chunk, tokens: int, vocabulary: int, device: torch.device) -> int:
     """Rows of a chunk: on a CPU as many as its nearest caches hold, elsewhere enough to fill the device."""
     if chunk is None:
         return max(tokens, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kncompress.config import ObjectiveConfig
 from kncompress.distill.attention import QueryKey, attention_kl, attention_score_mse
 from kncompress.distill.losses import cross_entropy, logits_kl, logits_kl_and_cross_entropy, mse
+from kncompress.distill.sampled import Draws, sampled_kl
 
 _Value = TypeVar("_Value")
 TAPS = ("embedding", "attention", "hidden", "feed_forward")
@@ -31,6 +32,8 @@ class Outputs:
     """Per layer: (B, T, D) after the layer."""
     feed_forward: Sequence[Tensor] | None = None
     """Per layer: (B, T, D), output of the feed-forward part."""
+    draws: Draws | None = None
+    """Of a teacher: tokens drawn from its distributions, in the place of its logits."""
 
 
 class Loss(NamedTuple):
@@ -81,7 +84,8 @@ class Objective:
             ValueError: a term with weight above 0 finds nothing to compare, or shapes that do not fit. The
                 message names the term.
         """
-        together = self.walks_once and mask is None and {"logits", "cross_entropy"} <= self.weights.keys()
+        drawn = teacher is not None and teacher.draws is not None
+        together = self.walks_once and mask is None and not drawn and {"logits", "cross_entropy"} <= self.weights.keys()
         alone = [name for name in self.weights if not together or name not in ("logits", "cross_entropy")]
         terms = {name: self._term(name, student, teacher, labels, mask) for name in alone}
         parts = [self.weights[name] * term for name, term in terms.items()]
@@ -108,6 +112,8 @@ class Objective:
             logits = _given(name, "student.logits", student.logits)
             return _named(name, self._on_labels, logits, _given(name, "labels", labels))
         ours = _given(name, f"student.{name}", getattr(student, name))
+        if name == "logits" and teacher is not None and teacher.draws is not None:
+            return _named(name, sampled_kl, ours, teacher.draws, self.config.temperature)
         theirs = _given(name, f"teacher.{name}", getattr(teacher, name, None))
         if name == "logits":
             return _named(name, self._on_logits, ours, theirs, mask)

@@ -14,15 +14,24 @@ from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, fit_progress
 from kncompress.config import DataConfig, TrainConfig
 from kncompress.data.module import TextDataModule
-from kncompress.data.sources import read_split
+from kncompress.data.sources import fingerprint, read_split
 from kncompress.data.tokenizer import ignored_token
-from kncompress.data.tokens import TokenStream, default_context, tell_default_context, token_stream
+from kncompress.data.tokens import (
+    TokenStream,
+    default_context,
+    tell_default_context,
+    token_stream,
+    tokenizer_fingerprint,
+)
 from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
 from kncompress.reading import read_json
+from kncompress.runs.process import tell
 from kncompress.training.batches import BatchPlan, plan_batches
 from kncompress.training.checkpoints import read_checkpoint
+from kncompress.training.contents import contents
 from kncompress.training.processes import processes
 from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
+from kncompress.training.teacher_cache import Facts, TeacherCache
 
 Scores = Comparison | Perplexity
 
@@ -42,6 +51,8 @@ class TrainingJob:
     test: TokenStream
     test_tokens: int | None
     """Most tokens of the test split that are scored; None: all."""
+    cache: TeacherCache | None = None
+    """Draws that stand for the teacher's logits."""
 
     @property
     def facts(self) -> dict[str, float]:
@@ -112,14 +123,36 @@ def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> Trai
         tell_default_context("data.context", positions)
     limit = config.trainer.validation_tokens
     data = TextDataModule(
-        models.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None
-    )
+        models.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None,
+        numbered=config.objective.cache is not None,
+    )  # fmt: skip
     batches = plan_batches(config.trainer, context, len(data.blocks("train")), processes(config.trainer))
     data.micro_batch, data.step_blocks = batches.micro_batch, batches.step_blocks
     data.blocks("validation")
     test = token_stream(models.data, "test", tokenizer)
-    limit = config.trainer.test_tokens
-    return TrainingJob(models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit)
+    limit, cache = config.trainer.test_tokens, None
+    if config.objective.cache is not None:
+        cache = TeacherCache(Path(config.objective.cache), cache_facts(config, models, context))
+        tell(cache.outlook())
+    return TrainingJob(
+        models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit, cache
+    )
+
+
+def cache_facts(config: TrainConfig, models: _Models, context: int) -> Facts:
+    """What the draws of ``objective.cache`` must be of."""
+    stream = token_stream(models.data, "train", models.tokenizer)
+    return Facts(
+        teacher=contents(config.model)["model.path"],
+        tokenizer=tokenizer_fingerprint(models.tokenizer),
+        text=fingerprint(models.data, "train"),
+        context=context,
+        blocks=len(stream) // context,
+        vocabulary=models.student.config.vocab_size,
+        samples=config.objective.samples,
+        temperature=config.objective.temperature,
+        seed=config.seed,
+    )
 
 
 def read_start_scores(file: Path) -> Comparison | None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.config import ObjectiveConfig, OptimizerConfig
-from kncompress.distill import Loss, Objective, cross_entropy
+from kncompress.distill import Loss, Objective, Outputs, cross_entropy
 from kncompress.errors import UserError
 from kncompress.evaluation import TokenMean
 from kncompress.training.clock import TrainingClock
 from kncompress.training.distillation import Distillation, teacher_layers
+from kncompress.training.teacher_cache import TeacherCache
 
 _TEACHER = "teacher."
 
@@ -35,6 +36,7 @@ class ILKDPretraining(Distillation):
         dropout: keep the student's dropout while training.
         layers: the teacher layer that each student layer learns from, counted from 0; None: evenly spread
             (``layer_mapping``).
+        cache: draws that stand for the teacher's logits; batches then tell their blocks' numbers.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class ILKDPretraining(Distillation):
         steps: int | TrainingClock,
         dropout: bool = False,
         layers: Sequence[int] | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
         pairs = teacher_layers(student, teacher, layers)
         super().__init__(student, teacher, Objective(objective, pairs, overwrites=True), optimizer, steps, dropout)
+        self.cache = cache
         self._losses: list[Tensor] = []
         self.validation_nll = TokenMean()
         self._clock: tuple[float, int] | None = None
@@ -56,12 +60,23 @@ class ILKDPretraining(Distillation):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         ids = batch["input_ids"]
-        student, teacher = self.outputs(input_ids=ids)
+        student, teacher = self.outputs(input_ids=ids) if self.cache is None else self._with_draws(ids, batch["block"])
         loss = self.objective(student, teacher, batch["labels"])
         self.forget()
         self._note(loss)
         self._tokens += ids.numel() * self.trainer.world_size
         return loss.total
+
+    def _with_draws(self, ids: Tensor, blocks: Tensor) -> tuple[Outputs, Outputs]:
+        """Outputs of the student, and draws of the teacher, which runs on blocks that it has not seen."""
+        assert self.cache is not None and self.teacher is not None
+
+        def logits(places: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.logits(self.teacher, {"input_ids": ids[places]})
+
+        draws = self.cache.draws(blocks, logits, ids.device)
+        return Outputs(self.logits(self.student, {"input_ids": ids})), Outputs(None, draws=draws)
 
     def _note(self, loss: Loss) -> None:
         """Take note of one micro-batch, and log the means where it is the last of an optimiser step."""

@@ -39,6 +39,7 @@ STAND_INS = {
     "<another text>": "story.txt",
     "<file or folder>": "story.txt",
     "<run folder>": "block0",
+    "<new folder>": "draws",
     "<folder with CoLA/train.tsv ...>": "glue",
     "<partition>": "long",
 }
