@@ -20,7 +20,7 @@ from kncompress.formats.merged import read_merged_, write_merged
 from kncompress.formats.onnx_decoder import cache_sizes
 from kncompress.formats.onnx_folder import GRAPH, accompany
 from kncompress.formats.onnx_graph import check_packages, write_decoder, write_onnx
-from kncompress.formats.onnx_integers import write_int8
+from kncompress.formats.onnx_integers import write_int8, write_integers
 from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
 from kncompress.formats.pretrained import load_model, save_model, to_dense
 from kncompress.runs.record import RunRecord
@@ -34,6 +34,8 @@ _WINDOW = 1024
 _ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 """Most that a logit may change, as a share of the largest. In 16 bits it allows ten roundings, each 2^-10 (float16)
 or 2^-7 (bfloat16) of a number."""
+_RISE = {8: 0.02, 4: 1.0}
+"""Bits -> ``int8_tolerance`` where it is left open."""
 _ROUNDINGS = 3
 """In a model of many layers 16 bits alone change more than that. Then this many times their change is allowed: two
 models that round differently can be twice as far from each other as each is from float32."""
@@ -50,10 +52,11 @@ def check(config: ExportConfig) -> None:
         if _is_classifier(fields):
             raise UserError("cache=true: a classifier has no use for one; leave it out")
         require_causal(fields, "export cache=true")
-    if config.format == "int8":
+    if _integers(config):
+        key = f"bits={config.bits}" if config.bits else "format=int8"
         if _is_classifier(fields):
-            raise UserError("format=int8: is measured by the perplexity of a language model, and this is a classifier")
-        require_causal(fields, "export format=int8")
+            raise UserError(f"{key}: is measured by the perplexity of a language model, and this is a classifier")
+        require_causal(fields, f"export {key}")
         split_sources(config.data, config.data.split)
         tokenizer_of(config.model)
 
@@ -141,32 +144,52 @@ def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
     model = _in_type(config, model, metrics)
     folder = run_dir / "model"
     sizes = cache_sizes(model) if config.cache is not False and _generates(model.config) else []
-    if config.cache and not sizes:
+    if (config.cache or config.bits) and not sizes:
+        key = f"bits={config.bits}" if config.bits else "cache=true"
         raise UserError(
-            f"cache=true: a {model.config.model_type} has an attention of its own, for which there is no operator "
-            "with a cache; leave it out for a graph that scores"
+            f"{key}: a {model.config.model_type} has an attention of its own, for which there is no operator with a "
+            "cache; leave it out for a graph that scores"
         )
-    with filling(folder) as fresh, stages("export", 4) as tell:
-        if sizes:
-            write_decoder(model, sizes, fresh / GRAPH, tell)
-        else:
-            write_onnx(model, fresh / GRAPH, tell)
-        tell("comparing it with the model")
-        session = OnnxDecoder if sizes else OnnxModel
-        _compare(config, model, session(fresh / GRAPH, model.config), metrics)
+    with TemporaryDirectory(prefix=".onnx.", dir=run_dir) as temporary, filling(folder) as fresh:
+        floats = (Path(temporary) if config.bits else fresh) / GRAPH
+        with stages("export", 4) as tell:
+            if sizes:
+                write_decoder(model, sizes, floats, tell)
+            else:
+                write_onnx(model, floats, tell)
+            tell("comparing it with the model")
+            session = OnnxDecoder if sizes else OnnxModel
+            _compare(config, model, session(floats, model.config), metrics)
+        if config.bits:
+            write_integers(floats, fresh / GRAPH, config.bits, config.group)
+            _check_text(config, OnnxDecoder, floats, fresh / GRAPH, model, metrics)
         accompany(model, tokenizer_if_any(config.model), fresh, sizes)
     metrics["cache"] = float(bool(sizes))
     return folder
 
 
 def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
+    folder = run_dir / "model"
+    with TemporaryDirectory(prefix=".onnx.", dir=run_dir) as temporary, filling(folder) as fresh:
+        floats = Path(temporary) / "model.onnx"
+        write_onnx(model, floats)
+        _compare(config, model, OnnxModel(floats, model.config), metrics)
+        write_int8(floats, fresh / "model_int8.onnx")
+        _check_text(config, OnnxModel, floats, fresh / "model_int8.onnx", model, metrics)
+        accompany(model, tokenizer_of(config.model), fresh, [])
+    return folder
+
+
+def _check_text(
+    config: ExportConfig, session: Any, floats: Path, integers: Path, model: Any, metrics: dict[str, float]
+) -> None:
+    """Raises CheckFailed where ``integers`` raises the perplexity on ``data`` by more than ``int8_tolerance``."""
     tokenizer = tokenizer_of(config.model)
     stream = token_stream(config.data, config.data.split, tokenizer)
-    folder = run_dir / "model"
 
     def scored(file: Path) -> float:
         score = perplexity(
-            OnnxModel(file, model.config),
+            session(file, model.config),
             stream.tokens,
             min(_WINDOW, model.config.max_position_embeddings),
             batch_tokens=_WINDOW,
@@ -177,22 +200,21 @@ def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
         metrics["tokens"] = score.tokens
         return score.perplexity
 
-    with TemporaryDirectory(prefix=".onnx.", dir=run_dir) as temporary, filling(folder) as fresh:
-        floats = Path(temporary) / "model.onnx"
-        write_onnx(model, floats)
-        _compare(config, model, OnnxModel(floats, model.config), metrics)
-        write_int8(floats, fresh / "model_int8.onnx")
-        metrics["perplexity/onnx"] = scored(floats)
-        metrics["perplexity/int8"] = scored(fresh / "model_int8.onnx")
-        rise = metrics["perplexity/int8"] / metrics["perplexity/onnx"] - 1
-        if not (math.isfinite(rise) and rise <= config.int8_tolerance):
-            raise CheckFailed(
-                f"int8_tolerance={config.int8_tolerance}: int8 raises the perplexity by {rise:.2%}, from "
-                f"{metrics['perplexity/onnx']:,.2f} to {metrics['perplexity/int8']:,.2f}, and was not kept; "
-                "allow more, or take format=onnx"
-            )
-        accompany(model, tokenizer, fresh, [])
-    return folder
+    name = _integers(config)
+    metrics["perplexity/onnx"], metrics[f"perplexity/{name}"] = scored(floats), scored(integers)
+    rise = metrics[f"perplexity/{name}"] / metrics["perplexity/onnx"] - 1
+    allowed = config.int8_tolerance or _RISE[config.bits or 8]
+    if not (math.isfinite(rise) and rise <= allowed):
+        raise CheckFailed(
+            f"int8_tolerance={allowed:g}: {name} raises the perplexity by {rise:.2%}, from "
+            f"{metrics['perplexity/onnx']:,.2f} to {metrics[f'perplexity/{name}']:,.2f}, and was not kept; "
+            f"allow more, or take format=onnx{' without bits' if config.bits else ''}"
+        )
+
+
+def _integers(config: ExportConfig) -> str | None:
+    """What the weights' integers are called; None: there are none."""
+    return f"bits{config.bits}" if config.bits else ("int8" if config.format == "int8" else None)
 
 
 def _compare(config: ExportConfig, model: Any, other: Any, metrics: dict[str, float], dtype: str | None = None) -> None:
@@ -216,10 +238,10 @@ def _summary(config: ExportConfig, metrics: dict[str, float], file: Path) -> str
         lines.append("it generates, with a cache" if metrics["cache"] else "it scores: no cache between calls")
     if "logits/rounding" in metrics:
         lines[1] += f"; {config.dtype} alone changes them by {metrics['logits/rounding']:.2g}"
-    if config.format == "int8":
-        lines = [lines[0]]
+    if name := _integers(config):
+        lines = lines[:1]
         lines.append(
-            f"perplexity {metrics['perplexity/int8']:,.2f} on {metrics['tokens']:,.0f} tokens; "
+            f"perplexity {metrics[f'perplexity/{name}']:,.2f} on {metrics['tokens']:,.0f} tokens; "
             f"{metrics['perplexity/onnx']:,.2f} before"
         )
     return "\n".join(lines)

@@ -18,8 +18,10 @@ from kncompress.config import GenerateConfig, ModelConfig
 from kncompress.data.files import text_file, text_lines
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
+from kncompress.formats.onnx_folder import GENAI, check_exported, load_decoder
+from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.runs.record import RunRecord
-from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
+from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
 
 
 def check(config: GenerateConfig) -> list[str]:
@@ -28,6 +30,13 @@ def check(config: GenerateConfig) -> list[str]:
         raise UserError("model.path=null: generate needs a model that exists")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
+    folder = locate(config.model.path, config.model.gguf_file or "config")
+    if config.backend == "transformers" and (folder / GENAI).exists():
+        raise UserError(f"backend=transformers: model={config.model.path} is a graph of ONNX; give backend=onnx")
+    if config.backend == "onnx":
+        if config.accelerator == "gpu":
+            raise UserError("accelerator=gpu: backend=onnx runs on the CPU")
+        check_exported(folder, f"backend=onnx model={config.model.path}")
     prompts = _prompts(config)
     require_causal(model_config(config.model), "generate")
     _check_prompts(config.model, prompts, "model")
@@ -39,9 +48,11 @@ def check(config: GenerateConfig) -> list[str]:
 def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, float]:
     """Write texts; returns the metrics of ``result.json``, which has the texts too."""
     with RunRecord.open(run_dir, "generate", asdict(config), config.seed) as record:
-        writers = {"model": _writer(config.model, config.accelerator)}
+        writers = {"model": _writer(config.model, config.accelerator, config.backend == "onnx")}
         if config.compare is not None:
-            writers["compare"] = _writer(second_model(config.compare, "generate"), config.accelerator)
+            other = second_model(config.compare, "generate")
+            exported = (locate(str(other.path), other.gguf_file or "config") / GENAI).exists()
+            writers["compare"] = _writer(other, config.accelerator, exported)
         seconds = dict.fromkeys(writers, 0.0)
         texts: list[dict[str, Any]] = []
         for prompt, sample in itertools.product(prompts, range(config.samples)):
@@ -58,7 +69,7 @@ def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, 
         for role, writer in writers.items():
             tokens = sum(text["tokens"] for text in texts[list(writers).index(role) :: len(writers)])
             metrics |= {
-                f"parameters/{role}": unique_parameters(writer.model),
+                f"{_unit(writer)}/{role}": _size(writer),
                 f"tokens/{role}": tokens,
                 f"tokens_per_second/{role}": tokens / seconds[role],
             }
@@ -87,11 +98,22 @@ def _check_prompts(model: ModelConfig, prompts: list[str], key: str) -> None:
             raise UserError(f"prompt={start}: {count} tokens; {key}={model.path} has {positions} positions")
 
 
-def _writer(config: ModelConfig, accelerator: str) -> Writer:
+def _writer(config: ModelConfig, accelerator: str, exported: bool) -> Writer:
+    if exported:
+        return Writer(str(config.path), load_decoder(locate(str(config.path), "config")), tokenizer_of(config))
     model, tokenizer = load_teacher(config)
     if accelerator != "cpu" and torch.cuda.is_available():
         model.cuda()
     return Writer(str(config.path), model, tokenizer)
+
+
+def _unit(writer: Writer) -> str:
+    """What ``_size`` counts."""
+    return "bytes" if isinstance(writer.model, OnnxDecoder) else "parameters"
+
+
+def _size(writer: Writer) -> int:
+    return writer.model.bytes if isinstance(writer.model, OnnxDecoder) else unique_parameters(writer.model)
 
 
 def _timed(growing: Iterator[Continuation], seconds: dict[str, float], role: str) -> Iterator[Continuation]:
@@ -133,6 +155,6 @@ def _beside(
 def _columns(prompt: str, writers: dict[str, Writer], found: dict[str, Continuation]) -> Table:
     table = Table(title=Text(prompt), title_justify="left", expand=True)
     for writer in writers.values():
-        table.add_column(Text(f"{writer.name}, {unique_parameters(writer.model):,} parameters"), ratio=1)
+        table.add_column(Text(f"{writer.name}, {_size(writer):,} {_unit(writer)}"), ratio=1)
     table.add_row(*(Text(text.text) for text in found.values()))
     return table

@@ -29,13 +29,19 @@ class ExportConfig(ModelRunConfig):
     tolerance: float | None = None
     """Most that a logit may change, as a share of the largest, against the model in the same type; null: 1e-4 in
     float32, 1e-2 in float16, 8e-2 in bfloat16, or three times what the 16 bits alone change, if that is more. ``int8``
-    is measured by its perplexity instead."""
-    int8_tolerance: float = 0.02
-    """Most that ``int8`` may raise the perplexity, as a share of that of the ONNX file which it is made from."""
+    and ``bits`` are measured by the perplexity instead."""
+    bits: int | None = None
+    """8 or 4: weights of the graph of ``onnx`` with a cache as integers, by onnxruntime's MatMulNBits; small factors
+    stay float. null: as ``dtype`` says."""
+    group: int | None = None
+    """Of ``bits``: neighbours in a row that share a scale, 16, 32, 64 or 128; null: 64 of 8 bits, 32 of 4."""
+    int8_tolerance: float | None = None
+    """Most that ``int8`` or ``bits`` may raise the perplexity, as a share of that of the ONNX file which it is made
+    from; null: 0.02, and 1 for 4 bits."""
     tokens: int = 16384
     """Tokens of ``data`` on which that is measured."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The text of ``int8``; other formats read none."""
+    """The text of ``int8`` and ``bits``; nothing else reads any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,8 +49,19 @@ class ExportConfig(ModelRunConfig):
         check_choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
         if self.cache and self.format != "onnx":
             raise UserError(f"cache=true: is for format=onnx, and this is format={self.format}")
+        self._check_bits()
         for name in ("tolerance", "int8_tolerance", "tokens"):
             check_positive(name, getattr(self, name))
+
+    def _check_bits(self) -> None:
+        if self.group is not None and (self.bits is None or self.group not in (16, 32, 64, 128)):
+            raise UserError(f"group={self.group}: must be 16, 32, 64 or 128, with bits=8 or bits=4")
+        if self.bits is None:
+            return
+        if self.bits not in (8, 4):
+            raise UserError(f"bits={self.bits}: not one of 8, 4")
+        if self.format != "onnx" or self.cache is False or self.dtype != "float32":
+            raise UserError(f"bits={self.bits}: needs format=onnx with a cache and dtype=float32")
 
 
 @dataclass
@@ -72,8 +89,11 @@ class GenerateConfig(ModelRunConfig):
     """Draw among the likeliest tokens that together have this probability."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that the text has already become less likely."""
+    backend: str = choice("transformers", "transformers", "onnx")
+    """What runs ``model``: ``transformers``, or ``onnx`` (onnxruntime, on the CPU) a folder that ``export format=onnx``
+    wrote. ``compare`` is read by transformers, unless it is such a folder."""
     accelerator: str = choice("auto", "auto", "cpu", "gpu")
-    """``cpu``, ``gpu`` or ``auto``."""
+    """``cpu``, ``gpu`` or ``auto``; of ``backend=transformers``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -90,9 +90,9 @@ def cache_sizes(model: Any) -> list[CacheSizes]:
     """
     found: dict[int, CacheSizes] = {}
 
-    def noted(module: Any, query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        found[module.layer_idx] = CacheSizes(key.shape[1], key.shape[-1] + -key.shape[-1] % _MULTIPLE)
-        return query.transpose(1, 2), None
+    def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        found[module.layer_idx] = CacheSizes(key.shape[1], _width(key, value))
+        return query.transpose(1, 2)[..., : value.shape[-1]], None
 
     ids = torch.zeros(1, 1, dtype=torch.long)
     try:
@@ -102,6 +102,12 @@ def cache_sizes(model: Any) -> list[CacheSizes]:
         return []
     layers = model.config.num_hidden_layers
     return [found[layer] for layer in range(layers)] if len(found) == layers else []
+
+
+def _width(key: Tensor, value: Tensor) -> int:
+    """Numbers of a head in the cache: of both alike."""
+    size = max(key.shape[-1], value.shape[-1])
+    return size + -size % _MULTIPLE
 
 
 class _Operator:
@@ -125,9 +131,12 @@ class _Operator:
         softcap: float | None = None,
         **__: Any,
     ) -> tuple[Tensor, None]:
-        """query (B, heads, T, size), key and value (B, key heads, T, size) -> (B, T, heads, size)."""
+        """query (B, heads, T, size), key and value (B, key heads, T, size) -> (B, T, heads, size).
+
+        Sizes of a value and of a key may differ.
+        """
         batch, heads, tokens, size = query.shape
-        layer, key_heads, wide = module.layer_idx, key.shape[1], size + -size % _MULTIPLE
+        layer, key_heads, wide = module.layer_idx, key.shape[1], _width(key, value)
         past_key, past_value = self.past[2 * layer : 2 * layer + 2]
         attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key_heads}
         attributes["scale"] = float(size**-0.5 if scaling is None else scaling)
@@ -136,7 +145,7 @@ class _Operator:
         if softcap:
             attributes["softcap"] = float(softcap)
         full = (batch, key_heads, past_key.shape[2] + tokens, wide)
-        rows = (F.pad(x, (0, wide - size)) if wide > size else x for x in (query, key, value))
+        rows = (F.pad(x, (0, wide - x.shape[-1])) if wide > x.shape[-1] else x for x in (query, key, value))
         out, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (*(x.transpose(1, 2).flatten(2) for x in rows), past_key, past_value, self.last, self.total),
@@ -147,7 +156,7 @@ class _Operator:
         )
         self.present[layer] = (present[0], present[1])
         out = out.unflatten(-1, (heads, wide))
-        return (out[..., :size] if wide > size else out), None
+        return (out[..., : value.shape[-1]] if wide > value.shape[-1] else out), None
 
 
 @contextmanager

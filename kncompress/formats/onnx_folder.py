@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.anatomy.sites import positions_of
+from kncompress.errors import UserError
 from kncompress.formats.onnx_card import onnx_card
 from kncompress.formats.onnx_decoder import CacheSizes
+from kncompress.formats.onnx_graph import check_packages
+from kncompress.formats.onnx_session import OnnxDecoder
 
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"
@@ -33,6 +36,26 @@ def accompany(model: Any, tokenizer: Any, folder: Path, sizes: list[CacheSizes])
         model.generation_config.save_pretrained(folder)
         told = genai_config(model, tokenizer, sizes)
         (folder / GENAI).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def check_exported(folder: Path, key: str) -> None:
+    """Raises UserError, which names ``key``, where ``folder`` holds no graph that generates."""
+    missing = next((name for name in (GENAI, GRAPH) if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise UserError(
+            f"{key}: {folder.name} has no {missing}; give the folder model/ that export format=onnx wrote of a model "
+            "that generates"
+        )
+    check_packages(key, ("onnxruntime",))
+
+
+def load_decoder(folder: Path) -> OnnxDecoder:
+    """The graph of such a folder, with the configs that lie beside it."""
+    from transformers import AutoConfig, GenerationConfig
+
+    model = OnnxDecoder(folder / GRAPH, AutoConfig.from_pretrained(folder))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def genai_config(model: Any, tokenizer: Any, sizes: list[CacheSizes]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
 from kncompress.formats.onnx_decoder import FROM_END, CacheSizes, Decoder
 from kncompress.formats.onnx_passes import name_sizes, quiet, save, tidy_
+from kncompress.formats.onnx_rotary import turning
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _OPEN = torch.export.Dim.DYNAMIC
@@ -91,7 +92,8 @@ def write_decoder(model: Any, sizes: list[CacheSizes], file: Path, tell: Tell = 
     names = ["input_ids", "attention_mask", "position_ids", FROM_END, *(f"past_key_values.{name}" for name in kept)]
     with quiet():
         outputs = ["logits", *(f"present.{name}" for name in kept)]
-        graph = _recorded(Decoder(model), inputs, open_sizes, names, outputs, tell)
+        with turning(model):
+            graph = _recorded(Decoder(model), inputs, open_sizes, names, outputs, tell)
         known = {"attention_mask": ("batch", "total"), FROM_END: ("chosen",)}
         for value in graph.graph.inputs:
             name_sizes(value, known.get(value.name, ("batch", "past" if "past" in value.name else "tokens")))

@@ -36,6 +36,7 @@ def tidy_(model: Any) -> None:
     DeduplicateInitializersPass(size_limit=_ALL)(model)
     fold_constants(model, input_size_limit=_ALL, output_size_limit=_ALL, should_fold=once)
     _divide(model)
+    _cancel(model)
     RemoveUnusedNodesPass()(model)
     DeduplicateInitializersPass(size_limit=_ALL)(model)
     CommonSubexpressionEliminationPass()(model)
@@ -56,6 +57,36 @@ def _divide(model: Any) -> None:
                 new.type, new.shape = old.type, old.shape
                 onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [old], [new])
                 break
+
+
+def _cancel(model: Any) -> None:
+    """Transposed and back is nothing; reshaped twice is reshaped once, and not at all where the shape is the same."""
+    for node in [node for node in model.graph if node.op_type in ("Transpose", "Reshape")]:
+        before = node.inputs[0].producer()
+        if before is not None and before.op_type == node.op_type == "Transpose":
+            first, second = (list(each.attributes.get_ints("perm", [])) for each in (before, node))
+            if first and [first[place] for place in second] == sorted(first):
+                _bypass(node, before.inputs[0])
+        elif node.op_type == "Reshape":
+            target = node.inputs[1].const_value
+            if before is not None and before.op_type == "Reshape" and (target is None or (target.numpy() != 0).all()):
+                node.replace_input_with(0, before.inputs[0])  # 0 would be a size of the tensor between
+            if _same_shape(node.inputs[0], node.outputs[0]):
+                _bypass(node, node.inputs[0])
+
+
+def _bypass(node: Any, value: Any) -> None:
+    """Whoever reads ``node`` reads ``value``; an output of the graph keeps its node."""
+    if not node.outputs[0].is_graph_output():
+        node.outputs[0].replace_all_uses_with(value)
+
+
+def _same_shape(first: Any, second: Any) -> bool:
+    """Known to be: sizes that are open have names."""
+    if first.shape is None or second.shape is None or len(first.shape) != len(second.shape):
+        return False
+    pairs = zip(first.shape, second.shape, strict=True)
+    return all(a == b and (isinstance(a, int) or a.value is not None) for a, b in pairs)
 
 
 def multiply_in_float32(model: Any) -> None:

@@ -27,7 +27,7 @@ class _Session(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.config = config
+        self.config, self.bytes = config, sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
         # Whoever asks a model for its device looks at a parameter.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
@@ -58,6 +58,8 @@ class OnnxDecoder(_Session):
         super().__init__(file, config)
         inputs = self.session.get_inputs()
         self._past = {value.name: value for value in inputs if value.name.startswith("past_key_values.")}
+        self.generation_config: Any = None
+        """Where texts end; for whoever writes with it."""
 
     def forward(
         self,

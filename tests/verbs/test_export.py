@@ -389,6 +389,11 @@ def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: 
         (["format=int8", "dtype=float16"], "dtype=float16: not one of float32"),
         (["format=onnx", "dtype=bfloat16"], "dtype=bfloat16: not one of float32, float16"),
         (["int8_tolerance=0"], "int8_tolerance=0"),
+        (["bits=5", "format=onnx"], "bits=5: not one of 8, 4"),
+        (["bits=8"], "bits=8: needs format=onnx with a cache and dtype=float32"),
+        (["bits=4", "format=onnx", "cache=false"], "bits=4: needs format=onnx with a cache"),
+        (["group=48", "bits=4", "format=onnx"], "group=48: must be 16, 32, 64 or 128"),
+        (["bits=4", "format=onnx", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["cache=true"], "cache=true: is for format=onnx, and this is format=dense"),
         (["format=int8", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["model=./nowhere"], "model=./nowhere: no such"),
@@ -457,6 +462,20 @@ def test_a_graph_that_generates_runs_by_the_lines_of_its_card(command: Any, comp
         assert done.returncode == 0, done.stderr
         assert list(map(int, done.stdout.split())) == expected.tolist(), name
     assert read(Path("run"), "result.json")["metrics"]["cache"] == 1
+
+
+def test_weights_in_few_bits_keep_their_perplexity(command: Any, text: Path) -> None:
+    words = ["export", "model=mini", "format=onnx", f"data.source={text}", "tokens=300"]
+    code, out, err = command(*words, "bits=8", "run_dir=run")
+    assert code == 0 and "INFO" not in out + err, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    assert metrics["perplexity/bits8"] == pytest.approx(metrics["perplexity/onnx"], rel=0.02)
+    assert metrics["perplexity/bits8"] != metrics["perplexity/onnx"] and metrics["tokens"] > 200
+    assert metrics["bytes"] < 0.45 * 4 * metrics["parameters"] and f"{metrics['perplexity/bits8']:,.2f}" in out
+    assert [file.name for file in Path("run").rglob("*.onnx")] == ["model.onnx"]
+    code, _, err = command(*words, "bits=4", "int8_tolerance=1e-9", "run_dir=strict")
+    assert code == 1 and "int8_tolerance=1e-09: bits4 raises the perplexity by" in err.splitlines()[-1], err
+    assert not Path("strict/model").exists() and list(Path("strict").rglob("*.onnx")) == []
 
 
 def test_a_family_without_the_operator_gets_a_graph_that_scores(command: Any, tmp_path: Path) -> None:

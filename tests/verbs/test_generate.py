@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs.conftest import read
 
-from kncompress.__main__ import VERBS
+from kncompress.__main__ import VERBS, main
 from kncompress.runs.config_file import read_config
 
 PROMPT = "The river, in spring,"
@@ -42,6 +42,51 @@ def test_the_likeliest_text_is_that_of_transformers(command: Any, student: Path)
     metrics = read(Path("run"), "result.json")["metrics"]
     assert metrics["parameters/model"] == sum(p.numel() for p in model.parameters())
     assert metrics["tokens/model"] == 12 and metrics["tokens_per_second/model"] > 0
+
+
+@pytest.fixture(scope="module")
+def exported(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a graph that generates."""
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    assert main(["export", f"model={student}", "format=onnx", f"run_dir={folder}"]) == 0
+    return folder / "model"
+
+
+def test_an_exported_folder_writes_what_transformers_does(command: Any, student: Path, exported: Path) -> None:
+    """100 likeliest tokens; and with the same random numbers the same other ones, beside the model in transformers."""
+    words = ["generate", f"model={exported}", "backend=onnx", f"prompt={PROMPT}"]
+    code, _, err = command(*words, "tokens=100", "temperature=0", "run_dir=run")
+    assert code == 0, err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    made = model.generate(ids, max_new_tokens=100, do_sample=False)[0]
+    (text,) = read(Path("run"), "result.json")["texts"]
+    assert text["prompt"] + text["text"] == tokenizer.decode(made, skip_special_tokens=True) and text["tokens"] >= 90
+    assert read(Path("run"), "result.json")["metrics"]["bytes/model"] == (exported / "model.onnx").stat().st_size
+    code, _, err = command(*words, f"compare={student}", "tokens=20", "seed=3", "run_dir=drawn")
+    assert code == 0, err
+    first, second = read(Path("drawn"), "result.json")["texts"]
+    assert first["text"] == second["text"] and (first["model"], second["model"]) == (str(exported), str(student))
+
+
+def test_an_exported_folder_for_the_wrong_reader(
+    command: Any, student: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", f"prompt={PROMPT}", "backend=onnx"]
+    long = f"prompt={'river ' * 600}"
+    told = {
+        (f"model={student}", *words): "has no genai_config.json; give the folder",
+        (f"model={exported}", *words[:1], long, words[2]): "tokens; model=",
+        (f"model={exported}", *words, "accelerator=gpu"): "accelerator=gpu: ",
+        (f"model={exported}", *words[:2]): "is a graph of ONNX; give backend=onnx",
+    }
+    for (model, *rest), message in told.items():
+        code, out, err = command(rest[0], model, *rest[1:], "run_dir=run")
+        assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
+    monkeypatch.setattr("kncompress.formats.onnx_graph.find_spec", lambda name: None)
+    code, _, err = command(words[0], f"model={exported}", *words[1:], "run_dir=run")
+    assert code == 2 and "needs the package onnxruntime: pip install 'kncompress[onnx]'" in err and err.count("\n") == 1
+    assert not Path("run").exists()
 
 
 def test_two_models_side_by_side(command: Any, student: Path, tmp_path: Path) -> None:
