@@ -3,8 +3,9 @@
 import json
 import math
 import statistics
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Cell:
     cached: bool = False
     """A teacher that an earlier run has fine-tuned."""
     history: list[dict[str, float]] = field(default_factory=list)
+    checksum: int | None = None
+    """In a file: of all the rest. Older files have none."""
 
     @property
     def score(self) -> float:
@@ -53,7 +56,12 @@ def write_cell(folder: Path, cell: Cell) -> None:
     """Write a finished cell: there whole or not at all."""
     file = cell_file(folder, cell.task, cell.seed, cell.who)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
+    values = asdict(cell)
+    write_text(file, json.dumps(values | {"checksum": _checksum(values)}, indent=2, allow_nan=False) + "\n")
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in values.items() if k != "checksum"}, sort_keys=True).encode())
 
 
 def read_cell(folder: Path, task: str, seed: int, who: str) -> Cell | None:
@@ -62,6 +70,9 @@ def read_cell(folder: Path, task: str, seed: int, who: str) -> Cell | None:
     if not file.is_file():
         return None
     cell = read_json(file, Cell, f"run_dir={folder}")
+    if cell.checksum not in (None, _checksum(json.loads(file.read_bytes()))):
+        raise UserError(f"run_dir={folder}: {file.relative_to(folder)} is not as it was written; delete it")
+    cell = replace(cell, checksum=None)
     if (cell.task, cell.seed, cell.who) != (task, seed, who):
         raise UserError(f"run_dir={folder}: {file.relative_to(folder)} is of {cell.task}, seed {cell.seed}, {cell.who}")
     return cell
@@ -159,7 +170,7 @@ def write_suite(folder: Path, cells: Sequence[Cell]) -> str:
     """Write ``table.md`` and ``table.json`` (every cell without its history, and the means); returns the former."""
     text = suite_table(cells)
     values: Mapping[str, Any] = {
-        "cells": [{k: v for k, v in asdict(cell).items() if k != "history"} | {"score": cell.score} for cell in cells],
+        "cells": [{k: v for k, v in asdict(cell).items() if k not in ("history", "checksum")} | {"score": cell.score} for cell in cells],
         "metrics": {name: value for name, value in suite_metrics(cells).items() if math.isfinite(value)},
     }
     write_text(folder / "table.md", text)

@@ -71,6 +71,20 @@ def test_cells_are_read_back(tmp_path: Path) -> None:
     assert sorted(map(repr, found)) == sorted(map(repr, CELLS))
 
 
+def test_a_changed_cell_is_told(tmp_path: Path) -> None:
+    for cell in CELLS:
+        write_cell(tmp_path, cell)
+    file = tmp_path / "cells" / "cola" / "seed1" / "teacher.json"
+    whole = file.read_text()
+    for changed in (whole.replace("matthews", "matthewt"), whole.replace('"seconds": ', '"seconds": 1')):
+        assert changed != whole
+        file.write_text(changed)
+        with pytest.raises(UserError, match=r"seed1/teacher\.json is not as it was written; delete it"):
+            check_cells(tmp_path)
+    file.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != "checksum"}))  # of an older version
+    check_cells(tmp_path)
+
+
 def test_a_damaged_cell_is_told_before_anything_is_written(tmp_path: Path) -> None:
     write_cell(tmp_path, CELLS[0])
     check_cells(tmp_path)
