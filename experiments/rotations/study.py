@@ -22,8 +22,8 @@ from torch import Tensor
 from kncompress.anatomy.sites import Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at, set_bias_, set_weight_
 from kncompress.compression.compress import unique_parameters
-from kncompress.compression.gradients import output_moments
-from kncompress.compression.moments import input_of, moments
+from kncompress.compression.dense_walk import moments, output_moments
+from kncompress.compression.moments import input_of
 from kncompress.compression.text import calibration_text
 from kncompress.config import CalibrationConfig, DataConfig, ModelConfig
 from kncompress.data.tokens import token_stream

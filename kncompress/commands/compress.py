@@ -1,52 +1,84 @@
 """``compress``: factor a model and save it, without training. Text and tokenizer are for the starts that calibrate."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning as L
 import torch
 
 from kncompress.compression.own_text import with_own_text
+from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import CompressConfig
+from kncompress.data.sources import OWN, entries
+from kncompress.data.tokenizer import check_fit
 from kncompress.errors import UserError
 from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
 from kncompress.runs.record import RunRecord
+from kncompress.runs.run_folder import begun_before, check_contents
 from kncompress.runs.whole_file import write_text
-from kncompress.training.student import FitOptions, factor_, load_dense, load_teacher, model_config, tokenizer_if_any
+from kncompress.training.contents import contents
+from kncompress.training.student import (
+    FitOptions,
+    factor_,
+    load_teacher,
+    load_to_compress,
+    model_config,
+    tokenizer_if_any,
+    tokenizer_of,
+)
+
+PARTS = "parts"
+"""Folder of a run that keeps the finished parts of the student until it is whole."""
 
 
 def check(config: CompressConfig) -> StudentPlan:
-    """Cheap checks before anything is written: the model exists and the factors fit it; returns what it becomes."""
+    """Cheap checks before anything is written: the model exists and the factors fit it, and what a stopped run has read
+    is there as it was; returns what it becomes."""
     if config.model.path is None:
         raise UserError("model.path=null: compress needs a model that exists")
     fields = model_config(config.model)
     if config.needs_text:
         check_calibration(config.data, config.calibration, fields)
-    return StudentPlan.of(config.factors, fields)
+    plan = StudentPlan.of(config.factors, fields)
+    if config.run_dir is not None and begun_before(Path(config.run_dir), "compress"):
+        check_contents(Path(config.run_dir), config, _contents(config), "run_dir")
+    return plan
+
+
+def _contents(config: CompressConfig) -> dict[str, str]:
+    """Hashes of the model and the text: parts that are kept are of these."""
+    return contents(config.model, config.data if config.needs_text else None)
 
 
 def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, float]:
     """Factor in ``run_dir``: ``model/``, ``compression.json`` and ``.txt``; returns the metrics of ``result.json``."""
-    with RunRecord.open(run_dir, "compress", asdict(config), config.seed) as record:
+    with RunRecord.open(run_dir, "compress", asdict(config), config.seed, contents=_contents(config)) as record:
         L.seed_everything(config.seed, verbose=False)
         text = None
         if config.needs_text:
-            model, tokenizer = load_teacher(config.model)
-            data = with_own_text(config.data, model, tokenizer)
-            text = calibration_text(data, config.calibration, model.config, tokenizer)
+            tokenizer = tokenizer_of(config.model)
+            data = config.data
+            if OWN in entries(data.source):
+                data = with_own_text(data, *load_teacher(config.model))
+            model = load_to_compress(config.model)
+            check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
+            text = replace(calibration_text(data, config.calibration, model.config, tokenizer), scratch=run_dir)
         else:
-            model, tokenizer = load_dense(config.model), tokenizer_if_any(config.model)
+            model, tokenizer = load_to_compress(config.model), tokenizer_if_any(config.model)
+        dtype = next(model.parameters()).dtype if config.dtype == "stored" else getattr(torch, config.dtype)
+        parts = Parts(run_dir / PARTS, dtype)
         began = time.perf_counter()
         with fit_progress() as progress:
-            table = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress))
+            table = factor_(model, plan, config.start, FitOptions(text, config.fit, config.repair, progress, parts))
         seconds = time.perf_counter() - began
         read = config.data.source if text is not None else None
         facts = CardFacts(config.model.path, read, {"seconds/fit": seconds})
-        folder = save_model(model, run_dir / "model", tokenizer, getattr(torch, config.dtype), facts)
+        folder = save_model(model, run_dir / "model", tokenizer, dtype, facts, parts.files)
+        parts.remove()
         write_text(run_dir / "compression.json", table.as_json())
         write_text(run_dir / "compression.txt", table.text() + "\n")
         print(table.text())

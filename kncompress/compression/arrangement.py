@@ -12,9 +12,10 @@ import torch
 
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.symmetries import layer_sites, permute_residual_
+from kncompress.compression.dense_walk import moments
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import InputMoment
-from kncompress.compression.moments import input_of, moments
+from kncompress.compression.moments import input_of
 from kncompress.compression.symmetry_search import Found, SymmetrySearch
 from kncompress.compression.table import Arrangement
 from kncompress.compression.work import Work, fit_cost

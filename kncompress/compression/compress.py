@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from kncompress.anatomy.layerdrop import config_of_layers, keep_layers_
+from kncompress.anatomy.mapped import HALVES, own_
 from kncompress.anatomy.mark import KroneckerConfig, factored_maps
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import Anatomy, anatomy_of
@@ -15,7 +15,8 @@ from kncompress.anatomy.swap import tie_head_
 from kncompress.compression.arrangement import arrange_
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import Fitted
-from kncompress.compression.model_fit import CALIBRATED, STARTS, ModelFit, Start
+from kncompress.compression.model_fit import CALIBRATED, STARTS, ModelFit, Start, errors_of
+from kncompress.compression.parts import Parts, stage_of, stages_of
 from kncompress.compression.repair import BlockRepair
 from kncompress.compression.table import CompressionTable, MapRow
 from kncompress.compression.work import Progress, Work
@@ -40,6 +41,7 @@ def compress_(
     text: CalibrationText | None = None,
     settings: FitConfig | None = None,
     repair: RepairConfig | None = None,
+    parts: Parts | None = None,
 ) -> CompressionTable:
     """Replace the maps that ``plan`` names by Kronecker sums, in place.
 
@@ -60,6 +62,8 @@ def compress_(
         text: for ``calibrated`` and ``sequential``, and for the repair.
         settings: of the fit; None: by default.
         repair: of the blocks, after the fit; None: none.
+        parts: where the student is kept part by part, in the type of its files, and those of a run that was stopped
+            are found; the model reads its weights from there afterwards. None: they stay in memory.
 
     Raises:
         UserError: the plan does not fit the model, the model has no such layers, is factored already, or there is no
@@ -78,22 +82,29 @@ def compress_(
         raise UserError(f"start={start}: needs a text to calibrate on")
     if repair.passes and (text is None or start == "random"):
         raise UserError(f"repair.passes={repair.passes}: needs a text, and a start other than random")
-    if repair.passes and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+    if repair.passes and parts is None and any(p.dtype in HALVES for p in model.parameters()):
         raise UserError(f"repair.passes={repair.passes}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
+    if settings.symmetries or layers is not None or repair.passes:
+        own_(model)
     if layers is not None:
         keep_layers_(model, layers)
     work, blocks, arrangement = Work(progress), None, None
+    if parts is not None:
+        parts.of(model, anatomy, shapes)
     if settings.symmetries and shapes and start != "random" and not next(model.parameters()).is_meta:
         arrangement = arrange_(model, shapes, settings, text if start in CALIBRATED else None, work)
         text = None if text is None else replace(text, moments=None)  # what is kept there is of the model as it was
     if repair.passes and shapes and text is not None and not next(model.parameters()).is_meta:
         blocks = BlockRepair(model, shapes, text, repair, work)
-    fits = ModelFit(model, anatomy, shapes, settings, work).run(start, text)
+    in_order = start != "random" and not repair.passes  # drawn numbers depend on those before; a repair comes later
+    fits = ModelFit(model, anatomy, shapes, settings, work, parts if in_order else None).run(start, text)
     if shapes:
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})
     repaired = None if blocks is None else blocks.run()
+    if parts is not None:
+        _keep_rest(parts, anatomy, fits)
     rows = _rows(anatomy, shapes, fits)
     saved = sum(row.dense_multiply_adds - row.multiply_adds for row in rows)
     return CompressionTable(
@@ -107,6 +118,14 @@ def compress_(
         repaired,
         arrangement=arrangement,
     )
+
+
+def _keep_rest(parts: Parts, anatomy: Anatomy, fits: Mapping[str, Fitted]) -> None:
+    """Keep what the fit has not kept."""
+    for stage in stages_of(anatomy):
+        if parts.errors(stage) is None:
+            sites = [site for site in anatomy.sites.values() if stage_of(site) == stage]
+            parts.keep(stage, errors_of(sites, fits))
 
 
 def _rows(anatomy: Anatomy, shapes: Mapping[str, Shape], fits: Mapping[str, Fitted]) -> tuple[MapRow, ...]:

@@ -4,12 +4,11 @@ The loss is the cross-entropy of labels that the model itself draws, so that the
 information (true labels would give the empirical Fisher, which a wrong model distorts).
 
 Two walks over the layers, and no more than one layer's graph at a time: forward, keeping what enters each layer, then
-back, where each layer is run again from what entered it and hands the gradient down. Besides the moments this takes n
-D (L + 1) numbers for n tokens, L layers and width D. Where these are more than ``ROOM`` bytes, only what enters every
-k-th layer is kept, k about the root of L, and the rest made again from that, k layers at a time: 2 n D k numbers.
+back, where each layer is run again from what entered it and hands the gradient down. Both are kept, 2 n D L numbers for
+n tokens, L layers and width D, in a file where they find no room. Moments are taken in a third walk (``dense_walk``),
+forward again: a layer's gradients at the outputs of its maps need what enters it and what comes back to it alone.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,110 +16,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.mapped import raised
 from kncompress.anatomy.sites import Site, anatomy_of
-from kncompress.compression.layerwise import CalibrationText, HiddenStates, after_head, before_head, evaluating
-from kncompress.compression.moments import MomentFolder, MomentSum, fingerprint, finite, path_in_layer
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, after_head, before_head
+from kncompress.compression.rows import Rows
 from kncompress.compression.work import Work, layer_cost
 from kncompress.errors import UserError
-from kncompress.kron import Moment
 from kncompress.kron.dense_product import without_autocast
 
 _NUMBERS = 1 << 25
 """Numbers in one temporary of (tokens x vocabulary)."""
-ROOM = 1 << 30
-"""Bytes of hidden states that are kept."""
-_BACKWARD = 4
-"""Cost of running a layer forward once more and back, in forward passes."""
+_BACKWARD = 2
+"""Cost of running a layer forward once more and back to its input, in forward passes."""
 
 
-def output_moments(
-    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
-) -> dict[str, Moment]:
-    """{map: moment of the gradients at its outputs, E[g g^T] of (M, M)} of the ``wanted`` maps within layers.
-
-    Those that the folder ``text.moments`` holds are read from it, the others put there. Embedding and head are left
-    out: their outputs are as many as there are tokens.
+class Upstream:
+    """The gradients of the loss after each layer that holds one of ``sites``, from a walk to the end and back.
 
     Args:
-        model: dense transformers model with a language-model head.
+        model: dense transformers model with a language-model head, in evaluation mode.
         text: what it reads.
-        wanted: names of maps.
+        sites: maps within layers.
         work: is told of each layer.
 
     Raises:
-        UserError: the text has no tokens, gradients are not finite, or as of ``MomentFolder``.
+        UserError: the text has no tokens, or logits are not finite.
     """
-    anatomy, work = anatomy_of(model), work or Work()
-    sites = [anatomy.sites[name] for name in wanted if anatomy.sites[name].layer is not None]
-    if not anatomy.has_head or not sites:
-        return {}
-    with evaluating(model):
-        if text.moments is None:
-            return dict(_walked_back(model, text, sites, work))
-        folder, found = MomentFolder(text.moments, fingerprint(model, text)), {}
-        device = next(model.parameters()).device
-        for site in sites:
-            kept = folder.load(_file(site.name), site.out_features)
-            if kept is not None:
-                found[site.name] = Moment(kept.second.to(device), kept.mean.to(device), kept.count)
-        for name, moment in _walked_back(model, text, [s for s in sites if s.name not in found], work):
-            folder.save(_file(name), moment)
-            found[name] = moment
-        return found
 
-
-def _file(name: str) -> str:
-    return f"{name}.gradient"
-
-
-def _walked_back(model: Any, text: CalibrationText, sites: list[Site], work: Work) -> Iterator[tuple[str, Moment]]:
-    """(map, moment) from the last layer to the first."""
-    if not sites:
-        return
-    anatomy = anatomy_of(model)
-    layers = model.base_model.get_submodule(anatomy.family.layers)
-    first = min(site.layer for site in sites if site.layer is not None)
-    work.expect(sum(_BACKWARD * layer_cost(layer, len(text.tokens)) for layer in layers[first:]))
-    with work.moments():
+    def __init__(self, model: Any, text: CalibrationText, sites: Collection[Site], work: Work) -> None:
+        layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
+        wanted = {site.layer for site in sites}
+        first = min(number for number in wanted if number is not None)
+        costs = [layer_cost(layer, len(text.tokens)) for layer in layers]
+        work.expect(sum(costs) + _BACKWARD * sum(costs[first:]))
         work.begin("gradients: head")
         hidden = HiddenStates(model, text)
-        entered = _Entered(list(layers), hidden)
-        gradients = _at_the_end(model, hidden, anatomy.family.head)
-    for number in range(len(layers) - 1, first - 1, -1):
-        work.begin(f"gradients: layers.{number}")
-        here = [site for site in sites if site.layer == number]
-        with work.moments():
-            hidden = entered.pop()
-            totals = {site.name: MomentSum(site.out_features, hidden.device) for site in here}
-            _one_layer_back(layers[number], hidden, gradients, here, totals)
-        work.finish(_BACKWARD * layer_cost(layers[number], len(text.tokens)))
-        for name, total in totals.items():
-            yield name, finite(total.moment(), f"the outputs of {name}: their gradient")
-
-
-class _Entered:
-    """What enters each layer, taken from the last one back; ``states``, of the first one, are moved through all."""
-
-    def __init__(self, layers: list[nn.Module], states: HiddenStates) -> None:
-        self.layers = layers
-        size = sum(chunk.nbytes for chunk in states.chunks)
-        every = 1 if size * (len(layers) + 1) <= ROOM else math.ceil(math.sqrt(len(layers)))
-        self._kept: list[HiddenStates] = []
+        entered: list[Rows] = []
         for number, layer in enumerate(layers):
-            if number % every == 0:
-                self._kept.append(states.copy())
-            states.advance(layer)
-        self._next = len(layers)
-        """Number of the layer whose states were taken last."""
+            entered.append(Rows(hidden.chunks if number > first else (), text.scratch, text.room // len(layers)))
+            with raised(layer):
+                hidden.advance(layer)
+            work.finish(costs[number])
+        with raised(before_head(model), model.get_submodule(anatomy_of(model).family.head)):
+            gradients = _at_the_end(model, hidden, anatomy_of(model).family.head)
+        self._after: dict[int, Rows] = {}
+        for number in range(len(layers) - 1, first - 1, -1):
+            work.begin(f"gradients: layers.{number}")
+            if number in wanted:
+                self._after[number] = Rows(gradients, text.scratch, text.room // len(layers))
+            if number > first:
+                hidden.layer = number
+                with raised(layers[number]):
+                    _one_layer_back(layers[number], hidden, entered.pop(), gradients)
+            work.finish(_BACKWARD * costs[number])
 
-    def pop(self) -> HiddenStates:
-        """What enters the layer before the one of the last call, at first the last layer."""
-        self._next -= 1
-        while self._kept[-1].layer < self._next:
-            states = self._kept[-1].copy()
-            states.advance(self.layers[states.layer])
-            self._kept.append(states)
-        return self._kept.pop()
+    def after(self, layer: int, batch: int) -> Tensor:
+        """(B, T, D), on the CPU: gradient at the output of a layer for a batch."""
+        return self._after[layer][batch]
 
 
 def _at_the_end(model: Any, hidden: HiddenStates, path: str) -> list[Tensor]:
@@ -148,27 +100,17 @@ def _at_the_end(model: Any, hidden: HiddenStates, path: str) -> list[Tensor]:
     return found
 
 
-def _one_layer_back(
-    layer: nn.Module, hidden: HiddenStates, gradients: list[Tensor], sites: list[Site], totals: dict[str, MomentSum]
-) -> None:
-    """Adds the gradients at the outputs of ``sites``, and replaces ``gradients`` by those at the layer's input."""
-    paths = list(dict.fromkeys(path_in_layer(site) for site in sites))
-    for number, states in enumerate(hidden.chunks):
+def _one_layer_back(layer: nn.Module, hidden: HiddenStates, entered: Rows, gradients: list[Tensor]) -> None:
+    """Replaces ``gradients``, at a layer's output, by those at its input; ``entered`` is what the layer read."""
+    for number, states in enumerate(entered):
         x = states.detach().to(hidden.device).requires_grad_()
-        hidden.chunks[number] = x
-        with torch.enable_grad(), outputs_of(layer, paths) as outputs:
-            result = hidden.output(layer, number)
-        upstream = gradients[number].to(hidden.device)
-        found = torch.autograd.grad(result, [x, *(outputs[path] for path in paths)], upstream)
-        gradients[number] = found[0].cpu()
-        for path, gradient in zip(paths, found[1:], strict=True):
-            for site in sites:
-                if path_in_layer(site) == path:
-                    totals[site.name].add(_of_map(gradient, site))
-        hidden.chunks[number] = states
+        with torch.enable_grad():
+            result = hidden.output(layer, number, x)
+        (found,) = torch.autograd.grad(result, x, gradients[number].to(hidden.device))
+        gradients[number] = found.cpu()
 
 
-def _of_map(outputs: Tensor, site: Site) -> Tensor:
+def of_map(outputs: Tensor, site: Site) -> Tensor:
     """(..., M) of one map out of the outputs (..., all M) of the module that holds it."""
     blocks = outputs.unflatten(-1, (site.blocks, -1))
     size = site.out_features // site.blocks

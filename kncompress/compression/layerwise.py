@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.mapped import raised
 from kncompress.anatomy.sites import anatomy_of
+from kncompress.compression.rows import ROOM
 from kncompress.errors import UserError
 from kncompress.kron.dense_product import without_autocast
 
@@ -34,6 +36,10 @@ class CalibrationText:
     """Folder that keeps the moments of the dense model's inputs on this text; None: they are not kept."""
     first: int | None = None
     """Token that a block begins with, in the place of its own (``first_token``); None: its own."""
+    scratch: str | Path | None = None
+    """Folder for files of states and of rows that find no room in memory; None: the system's."""
+    room: int = ROOM
+    """Bytes of rows that are kept in memory."""
 
     def batches(self) -> Iterator[Tensor]:
         """(B, T) int64, in order.
@@ -104,8 +110,10 @@ class HiddenStates:
                 layer.register_forward_pre_hook(lambda _, *given, n=number: note(n, *given), with_kwargs=True)
                 for number, layer in enumerate(layers)
             ]
+        inner = {id(parameter) for parameter in layers.parameters()}
+        before = [m for m in model.base_model.modules() if not any(id(p) in inner for p in m.parameters())]
         try:
-            with without_autocast(self.device):
+            with without_autocast(self.device), raised(*before):
                 for ids in text.batches():
                     with suppress(_Caught):
                         model.base_model(input_ids=ids.to(self.device), use_cache=False)
@@ -129,11 +137,13 @@ class HiddenStates:
         """The output of ``layer`` for batch ``number``, on its device, without a graph."""
         return self.output(layer, number)
 
-    def output(self, layer: nn.Module, number: int) -> Tensor:
-        """The output of ``layer``, or of one in its place, for batch ``number``, (B, T, D), on its device."""
+    def output(self, layer: nn.Module, number: int, states: Tensor | None = None) -> Tensor:
+        """The output of ``layer``, or of one in its place, for batch ``number``, (B, T, D), on its device; ``states``:
+        what it reads, None: what is kept."""
         args, options = self.options(number, self.layer)
+        states = self.chunks[number] if states is None else states
         with without_autocast(self.device):
-            output = layer(self.chunks[number].to(self.device), *args, **options)
+            output = layer(states.to(self.device), *args, **options)
         return output[0] if isinstance(output, tuple) else output
 
     def options(self, number: int, layer: int) -> "Options":

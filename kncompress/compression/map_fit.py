@@ -44,6 +44,11 @@ class Fitted:
     weighted: float | None = None
     """Relative error of the outputs on the calibration text; None where there was none."""
 
+    @property
+    def told(self) -> "Fitted":
+        """The errors alone: what is left to tell once the numbers are in the model."""
+        return Fitted((), None, self.error, self.weighted)
+
 
 class InputMoment:
     """The moment of an input, prepared once for all maps that read it, centred for those whose bias is corrected."""

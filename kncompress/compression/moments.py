@@ -1,15 +1,13 @@
-"""Second moments and means of the inputs of a model's maps over sample text.
+"""Second moments and means of vectors, such as the inputs of a model's maps over sample text, in memory and on disk.
 
-The hidden states of the text are moved through the model one layer at a time, so that there is one pass over it in
-all and no more than the moments of one layer are held at once. Products are float32, sums float64 (float32 on
-devices without it), results float32. Maps that share an input share its moment.
+Products are float32, sums float64 (float32 on devices without it), results float32. Maps that share an input share its
+moment.
 """
 
 import hashlib
 import os
 import time
 import zlib
-from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
-from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating, recorded
-from kncompress.compression.work import Work, layer_cost, moment_cost
+from kncompress.anatomy.mapped import HALVES, let_go
+from kncompress.anatomy.sites import Anatomy, Site
+from kncompress.compression.layerwise import CalibrationText
 from kncompress.errors import UserError
 from kncompress.kron import Moment
 from kncompress.kron.dense_product import without_autocast
@@ -73,69 +71,6 @@ class MomentSum:
         return Moment((self.second / self.count).float(), (self.mean / self.count).float(), self.count)
 
 
-@torch.no_grad()
-def stream_moments(
-    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
-) -> Iterator[tuple[str, Moment]]:
-    """(input, its moment) for each of the ``wanted`` inputs of ``input_of``, in forward order.
-
-    The model is run up to the last of them and must stay dense and in evaluation mode meanwhile.
-
-    Args:
-        model: dense transformers model, on any device.
-        text: what it reads.
-        wanted: names of inputs.
-        work: is told of each layer.
-
-    Raises:
-        UserError: the text has no tokens, or the model gives values that are not finite.
-    """
-    anatomy, work = anatomy_of(model), work or Work()
-    layers = model.base_model.get_submodule(anatomy.family.layers)
-    by_layer = [{name: s for name, s in inputs_of(anatomy, i).items() if name in wanted} for i in range(len(layers))]
-    needed = [i for i, inputs in enumerate(by_layer) if inputs]
-    last = len(layers) if "head" in wanted else max(needed, default=-1) + 1
-    if last == 0:
-        return
-    count = len(text.tokens)
-    costs = [
-        layer_cost(layers[i], count) + sum(moment_cost(s, count) for s in by_layer[i].values()) for i in range(last)
-    ]
-    work.expect(sum(costs))
-    with work.moments():
-        hidden = HiddenStates(model, text)
-    for number in range(last):
-        work.begin(f"layers.{number}")
-        with work.moments():
-            found = list(_layer_moments(layers[number], hidden, by_layer[number]))
-        work.finish(costs[number])
-        yield from found
-    if "head" in wanted:
-        norm = before_head(model)
-        total = MomentSum(anatomy.sites["embedding"].in_features, hidden.device)
-        with work.moments():
-            for number in range(len(hidden.chunks)):
-                total.add(hidden.apply(norm, number))
-        yield "head", finite(total.moment(), "head")
-
-
-def _layer_moments(
-    layer: nn.Module, hidden: HiddenStates, inputs: dict[str, list[Site]]
-) -> Iterator[tuple[str, Moment]]:
-    """Moves ``hidden`` through ``layer``; the moments of the inputs within it."""
-    totals = {name: MomentSum(sites[0].in_features, hidden.device) for name, sites in inputs.items()}
-    paths = {name: path_in_layer(sites[0]) for name, sites in inputs.items()}
-    with recorded(layer, list(paths.values())) as found:
-
-        def add(_: int) -> None:
-            for name, total in totals.items():
-                total.add(found[paths[name]])
-
-        hidden.advance(layer, add)
-    for name, total in totals.items():
-        yield name, finite(total.moment(), name)
-
-
 def path_in_layer(site: Site) -> str:
     """Path of a map's module within its layer: what follows ``layers.3.`` or ``h.3.``."""
     return site.module.partition(f".{site.layer}.")[2]
@@ -166,11 +101,13 @@ def fingerprint(model: Any, text: CalibrationText) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Hash of all weights and buffers: names, types, shapes, values."""
+    """Hash of all weights and buffers: names, types, shapes, values, of half precision as float32."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"|{name}:{weight.dtype}:{list(weight.shape)}|".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        exact = weight.detach().cpu().float() if weight.dtype in HALVES else weight.detach().cpu()
+        digest.update(f"|{name}:{exact.dtype}:{list(exact.shape)}|".encode())
+        digest.update(exact.contiguous().flatten().view(torch.uint8).numpy())
+        let_go([weight.detach()])
     return digest.hexdigest()
 
 
@@ -209,8 +146,7 @@ class MomentFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
-                if facts.get("format") != _FORMAT:
-                    raise ValueError("not written by kncompress")
+                self._check(path, facts)
                 moment = Moment(file.get_tensor("second"), file.get_tensor("mean"), int(facts["count"]))
             if facts.get("checksum") != _checksum(moment):
                 raise ValueError("not as it was written")
@@ -220,9 +156,32 @@ class MomentFolder:
                 raise ValueError("values that are not finite")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError(f"{self._key}: {path.name} is damaged ({first_line(error)}); delete it") from None
+        return moment
+
+    def known(self, name: str) -> bool:
+        """Whether the moment of an input is there; its numbers are not read yet. UserError as ``load``."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                self._check(path, file.metadata() or {})
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self._key}: {path.name} is damaged ({first_line(error)}); delete it") from None
+        return True
+
+    def found(self, name: str, size: int, device: torch.device) -> Moment:
+        """``load`` of one that is ``known``, on a device."""
+        moment = self.load(name, size)
+        if moment is None:
+            raise UserError(f"{self._key}: {name}.safetensors is gone")
+        return Moment(moment.second.to(device), moment.mean.to(device), moment.count)
+
+    def _check(self, path: Path, facts: dict[str, str]) -> None:
+        if facts.get("format") != _FORMAT:
+            raise ValueError("not written by kncompress")
         if facts.get("fingerprint") != self.fingerprint:
             raise UserError(f"{self._key}: {path.name} is of another text or model; name another folder or delete it")
-        return moment
 
     def save(self, name: str, moment: Moment) -> None:
         """Keep the moment of an input.
@@ -248,29 +207,3 @@ class MomentFolder:
                 temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self._key}: cannot be written ({error})") from error
-
-
-def moments(
-    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
-) -> Iterator[tuple[str, Moment]]:
-    """``stream_moments``, but those that the folder ``text.moments`` holds are read from it, the others put there.
-
-    Those from disk come first. Arguments and errors as of ``stream_moments`` and ``MomentFolder``.
-    """
-    with evaluating(model):
-        if text.moments is None:
-            yield from stream_moments(model, text, wanted, work)
-            return
-        kept, missing = MomentFolder(text.moments, fingerprint(model, text)), []
-        device = next(model.parameters()).device
-        sizes = {name: sites[0].in_features for name, sites in inputs_of(anatomy_of(model)).items()}
-        sizes["head"] = anatomy_of(model).sites["embedding"].in_features
-        for name in wanted:
-            moment = kept.load(name, sizes[name])
-            if moment is None:
-                missing.append(name)
-            else:
-                yield name, Moment(moment.second.to(device), moment.mean.to(device), moment.count)
-        for name, moment in stream_moments(model, text, missing, work):
-            kept.save(name, moment)
-            yield name, moment

@@ -11,19 +11,21 @@ order in which they are run (Q, K and V, then O, then into the hidden layer, the
 the maps fitted before it leave.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kncompress.anatomy.mapped import raised
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
+from kncompress.compression.dense_walk import DenseWalk, LayerRecord
 from kncompress.compression.drift import Drift, PairFit, PairSum
-from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, recorded
+from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head
 from kncompress.compression.map_fit import Fitted
-from kncompress.compression.moments import MomentSum, finite, inputs_of, path_in_layer
+from kncompress.compression.moments import MomentSum, finite, inputs_of
+from kncompress.compression.rows import Rows
 from kncompress.compression.work import Work, fit_cost, layer_cost, moment_cost
 from kncompress.config import FitConfig
 from kncompress.kron import Moment, Shape
@@ -34,130 +36,113 @@ Place = Callable[[list[Site], Mapping[str, Fitted]], None]
 Read = Callable[[int], Tensor]
 """Number of a batch -> an input, (..., N)."""
 
-ROOM = 1 << 30
-"""Bytes of a dense layer's inputs that are kept."""
-
-
-class LayerInputs:
-    """What enters the modules of a dense layer: kept from one pass where there is room, else computed again.
-
-    Args:
-        states: hidden states before the layer; moved through it.
-        layer: dense, and to stay so.
-        paths: of the modules within the layer.
-        room: bytes that the inputs may take.
-    """
-
-    def __init__(self, states: HiddenStates, layer: nn.Module, paths: list[str], room: int = ROOM) -> None:
-        self.before, self.layer = states.copy(), layer
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        with recorded(layer, paths) as found:
-
-            def keep(number: int) -> None:
-                if self.kept or number == 0:
-                    self.kept |= {(path, number): found[path].cpu() for path in paths}
-                if sum(x.nbytes for x in self.kept.values()) > room:
-                    self.kept.clear()
-
-            states.advance(layer, keep)
-
-    def __call__(self, path: str, number: int) -> Tensor:
-        """(..., N) of batch ``number``."""
-        if self.kept:
-            return self.kept[path, number].to(self.before.device)
-        return self.before.inputs(self.layer, [path], number)[path]
-
 
 class SequentialFit:
     """Fits the maps of ``shapes`` but the embedding, layer by layer; each is by ``place`` put into the model at once.
 
+    The caller raises a layer to float32 while it is fitted by ``layer``, and calls ``leave`` once its numbers are those
+    that later layers see; ``pass_by`` is for layers that are fitted already.
+
     Args:
         model: dense transformers model in evaluation mode.
         shapes: {map name: shape}.
-        text: what both models read.
+        walk: through the dense model's layers, with the rows of all inputs of the maps that are to be fitted.
         settings: of the fit.
         place: puts fitted maps into the model.
         work: is told what is being done.
-        embed: puts the factored embedding into the model, where there is one.
-        outputs: moments of the dense model's gradients at the outputs of the maps, where the fit weighs both sides.
     """
 
     def __init__(
-        self,
-        model: Any,
-        shapes: Mapping[str, Shape],
-        text: CalibrationText,
-        settings: FitConfig,
-        place: Place,
-        work: Work,
-        embed: Callable[[], None] | None = None,
-        outputs: Mapping[str, Moment] | None = None,
+        self, model: Any, shapes: Mapping[str, Shape], walk: DenseWalk, settings: FitConfig, place: Place, work: Work
     ) -> None:
-        self.outputs = outputs or {}
         self.model, self.shapes, self.settings, self.place, self.work = model, shapes, settings, place, work
-        self.anatomy = anatomy_of(model)
+        self.walk, self.anatomy = walk, anatomy_of(model)
         self.fits: dict[str, Fitted] = {}
-        self.dense = HiddenStates(model, text)
+        """What was fitted, by name."""
         self.factored: HiddenStates | None = None
         """Hidden states of the factored model; None while they equal the dense model's."""
-        if embed is not None:
-            embed()
-            self.factored = HiddenStates(model, text)
+        self._before: HiddenStates | None = None
+        """What enters the layer at work in the factored model."""
+        self._changed = False
+
+    def embedded(self, text: CalibrationText) -> None:
+        """The factored embedding is in the model."""
+        if self.walk.last:
+            self.factored = HiddenStates(self.model, text)
 
     @torch.no_grad()
-    def run(self) -> dict[str, Fitted]:
-        """What was fitted, by name.
+    def layer(self, number: int) -> None:
+        """Fit the maps of a layer.
 
         Raises:
             UserError: inputs that are not finite. The layers before that one are factored then.
         """
-        layers = self.model.base_model.get_submodule(self.anatomy.family.layers)
-        for number in range(layers_to_run(self.anatomy, self.shapes)):
-            self._layer(number, layers[number])
-        if "head" in self.shapes:
-            norm = before_head(self.model)
-            factored = self.factored
-            read = None if factored is None else lambda number: factored.apply(norm, number)
-            self._fit("head", [self.anatomy.sites["head"]], lambda number: self.dense.apply(norm, number), read)
-        return self.fits
-
-    def _layer(self, number: int, layer: nn.Module) -> None:
-        self.work.begin(f"layers.{number}")
-        tokens, cost = self.dense.tokens, layer_cost(layer, self.dense.tokens)
-        inputs = {
-            name: sites
-            for name, sites in inputs_of(self.anatomy, number).items()
-            if any(site.name in self.shapes for site in sites)
-        }
-        before = self.factored or self.dense.copy()
-        with self.work.moments():
-            if inputs:
-                paths = {name: path_in_layer(sites[0]) for name, sites in inputs.items()}
-                exact = LayerInputs(self.dense, copy.deepcopy(layer), list(paths.values()))
-            else:
-                self.dense.advance(layer)
+        layer = self.walk.layers[number]
+        tokens = len(self.walk.text.tokens)
+        cost = layer_cost(layer, tokens)
+        record, before = self._enter(number)
+        self._changed = self.factored is not None
         self.work.finish(cost)
-        same = self.factored is None
-        for name, sites in inputs.items():
-            path = paths[name]
+        for name, sites in inputs_of(self.anatomy, number).items():
+            if name not in record.inputs:
+                continue
+            path = record.inputs[name]
+            kept = record.rows[path]
 
-            def dense(batch: int, path: str = path) -> Tensor:
-                return exact(path, batch)
+            def dense(batch: int, kept: Rows = kept) -> Tensor:
+                return kept[batch].to(self.walk.device)
 
             def factored(batch: int, path: str = path) -> Tensor:
                 return before.inputs(layer, [path], batch)[path]
 
-            self._fit(name, sites, dense, None if same else factored)
-            same = False
+            self._fit(name, sites, dense, factored if self._changed else None, record)
+            self._changed = True
             self.work.finish(cost + 3 * moment_cost(sites, tokens))
-        if not same:
-            with self.work.moments():
-                before.advance(layer)
-            self.factored = before
-        self.work.finish(cost)
 
-    def _fit(self, name: str, sites: list[Site], dense: Read, factored: Read | None) -> None:
-        """Fit the maps that read an input, and put them into the model; ``factored``: None where it reads the same."""
+    def _enter(self, number: int) -> tuple[LayerRecord, HiddenStates]:
+        """Run the dense layer; what was seen in it, and what enters it in the factored model."""
+        assert self.walk.states is not None
+        before = self.factored or self.walk.states.copy()
+        self._before = before
+        return self.walk.layer(number), before
+
+    @torch.no_grad()
+    def pass_by(self, number: int, take: Callable[[], object]) -> None:
+        """A layer that was fitted by an earlier process: ``take`` puts it into the model."""
+        if number < self.walk.last:
+            self._enter(number)
+            self._changed = self.factored is not None or any(
+                site.layer == number and name in self.shapes for name, site in self.anatomy.sites.items()
+            )
+        take()
+        if number < self.walk.last:
+            self.leave(number)
+
+    @torch.no_grad()
+    def leave(self, number: int) -> None:
+        """Move the factored model's states through the layer, which is as it will be."""
+        layer = self.walk.layers[number]
+        if self._changed and self._before is not None:
+            with self.work.moments(), raised(layer):
+                self._before.advance(layer)
+            self.factored = self._before
+        self._before = None
+        self.work.finish(layer_cost(layer, len(self.walk.text.tokens)))
+
+    @torch.no_grad()
+    def head(self, site: Site) -> None:
+        """Fit the head, after all layers."""
+        norm, factored, states = before_head(self.model), self.factored, self.walk.states
+        assert states is not None
+        with raised(norm):
+            read = None if factored is None else lambda number: factored.apply(norm, number)
+            self._fit("head", [site], lambda number: states.apply(norm, number), read)
+
+    def _fit(
+        self, name: str, sites: list[Site], dense: Read, factored: Read | None, record: LayerRecord | None = None
+    ) -> None:
+        """Fit the maps that read an input, and put them into the model; ``factored``: None where it reads the same;
+        ``record``: tells what the loss feels at their outputs."""
         self.work.begin(name)
         with self.work.moments():
             moment, drift = self._moments(name, sites[0].in_features, dense, factored)
@@ -166,14 +151,15 @@ class SequentialFit:
             if site.name in self.shapes:
                 self.work.begin(site.name)
                 old, shape = module_at(self.model, site), self.shapes[site.name]
-                self.fits[site.name] = fit.fit(
-                    dense_weight(old, site), dense_bias(old, site), shape, self.outputs.get(site.name)
-                )
+                outputs = None if record is None else record.output(site)
+                self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape, outputs)
                 self.work.finish(fit_cost(site, shape, True, self.settings.sweeps))
         self.place(sites, self.fits)
+        self.fits |= {site.name: self.fits[site.name].told for site in sites if site.name in self.fits}
 
     def _moments(self, name: str, size: int, dense: Read, factored: Read | None) -> tuple[Moment, Drift | None]:
-        batches, device = range(len(self.dense.chunks)), self.dense.device
+        assert self.walk.states is not None
+        batches, device = range(len(self.walk.states.chunks)), self.walk.device
         if factored is None:
             single = MomentSum(size, device)
             for number in batches:

@@ -151,3 +151,7 @@ class FactoringConfig(FittingConfig):
 @dataclass
 class CompressConfig(FactoringConfig):
     """``compress``: factor a model and save it, without training."""
+
+    dtype: str = choice("stored", "stored", "float32", "float16", "bfloat16")
+    """Type of the saved weights: that of the model's files (``stored``; float32 where they have several, and for GGUF),
+    float32, float16 or bfloat16. The fit is in float32 or better whatever it is."""

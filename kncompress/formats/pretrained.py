@@ -1,7 +1,10 @@
 """Model folders: save, load, and give back a plain dense model."""
 
 import copy
-from collections.abc import Iterator
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
+from kncompress.anatomy.mapped import HALVES, let_go
 from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.sites import check_sizes, heads_agree, language_task
 from kncompress.anatomy.swap import unswap_
@@ -16,16 +20,18 @@ from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text
 from kncompress.formats.plugin import check_keys, register
-from kncompress.formats.stored import check_config, check_weights, reason_of, settle, write_checksums
+from kncompress.formats.stored import check_config, check_weights, reason_of, settle, stored_type, write_checksums
 from kncompress.formats.verified import check_finite, check_folder
 from kncompress.hub import local_folder
-from kncompress.runs.whole_file import filling
+from kncompress.runs.whole_file import filling, write_text
 
 __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
 TASKS = LANGUAGE_MODELS | {"sequence-classification": "AutoModelForSequenceClassification"}
 """Task -> auto class of transformers."""
 
+ONE_FILE = 1 << 29
+"""Bytes of weights up to which a folder has them in one file, whatever parts they were made in."""
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
 """What transformers raises for a folder whose files do not fit each other."""
 
@@ -36,6 +42,7 @@ def save_model(
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
     facts: CardFacts | None = None,
+    parts: Sequence[Path] = (),
 ) -> Path:
     """Write a model folder (config, safetensors, tokenizer, card) for ``from_pretrained``; whole or not at all.
 
@@ -45,6 +52,8 @@ def save_model(
         tokenizer: saved along with the model.
         dtype: type of the written weights, ``torch.float16`` or ``"float16"``; None: float32.
         facts: what README.md, the model card, tells beside what the model itself shows.
+        parts: safetensors files that hold the model's weights, in the type of the folder; above ``ONE_FILE`` bytes
+            they become its shards, else one file is written.
 
     Raises:
         UserError: ``folder`` exists and is neither empty nor a model folder, or a number is too large for ``dtype``.
@@ -63,14 +72,42 @@ def save_model(
         model.config.tie_word_embeddings = False  # or the head would not come back
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filling(folder) as fresh:
-        with _no_bars():
-            model.save_pretrained(fresh)
+        if sum(file.stat().st_size for file in parts) > ONE_FILE:
+            _assemble(model, fresh, parts)
+        else:
+            with _no_bars():
+                model.save_pretrained(fresh)
+            let_go(model.parameters())
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         write_checksums(fresh)
         check_folder(model, fresh, load_model)
+        let_go(model.parameters())
         (fresh / "README.md").write_text(card_text(model, facts), encoding="utf-8")
     return folder
+
+
+def _assemble(model: Any, folder: Path, parts: Sequence[Path]) -> None:
+    """What ``save_pretrained`` writes, with files that are there already for the weights: linked, so that they cost
+    neither time nor room, or copied where the file system has no links."""
+    from safetensors import safe_open
+
+    dtype = next(model.parameters()).dtype
+    model.config.dtype, model.config.architectures = str(dtype).removeprefix("torch."), [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    weights: dict[str, str] = {}
+    for file in parts:
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copy2(file, folder / file.name)
+        with safe_open(file, framework="pt") as opened:
+            weights |= dict.fromkeys(opened.keys(), file.name)
+    facts = {"total_parameters": model.num_parameters(), "total_size": sum(file.stat().st_size for file in parts)}
+    index = {"metadata": facts, "weight_map": dict(sorted(weights.items()))}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def load_model(path: str | Path, task: str | None = None, gguf_file: str | None = None, **options: Any) -> Any:
@@ -122,6 +159,26 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
         raise UserError(f"model.path={path}: {name} is {list(found)} in the weights and {list(wanted)} in config.json")
     check_keys(model, loading["missing_keys"], loading["unexpected_keys"], str(path))
     check_finite(model, f"model.path={path}", "is not a finite number")
+    return model
+
+
+def load_stored(path: str | Path, gguf_file: str | None = None) -> Any:
+    """A model as ``load_model`` gives it, in the type of its files, whose weights stay in the files until they are read
+    (``anatomy.mapped``). Of weights of several types, and from GGUF: in float32 and in memory.
+    """
+    folder = local_folder(path, gguf_file or "weights")
+    if gguf_file is None:
+        check_weights(folder, path)
+    kind = (None if gguf_file else stored_type(folder)) or "float32"
+    model = load_model(path, gguf_file=gguf_file, dtype=getattr(torch, kind))
+    for name, buffer in model.named_buffers():
+        # Numbers that the model is made with, rounded with its weights: the float32 model has them exact.
+        owner, _, own = name.rpartition(".")
+        if buffer.dtype in HALVES and name not in model.state_dict():
+            exact = getattr(model.get_submodule(owner), f"scalar_{own}", None)
+            if exact is None:
+                return load_model(path, gguf_file=gguf_file, dtype=torch.float32)
+            model.get_submodule(owner).register_buffer(own, torch.tensor(exact, dtype=torch.float32), persistent=False)
     return model
 
 

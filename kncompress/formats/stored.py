@@ -22,6 +22,8 @@ CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|ro
 """Buffers that older versions of transformers wrote beside the weights: causal masks, their fill, positions."""
 _LONGEST = 240
 """Characters of a reason of transformers' own that are shown."""
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of weights as safetensors and torch name them."""
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 """What families call theirs."""
 _INSTALLED = ("eager", "sdpa", "flex_attention")
@@ -99,6 +101,18 @@ def check_weights(folder: Path, path: str | Path) -> None:
                     f"model.path={path}: {file.name} is not as it was written, it is damaged or another's; "
                     f"if you have changed it yourself, remove {CHECKSUMS}"
                 )
+
+
+def stored_type(folder: Path) -> str | None:
+    """The type of all floating-point weights of a folder, as ``bfloat16``; None where there are several, or others."""
+    from safetensors import safe_open
+
+    kinds: set[str] = set()
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as opened:
+            kinds |= {str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+    kinds = {kind for kind in kinds if not kind.startswith(("I", "U", "BOOL"))}
+    return _TYPES.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def write_checksums(folder: Path) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
-from kncompress.compression.gradients import output_moments
+from kncompress.compression.dense_walk import moments, output_moments
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import InputMoment
-from kncompress.compression.moments import input_of, moments, token_frequencies
+from kncompress.compression.moments import input_of, token_frequencies
 from kncompress.compression.work import Progress, Work
 from kncompress.config import FitConfig
 from kncompress.errors import UserError

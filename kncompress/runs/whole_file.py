@@ -65,12 +65,12 @@ def filling(folder: Path) -> Iterator[Path]:
         for path in [*fresh.rglob("*"), fresh]:
             if path.is_file():
                 give_usual_mode(path)
-            _to_disk(path)
+            to_disk(path)
         if folder.exists():
             _exchange(fresh, folder)
         else:
             fresh.replace(folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
 
 
 def give_usual_mode(file: Path) -> None:
@@ -80,7 +80,7 @@ def give_usual_mode(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where the system can tell."""
     if sys.platform == "win32":
         return

@@ -14,12 +14,13 @@ from kncompress.anatomy.sites import check_sizes, language_task, positions_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.work import Progress
 from kncompress.config import FitConfig, ModelConfig, RepairConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
-from kncompress.formats.pretrained import load_config, load_model
+from kncompress.formats.pretrained import load_config, load_model, load_stored
 from kncompress.hub import local_folder
 from kncompress.terminal import first_line
 
@@ -69,6 +70,12 @@ def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
     model = load_dense(config)
     check_fit(tokenizer, model.config.vocab_size, config.tokenizer or config.path)
     return model, tokenizer
+
+
+def load_to_compress(config: ModelConfig) -> Any:
+    """The model alone, in the type of its files, where its weights stay until they are read; evaluation mode."""
+    assert config.path is not None
+    return load_stored(locate(config.path, config.gguf_file or "weights"), config.gguf_file)
 
 
 def tokenizer_of(config: ModelConfig) -> Any:
@@ -163,12 +170,13 @@ class FitOptions:
     settings: FitConfig | None = None
     repair: RepairConfig | None = None
     progress: Progress | None = None
+    parts: Parts | None = None
 
 
 def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()) -> CompressionTable:
     """Drops the layers of ``model`` that ``plan`` does not keep and factors its maps, in place."""
     return compress_(
-        model, plan.maps, cast(Start, start), fit.progress, plan.layers, fit.text, fit.settings, fit.repair
+        model, plan.maps, cast(Start, start), fit.progress, plan.layers, fit.text, fit.settings, fit.repair, fit.parts
     )
 
 

@@ -14,9 +14,9 @@ from kncompress.anatomy.swap import FusedMaps, dense_bias, dense_weight, module_
 from kncompress.anatomy.symmetries import HeadBasis, permute_hidden_, permute_residual_, turn_queries_, turn_values_
 from kncompress.anatomy.taps import Taps
 from kncompress.compression.compress import compress_, unique_parameters
+from kncompress.compression.dense_walk import moments
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.moments import moments
 from kncompress.config import FitConfig, ObjectiveConfig, OptimizerConfig
 from kncompress.distill import Objective, attention_kl, attention_score_mse
 from kncompress.errors import UserError

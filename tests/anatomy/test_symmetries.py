@@ -23,9 +23,9 @@ from kncompress.anatomy.symmetries import (
     turned_moment,
 )
 from kncompress.compression.compress import compress_
+from kncompress.compression.dense_walk import stream_moments
 from kncompress.compression.grouping import balanced_basis, grouped_order
 from kncompress.compression.layerwise import CalibrationText
-from kncompress.compression.moments import stream_moments
 from kncompress.compression.table import Arrangement
 from kncompress.config import FitConfig
 from kncompress.errors import UserError

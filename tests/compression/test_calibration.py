@@ -12,14 +12,13 @@ from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
 from kncompress.compression.compress import compress_
+from kncompress.compression.dense_walk import moments, stream_moments
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head
 from kncompress.compression.moments import (
     MomentFolder,
     fingerprint,
     input_of,
     inputs_of,
-    moments,
-    stream_moments,
     token_frequencies,
 )
 from kncompress.compression.work import Work

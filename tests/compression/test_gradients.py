@@ -10,10 +10,10 @@ from tiny_models import KINDS, config_of, random_model
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
-from kncompress.compression import gradients
 from kncompress.compression.compress import compress_
-from kncompress.compression.gradients import output_moments
+from kncompress.compression.dense_walk import moments, output_moments
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.rows import Rows
 from kncompress.config import FitConfig
 from kncompress.errors import UserError
 from kncompress.kron import parse_shape
@@ -75,20 +75,26 @@ def test_moments_are_those_of_one_pass_through_the_model(kind, monkeypatch):
             assert found[site.name].count == len(TOKENS)
 
 
-def test_states_that_are_made_again_are_the_same(monkeypatch):
-    """With no room but for every second of three layers' states, of a model whose layers see differently far."""
+def test_states_that_lie_in_files_are_the_same(monkeypatch):
+    """With no room in memory for any states, of a model whose layers see differently far."""
     model = random_model(config_of("gemma3_text"))
     names = [name for name, site in anatomy_of(model).sites.items() if site.layer is not None]
     every = output_moments(model, CalibrationText(TOKENS, 32), names)
-    monkeypatch.setattr(gradients, "ROOM", 0)
-    for name, moment in output_moments(model, CalibrationText(TOKENS, 32), names).items():
+    read = Rows.__getitem__
+    from_file = []
+
+    def counted(self, number):
+        from_file.append(self._file is not None)
+        return read(self, number)
+
+    monkeypatch.setattr(Rows, "__getitem__", counted)
+    for name, moment in output_moments(model, CalibrationText(TOKENS, 32, room=0), names).items():
         assert torch.equal(moment.second, every[name].second), name
+    assert from_file and all(from_file)
 
 
 def test_a_step_along_a_map_changes_the_kl_by_half_of_the_error(tiny, ids):
     """The reason for it all: KL(dense || changed) is about tr(G D C D^T) / 2, here for a rank-1 change of one map."""
-    from kncompress.compression.moments import moments
-
     text = CalibrationText(np.random.default_rng(1).integers(2, 96, 4096), 32)
     site = anatomy_of(tiny).sites["layers.1.mlp.up"]
     output = output_moments(tiny, text, [site.name])[site.name]

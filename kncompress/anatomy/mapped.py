@@ -1,0 +1,86 @@
+"""Weights that stay in their files until they are read, and are raised to float32 a layer at a time.
+
+transformers leaves weights that keep the type of their safetensors file in the mapped file: they cost address space,
+and memory once they have been touched. ``raised`` gives that memory back, so that a walk over the layers holds one of
+them. Such weights are not to be changed in place: a change is lost with the memory; ``own_`` copies them first.
+"""
+
+import ctypes
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_DONTNEED = 4
+_SUFFIX = ".safetensors"
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def raised(*modules: nn.Module) -> Iterator[None]:
+    """Within the block the half-precision parameters of ``modules`` are float32; then they are what they were.
+
+    Parameters that are added within the block stay. Memory of those that lie in files is given back.
+    """
+    kept = {id(p): (p, p.data) for module in modules for p in module.parameters()}
+    for parameter, stored in kept.values():
+        if stored.dtype in HALVES:
+            parameter.data = stored.float()
+    try:
+        yield
+    finally:
+        for parameter, stored in kept.values():
+            parameter.data = stored
+        let_go(stored for _, stored in kept.values())
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Give back the memory of tensors that lie in mapped safetensors files; it is read again when they are touched."""
+    tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes]
+    if sys.platform != "linux" or not tensors:  # elsewhere the system takes it where it needs it
+        return
+    page, files = os.sysconf("SC_PAGE_SIZE"), _mapped_files()
+    libc = ctypes.CDLL(None, use_errno=True)
+    for tensor in tensors:
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        end = _end_of_file(files, tensor)
+        if end is not None:
+            # Whole pages: at its ends lie its neighbours, and what is given back of them is read again too.
+            first, last = first // page * page, min(-(-last // page) * page, end)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+
+
+def _end_of_file(files: list[tuple[int, int]], tensor: Tensor) -> int | None:
+    """The address at which the mapped file ends that a tensor lies in; None where it lies in none."""
+    place = bisect_right(files, tensor.data_ptr(), key=lambda file: file[0]) - 1
+    if place < 0 or tensor.data_ptr() + tensor.nbytes > files[place][1]:
+        return None
+    return files[place][1]
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """(first address, end) of every part of this process's memory that is a safetensors file, rising."""
+    found: list[tuple[int, int]] = []
+    if sys.platform != "linux":
+        return found
+    with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.rstrip().removesuffix(" (deleted)").endswith(_SUFFIX):
+                start, end = line.split(maxsplit=1)[0].split("-")
+                found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def own_(model: nn.Module) -> None:
+    """Copy parameters that lie in files into memory, those in half precision as float32, to be changed in place."""
+    files, elsewhere = _mapped_files(), sys.platform != "linux"
+    for parameter in model.parameters():
+        stored = parameter.data
+        if stored.device.type == "cpu" and (elsewhere or _end_of_file(files, stored) is not None):
+            parameter.data = stored.float() if stored.dtype in HALVES else stored.clone()
+            let_go([stored])
