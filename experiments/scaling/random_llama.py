@@ -1,4 +1,4 @@
-"""Writes a folder with a Llama of random weights in bfloat16, a file a layer: python random_llama.py 1.1B <folder>."""
+"""Writes a folder with a Llama of random weights in bfloat16, a file a layer: random_llama.py 1.1B <folder>."""
 
 import json
 import sys
@@ -18,9 +18,10 @@ SIZES = {
 VOCABULARY = 32000
 
 
-def main(name: str, folder: Path) -> None:
-    """Draw every tensor from its own seed and write a file a layer."""
-    layers, width, hidden, heads = SIZES[name]
+def main(name: str, folder: Path, layers: int | None = None) -> None:
+    """Draw every tensor from its own seed and write a file a layer; ``layers``: so many instead of the size's own."""
+    all_layers, width, hidden, heads = SIZES[name]
+    layers = layers or all_layers
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -62,4 +63,4 @@ def hash_of(key: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

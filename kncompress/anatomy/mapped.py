@@ -53,6 +53,9 @@ def let_go(tensors: Iterable[Tensor]) -> None:
             # Whole pages: at its ends lie its neighbours, and what is given back of them is read again too.
             first, last = first // page * page, min(-(-last // page) * page, end)
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+    trim = getattr(libc, "malloc_trim", None)  # the C library keeps what was freed between larger blocks
+    if trim is not None:
+        trim(0)
 
 
 def _end_of_file(files: list[tuple[int, int]], tensor: Tensor) -> int | None:

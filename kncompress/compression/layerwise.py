@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ class HiddenStates:
                 layer.register_forward_pre_hook(lambda _, *given, n=number: note(n, *given), with_kwargs=True)
                 for number, layer in enumerate(layers)
             ]
+        lifted = ExitStack()
+        if differ:
+            for layer in layers:
+                handles.append(layer.register_forward_pre_hook(lambda part, _: lifted.enter_context(raised(part))))
+                handles.append(layer.register_forward_hook(lambda *_: lifted.close()))
         inner = {id(parameter) for parameter in layers.parameters()}
         before = [m for m in model.base_model.modules() if not any(id(p) in inner for p in m.parameters())]
         try:
@@ -118,6 +123,7 @@ class HiddenStates:
                     with suppress(_Caught):
                         model.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
+            lifted.close()
             for handle in handles:
                 handle.remove()
 

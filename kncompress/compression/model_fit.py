@@ -1,7 +1,7 @@
 """Fits the maps of a plan, each by itself or each layer after the other, and puts the factors into the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class ModelFit:
         return [layers[number]] if number is not None else [module_at(self.model, site) for site in sites]
 
     def _raised(self, sites: Sequence[Site]) -> AbstractContextManager[None]:
-        return raised(*self._modules(sites))
+        return raised(*self._modules(sites)) if any(site.name in self.shapes for site in sites) else nullcontext()
 
     def _taken(self, stage: str, sites: Sequence[Site], calibrated: bool, fits: dict[str, Fitted]) -> bool:
         """Whether an earlier process has kept this part, which is then taken as it is."""
