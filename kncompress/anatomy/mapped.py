@@ -2,7 +2,7 @@
 
 transformers leaves weights that keep the type of their safetensors file in the mapped file: they cost address space,
 and memory once they have been touched. ``raised`` gives that memory back, so that a walk over the layers holds one of
-them. Such weights are not to be changed in place: a change is lost with the memory; ``own_`` copies them first.
+them. Where such weights are to be changed in place, ``own_`` copies them first.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +41,10 @@ def raised(*modules: nn.Module) -> Iterator[None]:
 
 
 def let_go(tensors: Iterable[Tensor]) -> None:
-    """Give back the memory of tensors that lie in mapped safetensors files; it is read again when they are touched."""
+    """Give back the memory of tensors that lie in mapped safetensors files; it is read again when they are touched.
+
+    What has been changed in place, by training say, is no longer the file's and stays.
+    """
     tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes]
     if sys.platform != "linux" or not tensors:  # elsewhere the system takes it where it needs it
         return
@@ -51,11 +55,24 @@ def let_go(tensors: Iterable[Tensor]) -> None:
         end = _end_of_file(files, tensor)
         if end is not None:
             # Whole pages: at its ends lie its neighbours, and what is given back of them is read again too.
-            first, last = first // page * page, min(-(-last // page) * page, end)
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+            first, last = first // page * page, min(-(-last // page) * page, -(-end // page) * page)
+            if _unchanged(first, last, page):
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
     trim = getattr(libc, "malloc_trim", None)  # the C library keeps what was freed between larger blocks
     if trim is not None:
         trim(0)
+
+
+def _unchanged(first: int, last: int, page: int) -> bool:
+    """Whether all pages between two addresses are the file's still (Linux: admin-guide/mm/pagemap.rst)."""
+    try:
+        with Path("/proc/self/pagemap").open("rb") as pages:
+            pages.seek(first // page * 8)
+            flags = np.frombuffer(pages.read((last - first) // page * 8), dtype=np.uint64)
+    except OSError:
+        return False
+    present, swapped, of_file = ((flags >> np.uint64(bit)) & np.uint64(1) for bit in (63, 62, 61))
+    return len(flags) == (last - first) // page and not (swapped | (present & (of_file ^ np.uint64(1)))).any()
 
 
 def _end_of_file(files: list[tuple[int, int]], tensor: Tensor) -> int | None:

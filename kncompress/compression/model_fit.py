@@ -209,8 +209,9 @@ class ModelFit:
             self._fit_embedding(text, head, fits)
             fit.embedded(text)
         for stage, sites in self._stages():
-            if (number := sites[0].layer) is None:
+            if sites[0].layer is None:
                 continue
+            number: int = sites[0].layer
             if self._is_kept(sites[0]):
                 fit.pass_by(number, partial(self._taken, stage, sites, True, fits))
             elif number < layers_to_run(self.anatomy, self.shapes):

@@ -209,3 +209,6 @@ def test_memory_of_a_file_is_given_back(tmp_path):
     assert float(tensor.sum()) == 16 << 20 and resident() > 60_000
     let_go([tensor])
     assert resident() < 100 and float(tensor.sum()) == 16 << 20
+    tensor[3, 7] = 5  # what has been changed stays
+    let_go([tensor])
+    assert float(tensor[3, 7]) == 5
