@@ -211,15 +211,15 @@ class ModelFit:
         for stage, sites in self._stages():
             if sites[0].layer is None:
                 continue
-            number: int = sites[0].layer
+            layer: int = sites[0].layer
             if self._is_kept(sites[0]):
-                fit.pass_by(number, partial(self._taken, stage, sites, True, fits))
-            elif number < layers_to_run(self.anatomy, self.shapes):
+                fit.pass_by(layer, partial(self._taken, stage, sites, True, fits))
+            elif layer < layers_to_run(self.anatomy, self.shapes):
                 with self._raised(sites):
-                    fit.layer(number)
+                    fit.layer(layer)
                 fits |= fit.fits
                 self._done(sites, fits)
-                fit.leave(number)
+                fit.leave(layer)
             else:
                 self._done(sites, fits)
         if "head" in self.shapes and not self._taken(REST, [self.anatomy.sites["head"]], True, fits):
