@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
 from kncompress.commands.shrink import check_parts, export_all, outlook, planned, unseen_text, write_page
+from kncompress.compression.compress import CompressionTable
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
@@ -95,6 +96,12 @@ def _check_resumed(config: TrainConfig, folder: Path) -> None:
     check_checkpoint(folder / "checkpoints" / LAST)
     read_start_scores(folder / START)
     _kept_repair(folder / REPAIR)
+    _kept_table(folder / COMPRESSION)
+
+
+def _kept_table(file: Path) -> CompressionTable | None:
+    """Of the student that the run began with, or None. Raises UserError where it is damaged."""
+    return CompressionTable.read(file, f"resume={file.parent}") if file.exists() else None
 
 
 def _check_from_scratch(config: TrainConfig) -> None:
@@ -125,7 +132,8 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         if config.budget is not None:
             print(outlook(config), flush=True)
             plan = planned(config, run_dir)
-        job = prepare(config, plan, repair=not (run_dir / "checkpoints" / LAST).exists())
+        goes_on = (run_dir / "checkpoints" / LAST).exists()
+        job = prepare(config, plan, not goes_on, _kept_table(run_dir / COMPRESSION) if goes_on else None)
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
             clock = None if config.trainer.minutes is None else TrainingClock(config.trainer.minutes)

@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from kncompress.errors import UserError
+from kncompress.reading import parse_json, read_json
 from kncompress.terminal import text_table
 
 
@@ -107,6 +110,17 @@ class CompressionTable:
     def as_json(self) -> str:
         """``as_dict`` as text."""
         return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, file: Path, subject: str) -> "CompressionTable":
+        """What ``as_json`` has written. Raises UserError, which begins with ``subject``, where it is damaged."""
+        values = read_json(file, dict[str, Any], subject)
+        own = json.dumps({key: value for key, value in values.items() if key not in ("mean_error", "weighted_error")})
+        found = parse_json(own.encode(), cls, f"{subject}: {file.name}")
+        order = None if found.arrangement is None else found.arrangement.residual
+        if order is not None and sorted(order) != list(range(len(order))):
+            raise UserError(f"{subject}: {file.name}: arrangement.residual: is no order of {len(order)} coordinates")
+        return found
 
     def text(self) -> str:
         """A text table, one line a map, and the totals; after it the layers kept, where some were dropped, and what

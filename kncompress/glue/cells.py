@@ -170,7 +170,10 @@ def write_suite(folder: Path, cells: Sequence[Cell]) -> str:
     """Write ``table.md`` and ``table.json`` (every cell without its history, and the means); returns the former."""
     text = suite_table(cells)
     values: Mapping[str, Any] = {
-        "cells": [{k: v for k, v in asdict(cell).items() if k not in ("history", "checksum")} | {"score": cell.score} for cell in cells],
+        "cells": [
+            {k: v for k, v in asdict(cell).items() if k not in ("history", "checksum")} | {"score": cell.score}
+            for cell in cells
+        ],
         "metrics": {name: value for name, value in suite_metrics(cells).items() if math.isfinite(value)},
     }
     write_text(folder / "table.md", text)

@@ -93,29 +93,34 @@ class _Models:
     compression: CompressionTable | None = None
 
 
-def _models(config: TrainConfig, plan: StudentPlan, start: str, repair: bool) -> _Models:
+def _models(
+    config: TrainConfig, plan: StudentPlan, start: str, repair: bool, made: CompressionTable | None = None
+) -> _Models:
     """Teacher and student, and what they read; a model from scratch has no teacher."""
     if config.model.path is None:
         student, tokenizer = new_model(config.model, read_split(config.data, "train"))
         return _Models(None, student, tokenizer, config.data)
     teacher, tokenizer = load_teacher(config.model)
     data, text = with_own_text(config.data, teacher, tokenizer), None
-    if start != "random" and (config.needs_text if repair else config.start_reads_text):
+    if made is None and start != "random" and (config.needs_text if repair else config.start_reads_text):
         text = calibration_text(data, config.calibration, teacher.config, tokenizer)
     with fit_progress() as progress:
         fit = FitOptions(text, config.fit, config.repair if repair else None, progress)
-        student, table = make_student(teacher, plan, start, fit)
+        student, table = make_student(teacher, plan, start, fit, made)
     return _Models(teacher, student, tokenizer, data, table)
 
 
-def prepare(config: TrainConfig, plan: StudentPlan, repair: bool = True) -> TrainingJob:
+def prepare(
+    config: TrainConfig, plan: StudentPlan, repair: bool = True, made: CompressionTable | None = None
+) -> TrainingJob:
     """Teacher, student and text as the configuration asks for them.
 
     Args:
         plan: what becomes of the teacher.
         repair: False for a run that goes on from a checkpoint, whose weights come after any repair.
+        made: table of the student whose weights that checkpoint has; None: the student is fitted.
     """
-    models = _models(config, plan, config.start, repair)
+    models = _models(config, plan, config.start, repair, made)
     student, tokenizer = models.student, models.tokenizer
     positions = student.config.max_position_embeddings
     context = config.data.context or default_context(positions)

@@ -181,14 +181,16 @@ def factor_(model: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOpti
 
 
 def make_student(
-    teacher: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions()
+    teacher: Any, plan: StudentPlan, start: str, fit: FitOptions = FitOptions(), made: CompressionTable | None = None
 ) -> tuple[Any, CompressionTable]:
     """A copy of ``teacher`` with the layers and factors of ``plan``, and the table on it; arguments as ``factor_``.
 
-    Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place.
+    Where ``fit.settings`` ask for another order of the residual coordinates, the teacher gets it too, in place. With
+    ``made``, the table of a student whose weights are going to be loaded, nothing is fitted.
     """
     student = copy.deepcopy(teacher)
-    table = factor_(student, plan, start, fit)
+    table = factor_(student, plan, start if made is None else "random", fit)
+    table = made or table
     if table.arrangement is not None and table.arrangement.residual is not None:
         # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
         permute_residual_(teacher, torch.tensor(table.arrangement.residual))

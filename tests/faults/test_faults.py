@@ -226,6 +226,7 @@ READ: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint": ("train", "checkpoints/last.ckpt", ["train", "resume={}"]),
     "run.json": ("train", "run.json", ["train", "resume={}"]),
     "config.yaml of a run": ("train", "config.yaml", ["train", "resume={}"]),
+    "compression.json": ("train", "compression.json", ["train", "resume={}"]),
     "start.json": ("train", "start.json", ["train", "resume={}"]),
     "metrics.csv": ("train", "metrics.csv", ["train", "resume={}"]),
     "harms": ("plan", "harm.json", ["plan", "model=tiny", "harm={}", "budget=0.7"]),

@@ -65,6 +65,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "checkpoint's end": (lambda f: flip(f / "run/checkpoints/last.ckpt", -30), "checkpoints/last.ckpt is damaged ("),
     "start": (lambda f: edit(f / "run/start.json", kl="x"), 'resume={run}: start.json: kl="x": must be a valid number'),
+    "fit": (
+        lambda f: edit(f / "run/compression.json", arrangement={"residual": [0, 0]}),
+        "resume={run}: compression.json: arrangement.residual: is no order of 2 coordinates",
+    ),
     "repair": (lambda f: (f / "run/repair.json").write_text("[]"), "resume={run}: repair.json: []: must be"),
     "record": (lambda f: edit(f / "run/run.json", wall_seconds=-1), "resume={run}: run.json: wall_seconds=-1: must be"),
     "metrics": (lambda f: (f / "run/metrics.csv").write_text("a,b\n1,2\n"), "resume={run}: metrics.csv: line 1: "),

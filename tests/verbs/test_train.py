@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from verbs.conftest import read
+from verbs.conftest import interrupted_when, read
 from waiting import PATIENCE, wait_for
 from wandb_log import offline_log
 
@@ -252,6 +252,29 @@ def test_a_resumed_run_is_not_repaired_again(
     assert {key: again[key] for key in kept} == kept and json.loads(run.read_text())["status"] == "finished"
     assert again["perplexity/start"] == metrics["perplexity/start"]
     assert Path("run/model/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_resumed_run_is_not_fitted_again(command: Any, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*small, "start=calibrated", "calibration.tokens=512", "fit.symmetries=[residual,hidden]", "objective=ilkd"]
+    words += ["trainer.steps=40", "trainer.validate_every=40", "trainer.checkpoint_every=1", "samples.count=0"]
+    assert command("train", *words, "run_dir=straight")[0] == 0
+    last = Path("stopped/checkpoints/last.ckpt").absolute()
+    with interrupted_when(last.exists):
+        assert command("train", *words, "run_dir=stopped")[0] == 130
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("kncompress.training.preparation.calibration_text", refuse)
+    code, _, err = command("train", "resume=stopped")
+    assert code == 0, err
+    runs = [read(Path(name), "result.json")["metrics"] for name in ("straight", "stopped")]
+    assert {k: v for k, v in runs[0].items() if "second" not in k} == {
+        k: v for k, v in runs[1].items() if "second" not in k
+    }
+    models = [Path(name, "model/model.safetensors").read_bytes() for name in ("straight", "stopped")]
+    assert models[0] == models[1] and read(Path("stopped"), "compression.json")["arrangement"]["residual"]
 
 
 def test_a_model_that_cannot_write_samples_is_saved_all_the_same(
