@@ -23,7 +23,7 @@ from kncompress.errors import UserError
 from kncompress.runs import run_folder
 from kncompress.runs.config_file import to_yaml
 from kncompress.runs.process import LEFT_OVER, drop_left_over, process_rank
-from kncompress.training.signals import signals_as_exceptions
+from kncompress.training.signals import Terminated, received, signals_as_exceptions
 
 # No log file: under torchrun this process may be the first, and the main one refuses a folder that holds files.
 _CHILD_SETTINGS = [
@@ -47,6 +47,10 @@ def dispatch(verb: Verb, line: Line) -> int:
             for text in errors.lines:
                 print(message(f"kncompress: {text}"), file=sys.stderr)
             return 2
+        except Exception as error:
+            if (number := received()) is not None:  # a library that it was raised in may make another error of it
+                raise Terminated(number) from error
+            raise
 
 
 def _dispatch(verb: Verb, line: Line) -> int:

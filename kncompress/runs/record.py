@@ -78,9 +78,10 @@ class RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
         taken = lock(folder, "resume" if resume else "run_dir")
         try:
-            remove_left_overs(folder)
-            # Another process may have come and gone between the first look and the lock.
+            # Another process may have come and gone between the first look and the lock. It may still be writing how it
+            # ended: where this one is refused, it leaves everything as it is.
             before = _before(folder, verb, config, resume)
+            remove_left_overs(folder)
             if before is not None:
                 fields = _resumed(folder, before, fields, config)
             record = cls(folder, fields, taken)

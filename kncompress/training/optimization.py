@@ -15,6 +15,7 @@ from kncompress.kron import KroneckerEmbedding, PackedLinear
 from kncompress.kron.gauge import factor_rates
 
 _WRAPPED = "_fsdp_wrapped_module."
+_LEAST_RISING = 20
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,13 @@ def build_schedule(
 ) -> LambdaLR:
     """The schedule of ``warmup_cosine``, stepped once an optimiser step.
 
-    ``place`` tells at which of the ``steps`` the next one is; None: as many as were made.
+    ``place`` tells at which of the ``steps`` the next one is; None: as many as were made. A clock may give a slow
+    machine few steps: its rate rises over ``_LEAST_RISING`` of them at least, or the first would undo the start.
     """
     factor = warmup_cosine(steps, config)
-    return LambdaLR(optimizer, factor if place is None else lambda _: factor(place()))
+    if place is None:
+        return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, lambda step: min(factor(place()), (step + 1) / _LEAST_RISING))
 
 
 class OptimizerPair(Optimizer):

@@ -1,6 +1,7 @@
 """What the command line answers without starting a job: help, errors, composed configurations."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,14 @@ def test_trainers_compose(shown):
         assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == (strategy, devices)
     (config,) = shown("train", "trainer=fsdp", "trainer.devices=4", "trainer.nodes=2", "trainer.precision=bf16")
     assert (config["trainer"]["devices"], config["trainer"]["nodes"]) == (4, 2)
+
+
+def test_a_signal_that_a_library_makes_another_error_of_is_a_signal(command, monkeypatch):
+    def compose(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")  # OmegaConf's
+
+    monkeypatch.setattr("kncompress.cli.dispatch._dispatch", compose)
+    assert command("train") == (143, "", "")

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from kncompress.errors import UserError
+from kncompress.runs import record as records
 from kncompress.runs.process import outcome, process_rank
 from kncompress.runs.record import RunRecord
 
@@ -32,6 +33,23 @@ def read(folder, name="run.json"):
 
 def open_run(folder, **changes):
     return RunRecord.open(folder, **({"verb": "train", "config": CONFIG, "seed": 3} | changes))
+
+
+def test_who_is_refused_leaves_what_another_process_is_writing(tmp_path, monkeypatch):
+    look, looks = records._before, []
+
+    def other_runs_between_the_looks(folder, *asked):
+        looks.append(folder)
+        if len(looks) == 2:
+            (folder / "run.json").write_text(json.dumps({"verb": "train", "status": "finished", "command": []}))
+            (folder / ".hydra").mkdir()
+            (folder / ".hydra" / ".overrides.yaml.77.tmp").write_text("[]")
+        return look(folder, *asked)
+
+    monkeypatch.setattr(records, "_before", other_runs_between_the_looks)
+    with pytest.raises(UserError, match="holds another run"):
+        open_run(tmp_path / "run")
+    assert len(looks) == 2 and (tmp_path / "run" / ".hydra" / ".overrides.yaml.77.tmp").exists()
 
 
 def test_finished_run(tmp_path):

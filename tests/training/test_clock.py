@@ -67,13 +67,19 @@ def train(tmp_path: Any, seconds: list[float], most: int = -1, resume: bool = Fa
 
 
 def test_the_schedule_ends_when_the_time_does(tmp_path: Any) -> None:
-    module, clock = train(tmp_path, [2.0] * 15 + [3.0])  # 60 s: 15 steps of 2 s, 10 of 3 s
-    assert len(module.rates) == 25 and clock.share == 1.0
-    assert max(module.rates) == pytest.approx(1.0, abs=0.02) and module.rates[-1] < 0.02
-    falling = module.rates[5:]
-    assert falling == sorted(falling, reverse=True)
-    assert module.rates[15] == pytest.approx(0.5 * (1 + math.cos(math.pi * (0.5 + 2 / 60 - 0.1) / 0.9)), abs=0.03)
-    assert len(module.validated) == 10 and module.validated[-1] == 25
+    module, clock = train(tmp_path, [0.25] * 120 + [0.5])  # 60 s: 120 steps of 0.25 s, 60 of 0.5 s
+    assert len(module.rates) == 180 and clock.share == 1.0
+    assert max(module.rates) == pytest.approx(1.0, abs=0.02) and module.rates[-1] < 0.01
+    rising, falling = module.rates[:20], module.rates[26:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert module.rates[120] == pytest.approx(0.5 * (1 + math.cos(math.pi * (0.5 - 0.1) / 0.9)), abs=0.02)
+    assert len(module.validated) == 10 and module.validated[-1] == 180
+
+
+def test_the_first_of_few_steps_are_small(tmp_path: Any) -> None:
+    module, _ = train(tmp_path, [6.0])
+    assert len(module.rates) == 10 and module.rates[0] == 0.05
+    assert all(rate <= (step + 1) / 20 for step, rate in enumerate(module.rates))
 
 
 def test_a_stopped_run_goes_on_with_what_is_left(tmp_path: Any) -> None:
