@@ -78,7 +78,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path: Any) -> None:
 
 def test_the_first_of_few_steps_are_small(tmp_path: Any) -> None:
     module, _ = train(tmp_path, [6.0])
-    assert len(module.rates) == 10 and module.rates[0] == 0.05
+    assert len(module.rates) == 10 and max(module.rates) > 0.1
     assert all(rate <= (step + 1) / 20 for step, rate in enumerate(module.rates))
 
 
