@@ -19,15 +19,18 @@ from kncompress.evaluation import bits_per_byte, compare, last_words, perplexity
 from kncompress.evaluation.comparison import ANCHORS
 from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_tasks
 from kncompress.evaluation.quantised import quantise_
+from kncompress.formats.onnx_folder import check_backend, load_decoder
+from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.runs.record import RunRecord
 from kncompress.terminal import counting, show
-from kncompress.training.student import load_teacher, model_config, require_causal, second_model, tokenizer_of
+from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
 
 
 def check(config: EvaluateConfig) -> None:
     """Cheap checks before anything is written: text or tasks and model exist, the window fits the model."""
     if config.model.path is None:
         raise UserError("model.path=null: evaluate needs a model that exists")
+    check_backend(locate(config.model.path, config.model.gguf_file or "config"), config.backend, config.model.path)
     if config.tasks:
         check_tasks(config.tasks, config.allow_code)
     elif config.lambada is not None:
@@ -70,7 +73,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
     tasks = load_tasks(config.tasks, config.shots, config.seed) if config.tasks else None
     passages = _passages(config.lambada, config.data.column, config.limit) if config.lambada is not None else None
     with RunRecord.open(run_dir, "evaluate", asdict(config), config.seed) as record:
-        model, tokenizer = load_teacher(config.model)
+        model, tokenizer = _model_and_tokenizer(config)
         rounded = {"bytes": quantise_(model, config.bits, config.group)} if config.bits else {}
         positions, other = model.config.max_position_embeddings, None
         if config.compare is not None:
@@ -92,12 +95,28 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
         else:
             metrics = _perplexity(config, model, tokenizer, window)
             table = _table(config, window, metrics)
-        metrics |= {"parameters": unique_parameters(model)} | rounded
+        metrics |= _size(model) | rounded
         if config.bits:
             _add_bytes(table, config, metrics["bytes"])
         record.finish("finished", metrics)
         show(table)
     return metrics
+
+
+def _model_and_tokenizer(config: EvaluateConfig) -> tuple[Any, Any]:
+    if config.backend == "onnx":
+        return load_decoder(locate(str(config.model.path), "config")), tokenizer_of(config.model)
+    return load_teacher(config.model)
+
+
+def _size(model: Any) -> dict[str, float]:
+    """Unique parameters, or of a graph its bytes."""
+    return {"bytes": model.bytes} if isinstance(model, OnnxDecoder) else {"parameters": unique_parameters(model)}
+
+
+def _add_size(table: Table, metrics: dict[str, float]) -> None:
+    name = "parameters" if "parameters" in metrics else "bytes"
+    table.add_row("unique parameters" if name == "parameters" else name, f"{metrics[name]:,.0f}")
 
 
 def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int) -> dict[str, float]:
@@ -119,7 +138,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
         "nll": score.nll,
         "tokens": score.tokens,
         "windows": score.windows,
-        "parameters": unique_parameters(model),
+        **_size(model),
     }
     if score.window_perplexity is not None:
         metrics["perplexity_window_mean"] = score.window_perplexity
@@ -148,7 +167,7 @@ def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, 
         "nll": found.student.nll,
         "tokens": found.tokens,
         "windows": found.student.windows,
-        "parameters": unique_parameters(model),
+        **_size(model),
         "compare/perplexity": found.teacher.perplexity,
         "compare/parameters": unique_parameters(other),
     } | found.metrics
@@ -217,7 +236,7 @@ def _comparison_table(config: EvaluateConfig, window: int, metrics: dict[str, fl
     for name, label in (("mean", "mean"), ("median", "median"), ("99", "99%"), ("999", "99.9%")):
         table.add_row(f"KL per token, {label}", f"{metrics[f'compare/kl_{name}']:.4f}")
     table.add_row("same top token", f"{metrics['compare/same_top']:.2f}%")
-    table.add_row("unique parameters", f"{metrics['parameters']:,.0f}")
+    _add_size(table, metrics)
     table.add_row("unique parameters of compare", f"{metrics['compare/parameters']:,.0f}")
     table.add_row("tokens scored", f"{metrics['tokens']:,.0f}")
     table.add_row("window", f"{window:,}", end_section=True)
@@ -258,5 +277,5 @@ def _table(config: EvaluateConfig, window: int, metrics: dict[str, float]) -> Ta
         table.add_row("bits per byte", f"{metrics['bits_per_byte']:.4f}")
     table.add_row("tokens scored", f"{metrics['tokens']:,.0f}")
     table.add_row("window / stride", f"{window:,} / {stride:,}")
-    table.add_row("unique parameters", f"{metrics['parameters']:,.0f}")
+    _add_size(table, metrics)
     return table

@@ -18,7 +18,7 @@ from kncompress.config import GenerateConfig, ModelConfig
 from kncompress.data.files import text_file, text_lines
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
-from kncompress.formats.onnx_folder import GENAI, check_exported, load_decoder
+from kncompress.formats.onnx_folder import GENAI, check_backend, load_decoder
 from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.runs.record import RunRecord
 from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
@@ -30,13 +30,9 @@ def check(config: GenerateConfig) -> list[str]:
         raise UserError("model.path=null: generate needs a model that exists")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
-    folder = locate(config.model.path, config.model.gguf_file or "config")
-    if config.backend == "transformers" and (folder / GENAI).exists():
-        raise UserError(f"backend=transformers: model={config.model.path} is a graph of ONNX; give backend=onnx")
-    if config.backend == "onnx":
-        if config.accelerator == "gpu":
-            raise UserError("accelerator=gpu: backend=onnx runs on the CPU")
-        check_exported(folder, f"backend=onnx model={config.model.path}")
+    if config.backend == "onnx" and config.accelerator == "gpu":
+        raise UserError("accelerator=gpu: backend=onnx runs on the CPU")
+    check_backend(locate(config.model.path, config.model.gguf_file or "config"), config.backend, config.model.path)
     prompts = _prompts(config)
     require_causal(model_config(config.model), "generate")
     _check_prompts(config.model, prompts, "model")

@@ -45,6 +45,9 @@ class EvaluateConfig(ModelRunConfig):
     """Neighbouring weights that share a scale; null: whole rows."""
     shots: int | None = None
     """Worked examples before each item of a task; null: as the task says."""
+    backend: str = choice("transformers", "transformers", "onnx")
+    """What runs ``model``: ``transformers``, or ``onnx`` (onnxruntime, on the CPU) a folder that ``export format=onnx``
+    wrote; for a text. ``compare`` is read by transformers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +58,8 @@ class EvaluateConfig(ModelRunConfig):
         check_positive("group", self.group)
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise UserError(f"bits={self.bits}: must be between 2 and 8, or null")
+        if self.backend == "onnx" and (self.bits or self.tasks or self.lambada is not None):
+            raise UserError("backend=onnx: scores a text; leave bits, tasks and lambada out")
         if self.tasks and self.lambada is not None:
             raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
         if self.compare is not None and self.lambada is not None:

@@ -21,7 +21,9 @@ print(tokenizer.decode(generator.get_sequence(0)))
 LOOP_LINES = """\
 import numpy, onnxruntime, tokenizers
 
-session = onnxruntime.InferenceSession("model.onnx")
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # or it says that from_end, below, is no constant
+session = onnxruntime.InferenceSession("model.onnx", options)
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")
 past = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
 kept = [numpy.zeros((1, value.shape[1], 0, value.shape[3]), numpy.float32) for value in past]

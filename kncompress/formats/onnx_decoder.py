@@ -139,6 +139,7 @@ class _Operator:
         layer, key_heads, wide = module.layer_idx, key.shape[1], _width(key, value)
         past_key, past_value = self.past[2 * layer : 2 * layer + 2]
         attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key_heads}
+        attributes |= {"do_rotary": 0, "rotary_interleaved": 0}  # said for OpenVINO
         attributes["scale"] = float(size**-0.5 if scaling is None else scaling)
         if sliding_window:
             attributes["local_window_size"] = int(sliding_window)

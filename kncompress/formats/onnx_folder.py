@@ -38,13 +38,17 @@ def accompany(model: Any, tokenizer: Any, folder: Path, sizes: list[CacheSizes])
         (folder / GENAI).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def check_exported(folder: Path, key: str) -> None:
-    """Raises UserError, which names ``key``, where ``folder`` holds no graph that generates."""
+def check_backend(folder: Path, backend: str, path: str) -> None:
+    """Raises UserError, which names ``path``, where ``folder`` is not what ``backend`` reads: transformers or onnx."""
+    if backend == "transformers":
+        if (folder / GENAI).exists():
+            raise UserError(f"backend=transformers: model={path} is a graph of ONNX; give backend=onnx")
+        return
+    key = f"backend=onnx model={path}"
     missing = next((name for name in (GENAI, GRAPH) if not (folder / name).is_file()), None)
     if missing is not None:
         raise UserError(
-            f"{key}: {folder.name} has no {missing}; give the folder model/ that export format=onnx wrote of a model "
-            "that generates"
+            f"{key}: has no {missing}; give the folder model/ that export format=onnx wrote of a model that generates"
         )
     check_packages(key, ("onnxruntime",))
 

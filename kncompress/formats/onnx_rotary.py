@@ -59,7 +59,9 @@ def _turned(
     def turned(x: Tensor) -> Tensor:
         heads = x.shape[1]
         flat = x.transpose(1, 2).flatten(2)
-        attributes: dict[str, Any] = {"num_heads": heads, "rotary_embedding_dim": size if size < x.shape[-1] else 0}
+        # OpenVINO wants what onnxruntime takes for granted to be said.
+        attributes: dict[str, Any] = {"num_heads": heads, "interleaved": 0}
+        attributes["rotary_embedding_dim"] = size if size < x.shape[-1] else 0
         made = torch.onnx.ops.symbolic(
             "com.microsoft::RotaryEmbedding",
             (flat, places, *tables),

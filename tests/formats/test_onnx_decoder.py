@@ -88,9 +88,7 @@ def test_weights_lie_once_and_factored(kind, exported):
     model, file = exported(kind)
     graph = onnx.load(file).graph
     numbers = sum(int(np.prod(value.dims)) for value in graph.initializer)
-    assert numbers < 1.03 * model.num_parameters() + 200
-    tables = [list(value.dims) for value in graph.initializer if np.prod(value.dims) == 12 * 96]
-    assert len(tables) == 1, tables
+    assert numbers < model.num_parameters() + 300  # a second table would be 1,152 more
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 3
     assert b"site-packages" not in file.read_bytes() and b"/kncompress/" not in file.read_bytes()
     logits = graph.output[0].type.tensor_type.shape.dim

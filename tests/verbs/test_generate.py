@@ -69,6 +69,23 @@ def test_an_exported_folder_writes_what_transformers_does(command: Any, student:
     assert first["text"] == second["text"] and (first["model"], second["model"]) == (str(exported), str(student))
 
 
+def test_an_exported_folder_has_the_perplexity_of_its_model(command: Any, student: Path, exported: Path) -> None:
+    text = Path("text.txt")
+    text.write_text("The river, in spring, carries snow from the hills to the sea. " * 20, encoding="utf-8")
+    words = [f"data.source={text}", "data.split=all", "context=64", "tokens=200"]
+    found = {}
+    for backend, model in (("onnx", exported), ("transformers", student)):
+        code, _, err = command("evaluate", f"model={model}", f"backend={backend}", *words, f"run_dir={backend}")
+        assert code == 0, err
+        found[backend] = read(Path(backend), "result.json")["metrics"]
+    assert found["onnx"]["perplexity"] == pytest.approx(found["transformers"]["perplexity"], rel=1e-4)
+    assert found["onnx"]["bytes"] == (exported / "model.onnx").stat().st_size and "parameters" not in found["onnx"]
+    code, _, err = command("evaluate", f"model={exported}", *words, "run_dir=wrong")
+    assert code == 2 and "is a graph of ONNX; give backend=onnx" in err and err.count("\n") == 1
+    code, _, err = command("evaluate", f"model={exported}", "backend=onnx", "bits=4", *words, "run_dir=wrong")
+    assert code == 2 and "backend=onnx: scores a text; leave bits, tasks and lambada out" in err
+
+
 def test_an_exported_folder_for_the_wrong_reader(
     command: Any, student: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
