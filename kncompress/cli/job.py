@@ -128,7 +128,11 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
             _log_traceback(error, on_stderr=job.sweep_dir is None)
     number = signals.received()
     if number is not None:
-        outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": "interrupted"}
+        failed = outcome["status"] == "failed"  # what went wrong while it stopped is told all the same
+        error_after = f"interrupted; while it stopped: {outcome['error']}" if failed else "interrupted"
+        if failed:
+            print(message(f"kncompress: {error_after}"), file=sys.stderr, flush=True)
+        outcome = {"status": "interrupted", "exit_code": signals.exit_code(number), "error": error_after}
     if process_rank() == 0:
         try:
             _record(job, folder, outcome, words, began(folder))

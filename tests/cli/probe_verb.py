@@ -59,6 +59,12 @@ def run(config: TrainConfig, run_dir: Path) -> dict | None:
                     time.sleep(86400)
                 except SystemExit:
                     (run_dir / "cleaned").touch()
+            case "stumble":
+                (run_dir / "waiting").touch()
+                try:
+                    time.sleep(86400)
+                except SystemExit as stop:
+                    raise RuntimeError("no room for the checkpoint") from stop
             case "log":
                 logger = logging.getLogger("lightning.pytorch")
                 logger.info("one line")

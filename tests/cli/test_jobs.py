@@ -294,6 +294,16 @@ def test_swallowed_signal_still_gives_its_exit_code(environment, tmp_path):
     assert json.loads((tmp_path / "new" / "run.json").read_text())["status"] == "interrupted"
 
 
+def test_what_goes_wrong_after_a_signal_is_told(environment, tmp_path):
+    process = _start(environment, tmp_path, "run_dir=new", "logger.project=stumble")
+    wait_for((tmp_path / "new" / "waiting").exists, process)
+    process.terminate()
+    told = b"kncompress: interrupted; while it stopped: RuntimeError: no room for the checkpoint\n"
+    assert told in process.communicate(timeout=PATIENCE)[1] and process.returncode == 143
+    found = _result(tmp_path / "new")
+    assert found["status"] == "interrupted" and found["error"].endswith("no room for the checkpoint")
+
+
 def _start(environment: dict[str, str], cwd: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(PROBE), "train", *words],
