@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 _DONTNEED = 4
 _SUFFIX = ".safetensors"
+ONE_FILE = 1 << 29
+"""Bytes of weights up to which a model's folder has them in one file, whatever parts they were made in."""
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from kncompress.compression.forecast import forecast
 from kncompress.compression.own_text import with_own_text
 from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
@@ -46,6 +47,9 @@ def check(config: CompressConfig) -> StudentPlan:
     plan = StudentPlan.of(config.factors, fields)
     if config.run_dir is not None and begun_before(Path(config.run_dir), "compress"):
         check_contents(Path(config.run_dir), config, _contents(config), "run_dir")
+    folder = Path(config.run_dir or "runs").expanduser()
+    kept = sum(file.stat().st_size for file in (folder / PARTS).glob("*.safetensors"))
+    forecast(config, fields, plan).check(folder, kept)
     return plan
 
 
@@ -58,6 +62,8 @@ def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, f
     """Factor in ``run_dir``: ``model/``, ``compression.json`` and ``.txt``; returns the metrics of ``result.json``."""
     with RunRecord.open(run_dir, "compress", asdict(config), config.seed, contents=_contents(config)) as record:
         L.seed_everything(config.seed, verbose=False)
+        needs = forecast(config, model_config(config.model), plan)
+        print(f"compress {needs.line(needs.seconds())}", flush=True)
         text = None
         if config.needs_text:
             tokenizer = tokenizer_of(config.model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kncompress.anatomy.families import LANGUAGE_MODELS
-from kncompress.anatomy.mapped import HALVES, let_go
+from kncompress.anatomy.mapped import HALVES, ONE_FILE, let_go
 from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.sites import check_sizes, heads_agree, language_task
 from kncompress.anatomy.swap import unswap_
@@ -30,8 +30,6 @@ __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 TASKS = LANGUAGE_MODELS | {"sequence-classification": "AutoModelForSequenceClassification"}
 """Task -> auto class of transformers."""
 
-ONE_FILE = 1 << 29
-"""Bytes of weights up to which a folder has them in one file, whatever parts they were made in."""
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError)
 """What transformers raises for a folder whose files do not fit each other."""
 

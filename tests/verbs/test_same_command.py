@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from glue_layout import make_glue
 from verbs.conftest import read
 
+from kncompress.compression.parts import Parts
 from kncompress.errors import UserError
 from kncompress.planner.budget import MapHarms, Reference
 from kncompress.planner.candidates import Option, packed
@@ -53,6 +55,59 @@ def test_a_stopped_run_is_begun_again(command: Any, lines: dict[str, list[str]],
     assert {k: v for k, v in after["metrics"].items() if "seconds" not in k} == {
         k: v for k, v in before["metrics"].items() if "seconds" not in k
     }
+
+
+@pytest.mark.parametrize("start", ["nearest", "calibrated"])
+def test_a_stopped_compress_keeps_its_layers(
+    command: Any, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    """No model until it is whole; another text or plan is refused and keeps them; the folder has the same bits."""
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text() if text.is_file() else next(text.glob("*.txt")).read_text())
+    words = ["compress", f"model={tiny}", "factors=kngpt2", f"start={start}", f"data.source={own}"]
+    words += ["calibration.tokens=256", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert command(*words, "run_dir=whole")[0] == 0
+    keep = Parts.keep
+
+    def stopped(self: Parts, stage: str, errors: Any) -> None:
+        if len(list(self.folder.glob("*.json"))) == 2:
+            raise KeyboardInterrupt
+        keep(self, stage, errors)
+
+    monkeypatch.setattr(Parts, "keep", stopped)
+    assert command(*words, "run_dir=cut")[0] == 130
+    monkeypatch.setattr(Parts, "keep", keep)
+    parts = {file.name: file.stat().st_mtime_ns for file in Path("cut/parts").iterdir()}
+    assert len(parts) == 4 and not Path("cut/model").exists()
+    code, _, err = command(*words, "run_dir=cut", "factors.mlp.terms=2")
+    assert code == 2 and "factors.mlp.terms=2: the run in" in err and err.count("\n") == 1
+    content = own.read_text()
+    own.write_text(content + " more")
+    if start == "calibrated":
+        code, _, err = command(*words, "run_dir=cut")
+        assert code == 2 and "is not what the run began with" in err and err.count("\n") == 1
+    own.write_text(content)
+    assert {file.name: file.stat().st_mtime_ns for file in Path("cut/parts").iterdir()} == parts
+    code, _, err = command(*words, "run_dir=cut")
+    assert code == 0, err
+    assert not Path("cut/parts").exists()
+    names = sorted(file.name for file in Path("whole/model").iterdir())
+    assert names == sorted(file.name for file in Path("cut/model").iterdir())
+    for name in set(names) - {"README.md"}:  # which tells the seconds
+        assert Path("whole/model", name).read_bytes() == Path("cut/model", name).read_bytes(), name
+
+
+@pytest.mark.parametrize("short", ["memory", "disk"])
+def test_too_little_room_is_told_before_anything_is_written(
+    command: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    if short == "memory":
+        monkeypatch.setattr("kncompress.compression.forecast.available_memory", lambda: 10**8)
+    else:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**5))
+    code, _, err = command("compress", f"model={tiny}", "run_dir=run")
+    assert code == 2 and f" GB of {short} are free" in err and err.count("\n") == 1
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("trace", ["model", "result.json"])
