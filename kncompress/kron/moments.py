@@ -69,7 +69,8 @@ class PreparedMoment:
         dtype = torch.promote_types(second.dtype, torch.float32)
         with without_autocast(second.device):
             exact = second.double()
-            exact = (exact + exact.T) / 2
+            exact = exact + exact.T
+            exact /= 2
             if centred:
                 exact -= torch.outer(mean.double(), mean.double())
         self.moment = moment
@@ -84,16 +85,17 @@ class PreparedMoment:
     @cached_property
     def _ridged(self) -> tuple[Tensor, Tensor]:
         """(matrix, its lower Cholesky factor), float64."""
-        exact = self.plain.double()
-        eye = torch.eye(len(exact), dtype=torch.float64, device=exact.device)
+        exact = self.plain.to(torch.float64, copy=True)
         if self.null:
+            eye = torch.eye(len(exact), dtype=torch.float64, device=exact.device)
             return eye, eye
+        diagonal = exact.diagonal().clone()
         with without_autocast(exact.device):
             while True:
-                ridged = exact + self.ridge * self.scale * eye
-                lower, failed = torch.linalg.cholesky_ex(ridged)
+                exact.diagonal().copy_(diagonal + self.ridge * self.scale)  # in place: these are the largest of a fit
+                lower, failed = torch.linalg.cholesky_ex(exact)
                 if not failed:
-                    return ridged, lower
+                    return exact, lower
                 self.ridge *= 10
 
     @property
