@@ -105,7 +105,8 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
 
 def _model_and_tokenizer(config: EvaluateConfig) -> tuple[Any, Any]:
     if config.backend == "onnx":
-        return load_decoder(locate(str(config.model.path), "config")), tokenizer_of(config.model)
+        path = str(config.model.path)
+        return load_decoder(locate(path, "config"), path), tokenizer_of(config.model)
     return load_teacher(config.model)
 
 

@@ -96,7 +96,9 @@ def _check_prompts(model: ModelConfig, prompts: list[str], key: str) -> None:
 
 def _writer(config: ModelConfig, accelerator: str, exported: bool) -> Writer:
     if exported:
-        return Writer(str(config.path), load_decoder(locate(str(config.path), "config")), tokenizer_of(config))
+        return Writer(
+            str(config.path), load_decoder(locate(str(config.path), "config"), str(config.path)), tokenizer_of(config)
+        )
     model, tokenizer = load_teacher(config)
     if accelerator != "cpu" and torch.cuda.is_available():
         model.cuda()

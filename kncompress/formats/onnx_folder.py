@@ -11,6 +11,8 @@ from kncompress.formats.onnx_card import onnx_card
 from kncompress.formats.onnx_decoder import CacheSizes
 from kncompress.formats.onnx_graph import check_packages
 from kncompress.formats.onnx_session import OnnxDecoder
+from kncompress.formats.stored import check_checksums, write_checksums
+from kncompress.terminal import first_line
 
 GRAPH = "model.onnx"
 GENAI = "genai_config.json"
@@ -30,6 +32,7 @@ def accompany(model: Any, tokenizer: Any, folder: Path, sizes: list[CacheSizes])
         del fields.quantization_config
     fields.save_pretrained(folder)
     (folder / "README.md").write_text(onnx_card(model, bool(sizes)), encoding="utf-8")
+    write_checksums(folder, "*.onnx*")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if sizes:
@@ -53,12 +56,17 @@ def check_backend(folder: Path, backend: str, path: str) -> None:
     check_packages(key, ("onnxruntime",))
 
 
-def load_decoder(folder: Path) -> OnnxDecoder:
-    """The graph of such a folder, with the configs that lie beside it."""
+def load_decoder(folder: Path, path: str) -> OnnxDecoder:
+    """The graph of such a folder, with the configs that lie beside it. Raises UserError, which names ``path``, where a
+    file is damaged."""
     from transformers import AutoConfig, GenerationConfig
 
-    model = OnnxDecoder(folder / GRAPH, AutoConfig.from_pretrained(folder))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_checksums(folder, sorted(folder.glob(f"{GRAPH}*")), path)
+    try:
+        model = OnnxDecoder(folder / GRAPH, AutoConfig.from_pretrained(folder))
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of onnxruntime, which has no common class for them, or of a config
+        raise UserError(f"model.path={path}: cannot be read: {first_line(error)}") from error
     return model
 
 

@@ -93,9 +93,14 @@ def check_weights(folder: Path, path: str | Path) -> None:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"model.path={path}: {file.name} is damaged ({reason_of(error)})") from error
+    check_checksums(folder, _files(folder), path)
+
+
+def check_checksums(folder: Path, files: list[Path], path: str | Path) -> None:
+    """Raises UserError where one of ``files`` is not what ``write_checksums`` saw in ``folder``."""
     if (folder / CHECKSUMS).is_file():
         known = read_json(folder / CHECKSUMS, dict[str, str], f"model.path={path}", SMALL)
-        for file in _files(folder):
+        for file in files:
             if known.get(file.name, checksum(file)) != checksum(file):
                 raise UserError(
                     f"model.path={path}: {file.name} is not as it was written, it is damaged or another's; "
@@ -115,9 +120,9 @@ def stored_type(folder: Path) -> str | None:
     return _TYPES.get(kinds.pop()) if len(kinds) == 1 else None
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: Path, pattern: str = "*.safetensors") -> None:
     """Write a file that tells ``check_weights`` what the weights of this folder are, and them alone."""
-    sums = {file.name: checksum(file) for file in sorted(folder.glob("*.safetensors"))}
+    sums = {file.name: checksum(file) for file in sorted(folder.glob(pattern))}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 

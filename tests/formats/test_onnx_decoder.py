@@ -84,7 +84,7 @@ def test_a_damaged_cache_is_noticed(exported):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_weights_lie_once_and_factored(kind, exported):
-    """A tied table and its head are one tensor; the operator of attention stands once a layer, that of positions twice."""
+    """A tied table and its head are one tensor; the operator of attention stands once a layer, of positions twice."""
     model, file = exported(kind)
     graph = onnx.load(file).graph
     numbers = sum(int(np.prod(value.dims)) for value in graph.initializer)

@@ -1,5 +1,6 @@
 """``generate``: what is shown and written is what the models say."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_an_exported_folder_for_the_wrong_reader(
     for (model, *rest), message in told.items():
         code, out, err = command(rest[0], model, *rest[1:], "run_dir=run")
         assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
+    for damage, message in ((b"", "is not as it was written"), (b"no graph", "is not as it was written")):
+        shutil.copytree(exported, "damaged", dirs_exist_ok=True)
+        Path("damaged/model.onnx").write_bytes(damage)
+        code, _, err = command(words[0], "model=./damaged", *words[1:], "run_dir=run")
+        assert code == 2 and message in err and err.count("\n") == 1, err
+        Path("damaged/kncompress-checksums.json").unlink()
+        code, _, err = command(words[0], "model=./damaged", *words[1:], "run_dir=run")
+        assert code == 2 and "damaged: cannot be read: " in err and err.count("\n") == 1, err
+    shutil.rmtree("damaged")
+    shutil.rmtree("run", ignore_errors=True)
     monkeypatch.setattr("kncompress.formats.onnx_graph.find_spec", lambda name: None)
     code, _, err = command(words[0], f"model={exported}", *words[1:], "run_dir=run")
     assert code == 2 and "needs the package onnxruntime: pip install 'kncompress[onnx]'" in err and err.count("\n") == 1
