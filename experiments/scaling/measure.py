@@ -65,19 +65,18 @@ def kills(folder: Path, name: str, words: list[str], seed: int = 0) -> None:
     """Kill a run five times and compare its folder with that of one that was left alone."""
     model, draw = model_in(folder, name), random.Random(seed)
     whole, cut = folder / "whole", folder / "cut"
-    seconds = measured(command(model, whole, words))[0]
-    for number in range(5):
+    measured(command(model, whole, words))
+    parts = len(list((whole / "model").glob("*.safetensors")))
+    for at in sorted(draw.sample(range(parts - 1), 5)):
         child = subprocess.Popen(command(model, cut, words), stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        while child.poll() is None and len(list((cut / "parts").glob("*.json"))) < at:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        print(
-            f"kill {number + 1}: {len(list((cut / 'parts').glob('*.json')))} parts, model: {(cut / 'model').exists()}"
-        )
-        if (cut / "model").exists():
-            break
-    else:
-        measured(command(model, cut, words))
+        print(f"killed with {len(list((cut / 'parts').glob('*.json')))} of {parts} parts", flush=True)
+        assert not (cut / "model").exists()
+    measured(command(model, cut, words))
     names = {file.name for file in (whole / "model").iterdir()}
     assert names == {file.name for file in (cut / "model").iterdir()}
     differ = [
