@@ -212,3 +212,34 @@ def test_memory_of_a_file_is_given_back(tmp_path):
     tensor[3, 7] = 5  # what has been changed stays
     let_go([tensor])
     assert float(tensor[3, 7]) == 5
+
+
+@pytest.mark.parametrize("kind", ["llama"])
+@pytest.mark.parametrize("fault", ["mixed", "cut", "missing", "foreign"])
+def test_files_of_several_types_are_float32_and_bad_ones_are_told(kind, fault, half):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(half / "model.safetensors")
+    names = sorted(weights)
+    shards = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    if fault == "mixed":
+        weights[names[0]] = weights[names[0]].float()
+    for file, some in shards.items():
+        save_file({name: weights[name] for name in some}, half / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}}
+    if fault == "foreign":
+        index["weight_map"][names[0]] = "../a.safetensors"
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    (half / "model.safetensors").unlink()
+    (half / "kncompress-checksums.json").unlink()
+    if fault == "mixed":
+        assert {p.dtype for p in load_stored(half).parameters()} == {torch.float32}
+        return
+    if fault == "cut":
+        (half / "b.safetensors").write_bytes((half / "b.safetensors").read_bytes()[:-7])
+    elif fault == "missing":
+        (half / "b.safetensors").unlink()
+    told = {"cut": "b.safetensors is damaged", "missing": "lacks its weights: b.safetensors", "foreign": "not the name"}
+    with pytest.raises(UserError, match=told[fault]) as caught:
+        load_stored(half)
+    assert "\n" not in str(caught.value)
