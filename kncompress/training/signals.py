@@ -22,6 +22,8 @@ before_giving_up: list[Callable[[], None]] = []
 """Called before a process ends whose main thread hangs."""
 _received: list[int] = []
 _postponing = False
+_handled: set[int] = set()
+"""Signals that ``signals_as_exceptions`` is in force for."""
 
 
 class Terminated(SystemExit):
@@ -54,9 +56,11 @@ def signals_as_exceptions() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, _handle)
+                _handled.add(number)
         try:
             yield
         finally:
+            _handled.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -96,11 +100,11 @@ def postpone(active: bool) -> None:
     """From now on only take note of the first signal (``received`` tells it), or raise again.
 
     Nothing changes where ``signals_as_exceptions`` is not in force. Lightning's own handler of SIGTERM, which
-    communicates at any moment, is replaced.
+    communicates at any moment, is replaced: also where SIGINT is ignored, as in the background of a shell.
     """
     global _postponing
     _postponing = active
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _handle:
+    if threading.current_thread() is threading.main_thread() and signal.SIGTERM in _handled:
         signal.signal(signal.SIGTERM, _handle)
 
 

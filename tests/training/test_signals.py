@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from waiting import PATIENCE
@@ -25,6 +26,23 @@ with signals.signals_as_exceptions():
     while True:
         time.sleep(0.01)
 """
+
+
+@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN])
+def test_postponed_signals_are_ours_whoever_took_them(sigint: Any) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    others: list[int] = []
+    try:
+        signal.signal(signal.SIGINT, sigint)  # ignored where a shell has started the program in its background
+        with signals.signals_as_exceptions():
+            signal.signal(signal.SIGTERM, lambda number, _: others.append(number))  # as Lightning does
+            signals.postpone(True)
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.received() == signal.SIGTERM and not others
+            signals.postpone(False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a mutex of glibc")
