@@ -398,7 +398,11 @@ LONG = ["trainer.steps=100000", "trainer.validate_every=100000", "trainer=ddp", 
 def test_a_dead_rank(world: World, number: int) -> None:
     tally, folder = Tally(f"{signal.Signals(number).name} to one rank of two"), world.fresh()
     line = [*world.words["train"], *LONG, "trainer.devices=2", f"run_dir={folder.name}"]
-    running = _program(world, "-m", "kncompress", *line)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it in its background
+    try:
+        running = _program(world, "-m", "kncompress", *line)
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(lambda: (folder / "metrics.csv").exists(), running)
     ranks = [p for p in _children(running.pid) if b"kncompress" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(ranks[0], number)
