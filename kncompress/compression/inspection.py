@@ -126,7 +126,7 @@ def _meta_model(config: Any) -> Any:
 
     auto = getattr(transformers, LANGUAGE_MODELS[family_of(config).task])
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError("model: its maps are factored or quantised already; inspect the dense model")
+        raise UserError("model: its maps are factored already, or quantised; give the dense model")
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))  # the model's config will change

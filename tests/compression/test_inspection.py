@@ -154,5 +154,5 @@ def test_what_cannot_be_built_is_the_users_to_fix():
         predict(config, Plan())
     model = random_model(config_of("gpt2"))
     compress_(model, PLANS["factors"])
-    with pytest.raises(UserError, match="factored or quantised already"):
+    with pytest.raises(UserError, match="factored already, or quantised"):
         predict(model.config, Plan())
