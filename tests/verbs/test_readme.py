@@ -219,7 +219,7 @@ def test_it_runs_slowly(commands: list[Command], at_home: Path, capfd: Any) -> N
 
 def test_the_python_of_the_pages_runs(at_home: Path, capsys: Any) -> None:
     assert main(["compress", "model=model", "factors.mlp.right=[1,2]", "run_dir=runs/first"]) == 0
-    # Those of an exported graph stand on its card too, which tests/formats runs.
+    # Those of an exported graph stand on its card too, and test_export.py runs them from there.
     found = [block for block in _blocks() if block.language == "python" and "onnxruntime" not in block.text]
     assert found
     for block in found:
