@@ -12,7 +12,7 @@ from kncompress.compression.student_plan import StudentPlan
 from kncompress.config import DataConfig, ExportConfig, FactorsConfig, ModelConfig, PlanConfig, TrainConfig
 from kncompress.errors import UserError
 from kncompress.formats.onnx_graph import check_packages
-from kncompress.planner.budget import spend
+from kncompress.planner.budget import budget_count, spend
 from kncompress.planner.planning import read_harms
 from kncompress.reports.report_page import report_page
 from kncompress.runs.past_runs import read_runs
@@ -87,7 +87,7 @@ def outlook(config: TrainConfig) -> str:
     fields = model_config(config.model)
     teacher = predict(fields, Plan()).parameters_before
     assert config.budget is not None
-    student = round(config.budget * teacher if config.budget <= 1 else config.budget)
+    student = budget_count(config.budget, teacher)
     time = config.trainer
     length = f"{time.minutes:g} minutes" if time.minutes is not None else f"{time.steps} steps" if time.steps else None
     tokens = f"{time.tokens:,} tokens" if time.tokens else "one pass over the text"
