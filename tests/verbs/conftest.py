@@ -1,11 +1,13 @@
 """Real verbs on a tiny model and a small text, in this process or in one of its own."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,11 +130,15 @@ def interrupted_when(ready: Callable[[], bool]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    with warnings.catch_warnings():
+        # The interrupt may fall between a file's opening and its `with`: such a file is closed when it is collected.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            gc.collect()
 
 
 @pytest.fixture
