@@ -29,7 +29,7 @@ class DenseWalk:
         model: dense transformers model in evaluation mode, on any device; its numbers may be in half precision.
         text: what it reads. Moments that its folder holds are read from there, the others put there.
         inputs: names of the inputs (``input_of``) whose moments will be asked for.
-        outputs: names of the maps within layers at whose outputs gradients will be.
+        outputs: names of the maps, within layers or the embedding, at whose outputs gradients will be.
         work: is told what is done.
         rows: whether what enters the maps of ``inputs`` will be asked for as it is.
 
@@ -54,8 +54,9 @@ class DenseWalk:
         kept = self.folder.known if self.folder is not None else lambda _: False
         self._inputs = [name for name in inputs if rows or not kept(name)]
         sites = [self.anatomy.sites[name] for name in outputs] if self.anatomy.has_head else []
-        self.outputs = {site.name for site in sites if site.layer is not None}
-        self._outputs = [site for site in sites if site.layer is not None and not kept(gradient(site.name))]
+        sites = [site for site in sites if site.layer is not None or _enters(model, site)]
+        self.outputs = {site.name for site in sites}
+        self._outputs = [site for site in sites if not kept(gradient(site.name))]
         self.last = self._last()
         count = len(text.tokens)
         self._costs = [self._cost(number, count) for number in range(self.last)]
@@ -91,6 +92,21 @@ class DenseWalk:
                 record.run(self.layers[number], self.states)
             self.work.finish(self._costs[number])
         return record
+
+    def embedding(self) -> Moment | None:
+        """The moment of the gradients at the embedding's outputs, (D, D), at any time; None where not asked for."""
+        site = self.anatomy.sites["embedding"]
+        if site.name not in self.outputs:
+            return None
+        if site not in self._outputs:
+            assert self.folder is not None
+            return self.folder.found(gradient(site.name), site.in_features, self.device)
+        assert self.upstream is not None
+        total = MomentSum(site.in_features, self.device)
+        with self.work.moments():
+            for rows in self.upstream.embedded():
+                total.add(rows.to(self.device))
+        return self._kept(gradient(site.name), finite(total.moment(), "the outputs of embedding: their gradient"))
 
     def head(self) -> Moment:
         """The moment of what the head reads, after all layers."""
@@ -176,6 +192,11 @@ class LayerRecord:
             return walk._kept(gradient(site.name), moment)
 
 
+def _enters(model: Any, site: Site) -> bool:
+    """Whether a site outside the layers is the embedding, and its rows enter the first layer as wide as they are."""
+    return site.name == "embedding" and site.in_features == model.config.get_text_config().hidden_size
+
+
 def gradient(name: str) -> str:
     """What a folder of moments calls those of the gradients at a map's outputs."""
     return f"{name}.gradient"
@@ -222,11 +243,14 @@ def output_moments(
 ) -> dict[str, Moment]:
     """{map: moment of the gradients at its outputs, E[g g^T] of (M, M)} of the ``wanted`` maps within layers.
 
-    Those that the folder ``text.moments`` holds are read from it, the others put there. Embedding and head are left
-    out: their outputs are as many as there are tokens. Arguments and errors as of ``moments``.
+    Those that the folder ``text.moments`` holds are read from it, the others put there. Of the embedding (D, D); the
+    head is left out: it has as many outputs as there are tokens. Arguments and errors as of ``moments``.
     """
     with evaluating(model):
         walk, found = DenseWalk(model, text, (), wanted, work), {}
+        embedding = walk.embedding()
+        if embedding is not None:
+            found["embedding"] = embedding
         for number in range(walk.anatomy.layers):
             sites = [site for name in wanted if (site := walk.anatomy.sites[name]).layer == number]
             if number < walk.last or sites:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kncompress.compression.map_fit import Fitted, InputMoment, calibrated_parts, frobenius_error, gauged
 from kncompress.compression.moments import MomentSum
 from kncompress.config import FitConfig
-from kncompress.kron import Factors, Moment, PreparedMoment, Shape, corrected_bias
+from kncompress.kron import Factors, Moment, PreparedMoment, RowWeights, Shape, corrected_bias
 from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.moments import formed_rows
 
@@ -59,10 +59,12 @@ class PairFit:
         self.moment = InputMoment(factored)
 
     @torch.no_grad()
-    def fit(self, weight: Tensor, bias: Tensor | None, shape: Shape, outputs: Moment | None = None) -> Fitted:
+    def fit(
+        self, weight: Tensor, bias: Tensor | None, shape: Shape, outputs: Moment | RowWeights | None = None
+    ) -> Fitted:
         """Factors for W (M, N) and its bias (M,); the weighted error is that against the dense model's outputs.
 
-        ``outputs``: moment of the loss's gradients at the dense map's outputs, where the fit weighs both sides.
+        ``outputs``: as of ``fit_calibrated``, at the dense map's outputs.
         """
         correct = bias is not None and self.settings.bias
         prepared = self.moment.prepared(correct)

@@ -30,13 +30,18 @@ _BACKWARD = 2
 """Cost of running a layer forward once more and back to its input, in forward passes."""
 
 
+EMBEDDED = -1
+"""What stands before the first layer, where layers are counted: the embedding."""
+
+
 class Upstream:
     """The gradients of the loss after each layer that holds one of ``sites``, from a walk to the end and back.
 
     Args:
         model: dense transformers model with a language-model head, in evaluation mode.
         text: what it reads.
-        sites: maps within layers.
+        sites: maps within layers, or the embedding, whose outputs are taken for what enters the first layer: what a
+            model adds to them has no part in the gradient, a factor that it multiplies them by is left out.
         work: is told of each layer.
 
     Raises:
@@ -45,10 +50,10 @@ class Upstream:
 
     def __init__(self, model: Any, text: CalibrationText, sites: Collection[Site], work: Work) -> None:
         layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
-        wanted = {site.layer for site in sites}
-        first = min(number for number in wanted if number is not None)
+        wanted = {EMBEDDED if site.layer is None else site.layer for site in sites}
+        first = min(wanted)
         costs = [layer_cost(layer, len(text.tokens)) for layer in layers]
-        work.expect(sum(costs) + _BACKWARD * sum(costs[first:]))
+        work.expect(sum(costs) + _BACKWARD * sum(costs[first + 1 :]))
         work.begin("gradients: head")
         hidden = HiddenStates(model, text)
         entered: list[Rows] = []
@@ -61,18 +66,22 @@ class Upstream:
             gradients = _at_the_end(model, hidden, anatomy_of(model).family.head)
         self._after: dict[int, Rows] = {}
         for number in range(len(layers) - 1, first - 1, -1):
-            work.begin(f"gradients: layers.{number}")
+            work.begin("gradients: embedding" if number == EMBEDDED else f"gradients: layers.{number}")
             if number in wanted:
                 self._after[number] = Rows(gradients, text.scratch, text.room // len(layers))
             if number > first:
                 hidden.layer = number
                 with raised(layers[number]):
                     _one_layer_back(layers[number], hidden, entered.pop(), gradients)
-            work.finish(_BACKWARD * costs[number])
+                work.finish(_BACKWARD * costs[number])
 
     def after(self, layer: int, batch: int) -> Tensor:
-        """(B, T, D), on the CPU: gradient at the output of a layer for a batch."""
+        """(B, T, D), on the CPU: gradient at the output of a layer, or of ``EMBEDDED``, for a batch."""
         return self._after[layer][batch]
+
+    def embedded(self) -> Iterator[Tensor]:
+        """``after(EMBEDDED)`` of each batch."""
+        yield from self._after[EMBEDDED]
 
 
 def _at_the_end(model: Any, hidden: HiddenStates, path: str) -> list[Tensor]:

@@ -12,7 +12,9 @@ from kncompress.kron import (
     HybridShape,
     KroneckerShape,
     Moment,
+    Outputs,
     PreparedMoment,
+    RowWeights,
     Shape,
     calibrated_embedding,
     calibrated_factors,
@@ -81,11 +83,12 @@ def fit_calibrated(
     shape: Shape,
     moment: InputMoment,
     settings: FitConfig,
-    outputs: Moment | None = None,
+    outputs: Moment | RowWeights | None = None,
 ) -> Fitted:
     """Factors of ``weight`` (M, N) with the least error on the inputs; the bias (M,) takes the mean of what is left.
 
-    ``outputs``: moment of the loss's gradients at the outputs, (M, M), where the fit weighs both sides.
+    ``outputs``: moment of the loss's gradients at the outputs, (M, M), where the fit weighs both sides; of a head, its
+    rows' weights, which a hybrid leaves out.
     """
     correct = bias is not None and settings.bias
     prepared = moment.prepared(correct)
@@ -97,15 +100,21 @@ def fit_calibrated(
 
 @torch.no_grad()
 def fit_embedding(
-    weight: Tensor, shape: KroneckerShape, frequencies: Tensor, head: InputMoment | None, settings: FitConfig
+    weight: Tensor,
+    shape: KroneckerShape,
+    frequencies: Tensor,
+    head: InputMoment | None,
+    settings: FitConfig,
+    felt: Moment | None = None,
 ) -> Fitted:
     """Factors of an embedding (V, D) for tokens of these frequencies (V,) and the inputs of a head tied to it.
 
-    Its weighted error covers both aims together; each has the same weight at the start.
+    ``felt``: moment of the loss's gradients at its outputs, (D, D), where the fit weighs both sides. The weighted error
+    covers look-ups and head together; each has the same weight at the start.
     """
     history: list[float] = []
     moment = None if head is None else head.prepared(False)
-    factors = calibrated_embedding(weight, shape, frequencies.to(weight.device), moment, history=history)
+    factors = calibrated_embedding(weight, shape, frequencies, moment, felt, history=history)
     parts = gauged((factors,), settings)
     return Fitted(parts, None, frobenius_error(weight, parts), min(history, default=0.0))
 
@@ -118,12 +127,18 @@ def nearest_parts(weight: Tensor, shape: Shape) -> tuple[Factors, ...]:
 
 
 def calibrated_parts(
-    weight: Tensor, shape: Shape, moment: PreparedMoment, settings: FitConfig, outputs: Moment | None = None
+    weight: Tensor,
+    shape: Shape,
+    moment: PreparedMoment,
+    settings: FitConfig,
+    outputs: Moment | RowWeights | None = None,
 ) -> tuple[Factors, ...]:
-    """Calibrated factors of each Kronecker sum of a shape."""
-    feels = None if outputs is None else prepare_outputs(outputs.second, outputs.count, settings.output_ridge)
+    """Calibrated factors of each Kronecker sum of a shape; ``outputs`` as of ``fit_calibrated``."""
+    feels: Outputs | None = outputs if isinstance(outputs, RowWeights) else None
+    if isinstance(outputs, Moment):
+        feels = prepare_outputs(outputs.second, outputs.count, settings.output_ridge)
     if isinstance(shape, HybridShape):
-        return tuple(calibrated_hybrid(weight, shape, moment, outputs=feels))
+        return tuple(calibrated_hybrid(weight, shape, moment, outputs=None if isinstance(feels, RowWeights) else feels))
     if feels is not None:
         return (two_sided_factors(weight, shape.sums[0], moment, feels, sweeps=settings.sweeps),)
     return (calibrated_factors(weight, shape.sums[0], moment, sweeps=settings.sweeps),)

@@ -15,12 +15,12 @@ from kncompress.anatomy.swap import FACTORED, dense_bias, dense_weight, empty_mo
 from kncompress.compression.dense_walk import DenseWalk
 from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.map_fit import Fitted, InputMoment, fit_calibrated, fit_embedding, fit_nearest
-from kncompress.compression.moments import input_of, token_frequencies
+from kncompress.compression.moments import head_weights, input_of, token_frequencies
 from kncompress.compression.parts import EMBEDDING, REST, MapErrors, Parts, stage_of
 from kncompress.compression.sequential import SequentialFit, layers_to_run, sequential_cost
 from kncompress.compression.work import Work, fit_cost
 from kncompress.config import FitConfig
-from kncompress.kron import HybridLinear, KroneckerShape, Moment, PackedLinear, Shape
+from kncompress.kron import HybridLinear, KroneckerShape, Moment, PackedLinear, RowWeights, Shape
 
 Start = Literal["nearest", "random", "calibrated", "sequential"]
 STARTS: tuple[Start, ...] = ("nearest", "random", "calibrated", "sequential")
@@ -124,14 +124,14 @@ class ModelFit:
         self.work.expect(sum(self._cost(name, True) for name in self.shapes))
         walk = self._walk(text, rows=False)
         if "embedding" in self.shapes and not self._ties_head:
-            self._fit_embedding(text, None, fits)
+            self._fit_embedding(text, None, fits, walk.embedding())
         for stage, sites in self._stages():
             if sites[0].layer is not None:
                 self._calibrated_layer(walk, stage, sites, fits)
         if "head" in self.shapes and not self._taken(REST, [self.anatomy.sites["head"]], True, fits):
-            self._calibrated_head(InputMoment(walk.head()), fits)
+            self._calibrated_head(text, InputMoment(walk.head()), fits)
         if self._ties_head:
-            self._fit_embedding(text, walk, fits)
+            self._fit_embedding(text, walk, fits, walk.embedding())
         return fits
 
     def _calibrated_layer(self, walk: DenseWalk, stage: str, sites: list[Site], fits: dict[str, Fitted]) -> None:
@@ -149,15 +149,18 @@ class ModelFit:
         self._done(sites, fits)
         fits |= {site.name: fits[site.name].told for site in sites if site.name in fits}
 
-    def _calibrated_head(self, moment: InputMoment, fits: dict[str, Fitted]) -> None:
+    def _calibrated_head(self, text: CalibrationText, moment: InputMoment, fits: dict[str, Fitted]) -> None:
         site = self.anatomy.sites["head"]
         with self._raised([site]):
-            fits[site.name] = self._fit(site, moment)
+            fits[site.name] = self._fit(site, moment, head_weights(text, site, self.settings))
             self._place([site], fits)
         self._done([site], fits)
 
-    def _fit_embedding(self, text: CalibrationText, walk: DenseWalk | None, fits: dict[str, Fitted]) -> None:
-        """Fit and replace the embedding; ``walk``, at its end, tells what a head that is tied to it reads."""
+    def _fit_embedding(
+        self, text: CalibrationText, walk: DenseWalk | None, fits: dict[str, Fitted], felt: Moment | None
+    ) -> None:
+        """Fit and replace the embedding; ``walk``, at its end, tells what a head that is tied to it reads; ``felt``: of
+        ``DenseWalk.embedding``."""
         site, shape = self.anatomy.sites["embedding"], self.shapes["embedding"]
         if self._taken(EMBEDDING, [site], True, fits):
             return
@@ -167,7 +170,7 @@ class ModelFit:
         with self._raised([site]):
             weight = dense_weight(module_at(self.model, site), site)
             fits["embedding"] = fit_embedding(
-                weight, shape, token_frequencies(text, len(weight)), moment, self.settings
+                weight, shape, token_frequencies(text, len(weight)), moment, self.settings, felt
             )
             self._place([site], fits)
         self._done([site], fits)
@@ -177,7 +180,7 @@ class ModelFit:
     def _cost(self, name: str, calibrated: bool) -> float:
         return fit_cost(self.anatomy.sites[name], self.shapes[name], calibrated, self.settings.sweeps)
 
-    def _fit(self, site: Site, moment: InputMoment | None, outputs: Moment | None = None) -> Fitted:
+    def _fit(self, site: Site, moment: InputMoment | None, outputs: Moment | RowWeights | None = None) -> Fitted:
         """Factors nearest to the weight, or with the least error on the inputs of this moment."""
         self.work.begin(site.name)
         old, shape = module_at(self.model, site), self.shapes[site.name]
@@ -206,7 +209,7 @@ class ModelFit:
         walk = self._walk(text, rows=True)
         fit = SequentialFit(self.model, self.shapes, walk, self.settings, self._place, self.work)
         if "embedding" in self.shapes:
-            self._fit_embedding(text, head, fits)
+            self._fit_embedding(text, head, fits, walk.embedding())
             fit.embedded(text)
         for stage, sites in self._stages():
             if sites[0].layer is None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from kncompress.anatomy.mapped import HALVES, let_go
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.config import FitConfig
 from kncompress.errors import UserError
-from kncompress.kron import Moment
+from kncompress.kron import Moment, RowWeights, row_weights
 from kncompress.kron.dense_product import without_autocast
 from kncompress.reading import checksum_text
 from kncompress.runs.whole_file import give_usual_mode
@@ -87,6 +88,11 @@ def token_frequencies(text: CalibrationText, vocabulary: int) -> Tensor:
     """(V,): share of each token in the text, float32."""
     counts = torch.bincount(torch.cat([ids.flatten() for ids in text.batches()]), minlength=vocabulary)
     return (counts / counts.sum()).float()
+
+
+def head_weights(text: CalibrationText, site: Site, settings: FitConfig) -> RowWeights | None:
+    """What each row of a head counts where both sides do: as often as its token occurs, the model expects it."""
+    return row_weights(token_frequencies(text, site.out_features)) if settings.sides == "both" else None
 
 
 def fingerprint(model: Any, text: CalibrationText) -> str:

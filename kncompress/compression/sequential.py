@@ -24,11 +24,11 @@ from kncompress.compression.dense_walk import DenseWalk, LayerRecord
 from kncompress.compression.drift import Drift, PairFit, PairSum
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head
 from kncompress.compression.map_fit import Fitted
-from kncompress.compression.moments import MomentSum, finite, inputs_of
+from kncompress.compression.moments import MomentSum, finite, head_weights, inputs_of
 from kncompress.compression.rows import Rows
 from kncompress.compression.work import Work, fit_cost, layer_cost, moment_cost
 from kncompress.config import FitConfig
-from kncompress.kron import Moment, Shape
+from kncompress.kron import Moment, RowWeights, Shape
 
 Place = Callable[[list[Site], Mapping[str, Fitted]], None]
 """Puts the fitted maps that share an input into the model; those of them that are not fitted stay dense."""
@@ -142,7 +142,7 @@ class SequentialFit:
         self, name: str, sites: list[Site], dense: Read, factored: Read | None, record: LayerRecord | None = None
     ) -> None:
         """Fit the maps that read an input, and put them into the model; ``factored``: None where it reads the same;
-        ``record``: tells what the loss feels at their outputs."""
+        ``record``: tells what the loss feels at their outputs; None for the head."""
         self.work.begin(name)
         with self.work.moments():
             moment, drift = self._moments(name, sites[0].in_features, dense, factored)
@@ -151,7 +151,10 @@ class SequentialFit:
             if site.name in self.shapes:
                 self.work.begin(site.name)
                 old, shape = module_at(self.model, site), self.shapes[site.name]
-                outputs = None if record is None else record.output(site)
+                if record is None:
+                    outputs: Moment | RowWeights | None = head_weights(self.walk.text, site, self.settings)
+                else:
+                    outputs = record.output(site)
                 self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape, outputs)
                 self.work.finish(fit_cost(site, shape, True, self.settings.sweeps))
         self.place(sites, self.fits)

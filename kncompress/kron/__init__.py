@@ -9,11 +9,12 @@ from kncompress.kron.hybrids import calibrated_hybrid, nearest_hybrid
 from kncompress.kron.layers import KroneckerEmbedding, KroneckerLinear
 from kncompress.kron.moments import Moment, PreparedMoment, corrected_bias, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors, relative_error
+from kncompress.kron.outputs import OutputMoment, Outputs, RowWeights, prepare_outputs, row_weights
 from kncompress.kron.packed_linear import PackedLinear
 from kncompress.kron.product import kronecker_linear
 from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError, divisors
-from kncompress.kron.two_sided import prepare_outputs, two_sided_error, two_sided_factors
+from kncompress.kron.two_sided import two_sided_error, two_sided_factors
 
 __all__ = [
     "Factors",
@@ -24,9 +25,12 @@ __all__ = [
     "KroneckerLinear",
     "KroneckerShape",
     "Moment",
+    "OutputMoment",
+    "Outputs",
     "PackedLinear",
     "PackedShape",
     "PreparedMoment",
+    "RowWeights",
     "Shape",
     "ShapeError",
     "calibrated_embedding",
@@ -42,6 +46,7 @@ __all__ = [
     "prepare_outputs",
     "regauge",
     "relative_error",
+    "row_weights",
     "two_sided_error",
     "two_sided_factors",
     "weighted_error",

@@ -8,6 +8,7 @@ from kncompress.kron.compound import HybridShape
 from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.moments import Moment, PreparedMoment, formed_rows, prepare, weighted_error
 from kncompress.kron.nearest import Factors, nearest_factors
+from kncompress.kron.outputs import OutputMoment
 from kncompress.kron.two_sided import two_sided_error, two_sided_factors
 
 ROUNDS = 4
@@ -43,7 +44,7 @@ def calibrated_hybrid(
     moment: Moment | PreparedMoment,
     rounds: int = ROUNDS,
     history: list[float] | None = None,
-    outputs: PreparedMoment | None = None,
+    outputs: OutputMoment | None = None,
 ) -> list[Factors]:
     """Factors of each part of ``shape``, back-fitted to the inputs that ``moment`` describes.
 
@@ -87,7 +88,7 @@ def _back_fitted(
     moment: PreparedMoment | None,
     rounds: int,
     history: list[float],
-    outputs: PreparedMoment | None = None,
+    outputs: OutputMoment | None = None,
 ) -> list[Factors]:
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: must be 1 or more")

@@ -24,23 +24,14 @@ from torch import Tensor
 from kncompress.kron.calibrated import SWEEPS, TOLERANCE, calibrated_factors
 from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import in_gauge
-from kncompress.kron.moments import Moment, PreparedMoment, as_parts, formed_rows
+from kncompress.kron.moments import PreparedMoment, as_parts, formed_rows
 from kncompress.kron.nearest import Factors, nearest_factors
+from kncompress.kron.outputs import Outputs
 from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
-OUTPUT_RIDGE = 0.1
-"""Ridge of G, relative to the mean of its diagonal: few tokens say little about the directions of a gradient."""
 _STEPS = 4
 """Conjugate gradient steps of one half step; each costs a product with G and one with C."""
-
-
-def prepare_outputs(second: Tensor, count: int, ridge: float = OUTPUT_RIDGE) -> PreparedMoment:
-    """G (M, M), the mean of g g^T over ``count`` tokens, made safe to divide by.
-
-    A null G becomes the identity: then nothing is known about the outputs, and the fit is that to the inputs alone.
-    """
-    return PreparedMoment(Moment(second, second.new_zeros(len(second)), count), ridge=ridge)
 
 
 @torch.no_grad()
@@ -48,7 +39,7 @@ def two_sided_factors(
     weight: Tensor,
     shape: KroneckerShape,
     inputs: PreparedMoment,
-    outputs: PreparedMoment,
+    outputs: Outputs,
     *,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
@@ -63,7 +54,7 @@ def two_sided_factors(
         weight: (M, N), out x in.
         shape: the factors' shape.
         inputs: C, (N, N).
-        outputs: G, (M, M), of ``prepare_outputs``.
+        outputs: G, of ``prepare_outputs`` or ``row_weights``, for M outputs.
         sweeps: most sweeps over both sides.
         tolerance: stop where a sweep lowers f by less than this share.
         history: gets sqrt(f / tr(G W C W^T)) at the start and after each half step; it never rises.
@@ -72,47 +63,33 @@ def two_sided_factors(
         ShapeError: ``weight`` is not (M, N), or a moment not of its size.
         ValueError: a value is not finite.
     """
-    if tuple(outputs.plain.shape) != (shape.out_features,) * 2:
-        raise ShapeError(f"outputs={list(outputs.plain.shape)}: {shape} needs {[shape.out_features] * 2}")
+    if outputs.outputs != shape.out_features:
+        raise ShapeError(f"outputs={outputs.outputs}: {shape} needs {shape.out_features}")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     exact = weight.detach().to(dtype)
     with without_autocast(weight.device):
         if 1 in (shape.left[0], shape.right[0]):
-            upper = (outputs.cholesky / outputs.size**0.5).T.to(exact)  # K^T but for its scale
             right = shape.left[0] == 1
             start = None
             if 1 not in (shape.left[1], shape.right[1]):  # no closed form: from the fit to the inputs alone
-                first = calibrated_factors(exact, shape, inputs, sweeps=sweeps, tolerance=tolerance)
-                start = Factors(first.left, upper @ first.right) if right else Factors(upper @ first.left, first.right)
-            found = calibrated_factors(
-                upper @ exact, shape, inputs, sweeps=sweeps, tolerance=tolerance, start=start, history=history
+                left, turned = calibrated_factors(exact, shape, inputs, sweeps=sweeps, tolerance=tolerance)
+                start = Factors(left, outputs.whitened(turned)) if right else Factors(outputs.whitened(left), turned)
+            whitened = outputs.whitened(exact)
+            left, turned = calibrated_factors(
+                whitened, shape, inputs, sweeps=sweeps, tolerance=tolerance, start=start, history=history
             )
-            found = _turned_back(found, upper, right)
+            found = Factors(left, outputs.solved(turned)) if right else Factors(outputs.solved(left), turned)
+            found = in_gauge(found)
         else:
             found = _alternated(exact, shape, inputs, outputs, sweeps, tolerance, history)
     return Factors(found.left.to(weight.dtype), found.right.to(weight.dtype))
-
-
-def _turned_back(factors: Factors, upper: Tensor, right: bool) -> Factors:
-    """The sum whose product with ``upper`` from the left is that of ``factors``; upper acts on one side's rows."""
-    if right:
-        return in_gauge(Factors(factors.left, _solved(upper, factors.right)))
-    return in_gauge(Factors(_solved(upper, factors.left), factors.right))
-
-
-def _solved(upper: Tensor, factors: Tensor) -> Tensor:
-    """upper^-1 times each (m, n) of ``factors`` (R, m, n)."""
-    terms, rows, columns = factors.shape
-    wide = factors.transpose(0, 1).reshape(rows, terms * columns)
-    solved = torch.linalg.solve_triangular(upper.double(), wide.double(), upper=True).to(factors)
-    return solved.view(rows, terms, columns).transpose(0, 1).contiguous()
 
 
 def _alternated(
     weight: Tensor,
     shape: KroneckerShape,
     inputs: PreparedMoment,
-    outputs: PreparedMoment,
+    outputs: Outputs,
     sweeps: int,
     tolerance: float,
     history: list[float] | None,
@@ -147,35 +124,29 @@ def _separated(
     weight: Tensor,
     shape: KroneckerShape,
     inputs: PreparedMoment,
-    outputs: PreparedMoment,
+    outputs: Outputs,
     sweeps: int,
     tolerance: float,
 ) -> Factors | None:
-    """The fit under the Kronecker product G1 (x) G2 nearest to G; None where that has no Cholesky factor."""
-    (m1, _), (m2, _) = shape.left, shape.right
-    first, second = nearest_factors(outputs.matrix, KroneckerShape((m1, m1), (m2, m2), 1))
-    uppers = []
-    for part in (first[0], second[0]):
-        even = (part + part.T) / 2 * (1 if float(part.trace()) > 0 else -1)
-        scale = float(even.diagonal().mean())
-        if not scale > 0:
-            return None
-        lower, failed = torch.linalg.cholesky_ex(even / scale + 1e-6 * torch.eye(len(even)).to(even))
-        if failed:
-            return None
-        uppers.append(lower.T.to(weight))
-    whitened = torch.einsum("ai,bj,ijn->abn", uppers[0], uppers[1], weight.view(m1, m2, -1)).reshape(weight.shape)
-    found = calibrated_factors(whitened, shape, inputs, sweeps=sweeps, tolerance=tolerance)
-    return Factors(_solved(uppers[0], found.left), _solved(uppers[1], found.right))
+    """The fit under the Kronecker product G1 (x) G2 nearest to G; None where there is none."""
+    (m1, n1), (m2, n2) = shape.left, shape.right
+    parts = outputs.separated(m1, m2)
+    if parts is None:
+        return None
+    first, second = parts
+    columns = n1 * n2
+    turned = first.whitened(weight.reshape(m1, m2 * columns)).view(m1, m2, columns).transpose(0, 1)
+    whitened = second.whitened(turned.reshape(m2, m1 * columns)).view(m2, m1, columns).transpose(0, 1)
+    left, right = calibrated_factors(whitened.reshape(weight.shape), shape, inputs, sweeps=sweeps, tolerance=tolerance)
+    return Factors(first.solved(left), second.solved(right))
 
 
 class _Problem:
     """f of one weight and shape, and half steps that lower it."""
 
-    def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: PreparedMoment) -> None:
+    def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: Outputs) -> None:
         self.weight, self.shape = weight, shape
-        self.inputs = inputs.unit.to(weight)
-        self.outputs = outputs.unit.to(weight)
+        self.inputs, self.outputs = inputs.unit.to(weight), outputs.operator(weight)
         self.total = self._squared(weight)
 
     def _squared(self, difference: Tensor) -> float:
@@ -183,7 +154,7 @@ class _Problem:
 
     def _applied(self, matrix: Tensor) -> Tensor:
         """G X C."""
-        return self.outputs @ matrix @ self.inputs
+        return self.outputs(matrix) @ self.inputs
 
     def error(self, factors: Factors) -> float:
         """f."""

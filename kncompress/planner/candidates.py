@@ -18,6 +18,7 @@ from torch import Tensor
 from kncompress.kron import (
     HybridShape,
     KroneckerShape,
+    OutputMoment,
     PackedShape,
     PreparedMoment,
     Shape,
@@ -69,7 +70,7 @@ class Spectrum:
     """
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor, moment: PreparedMoment, outputs: PreparedMoment | None = None) -> None:
+    def __init__(self, weight: Tensor, moment: PreparedMoment, outputs: OutputMoment | None = None) -> None:
         self.moment, self.type, self.size = moment, weight.dtype, (weight.shape[0], weight.shape[1])
         self.upper = None if outputs is None else outputs.cholesky.T
         with without_autocast(weight.device):
@@ -173,7 +174,7 @@ def hybrids(shapes: Sequence[KroneckerShape]) -> list[Shape]:
 
 
 def error_of(
-    weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int, outputs: PreparedMoment | None = None
+    weight: Tensor, shape: Shape, moment: PreparedMoment, sweeps: int, outputs: OutputMoment | None = None
 ) -> float:
     """Error of a fitted shape by the ridged moments. Packing changes no error."""
     history: list[float] = []

@@ -25,7 +25,7 @@ from kncompress.errors import UserError
 from kncompress.kron import (
     KroneckerShape,
     Moment,
-    PreparedMoment,
+    OutputMoment,
     Shape,
     calibrated_embedding,
     kronecker_weight,
@@ -108,13 +108,14 @@ def measure_harms(
     found = _Found()
     readers = _readers(anatomy)
     if not anatomy.tied:
-        found.maps["embedding"] = kept.harms("embedding", partial(_embedding, model, anatomy, text, None, meter))
+        found.maps["embedding"] = kept.harms("embedding", partial(_embedding, model, anatomy, text, None, felt, meter))
     for name, moment in moments(model, text, list(readers), work):
         shared = InputMoment(moment)
         for site in readers[name]:
             work.begin(site.name)
             if site.group == "embedding":
-                found.maps[site.name] = kept.harms(site.name, partial(_embedding, model, anatomy, text, shared, meter))
+                measured = partial(_embedding, model, anatomy, text, shared, felt, meter)
+                found.maps[site.name] = kept.harms(site.name, measured)
             else:
                 _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms, kept)
             work.finish(costs[site.name])
@@ -166,13 +167,13 @@ class _Felt:
     def __init__(self, found: dict[str, Moment], ridge: float) -> None:
         self.found, self.ridge = found, ridge
 
-    def __call__(self, site: Site) -> PreparedMoment | None:
+    def __call__(self, site: Site) -> OutputMoment | None:
         moment = self.found.get(site.name)
         return None if moment is None else prepare_outputs(moment.second, moment.count, self.ridge)
 
 
 def _felt(model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work) -> _Felt:
-    names = [site.name for site in anatomy.sites.values() if site.layer is not None]
+    names = [site.name for site in anatomy.sites.values() if site.name != "head"]
     found = output_moments(model, text, names, work) if settings.sides == "both" else {}
     return _Felt(found, settings.output_ridge)
 
@@ -287,7 +288,7 @@ def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
 
 
 def _embedding(
-    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, meter: HarmMeter
+    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, felt: _Felt, meter: HarmMeter
 ) -> MapHarms:
     """The embedding, and the head tied to it: every candidate is fitted, and its KL measured."""
     site = anatomy.sites["embedding"]
@@ -299,9 +300,10 @@ def _embedding(
     for option in row.options[1:]:
         shape = KroneckerShape.parse(option.shape)
         history: list[float] = []
-        made = kronecker_weight(
-            *calibrated_embedding(weight, shape, frequencies, prepared, sweeps=EMBEDDING_SWEEPS, history=history)
+        factors = calibrated_embedding(
+            weight, shape, frequencies, prepared, felt.found.get(site.name), sweeps=EMBEDDING_SWEEPS, history=history
         )
+        made = kronecker_weight(*factors)
         references.append(Reference(min(history, default=0.0), max(meter.kl({site.name: made}), _LEAST_KL)))
         options.append(replace(option, error=min(history, default=0.0)))
     return MapHarms(site.name, row.parameters, row.multiply_adds, tuple(options), _rising(references))

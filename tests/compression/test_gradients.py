@@ -23,8 +23,16 @@ TOKENS = np.random.default_rng(0).integers(2, 96, 45)
 
 
 def by_one_pass(model, labels):
-    """{module: (tokens, all M)} gradients at its outputs, of the cross-entropy of these labels."""
+    """{module: (tokens, all M)} gradients at its outputs, of the cross-entropy of these labels; ``first``: of what
+    enters the first layer."""
     anatomy, found, handles = anatomy_of(model), {}, []
+
+    def entered(_, args, options):
+        states = args[0] if args else options["hidden_states"]
+        states.register_hook(lambda gradient: found.setdefault("first", []).append(gradient.flatten(0, -2)))
+
+    first = model.base_model.get_submodule(anatomy.family.layers)[0]
+    handles.append(first.register_forward_pre_hook(entered, with_kwargs=True))
     for _, sites in anatomy.modules():
         if sites[0].layer is None:
             continue
@@ -54,12 +62,17 @@ def test_moments_are_those_of_one_pass_through_the_model(kind, monkeypatch):
         return labels
 
     monkeypatch.setattr(torch, "multinomial", remembered)
-    names = [name for name, site in anatomy_of(model).sites.items() if site.layer is not None]
+    names = [name for name in anatomy_of(model).sites if name != "head"]
     found = output_moments(model, CalibrationText(TOKENS, 32), names)
     labels = torch.cat(drawn).tolist()
     assert len(labels) == len(TOKENS) and set(found) == set(names)
     backward = by_one_pass(model, labels)
     anatomy = anatomy_of(model)
+    first = backward["first"].double()
+    expected = first.T @ first / len(TOKENS)
+    torch.testing.assert_close(
+        found["embedding"].second.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())
+    )
     for module, sites in anatomy.modules():
         if sites[0].layer is None:
             continue
@@ -147,3 +160,20 @@ def test_fits_to_both_sides_do_less_harm(start):
             logs = [student(input_ids=batch, use_cache=False).logits.log_softmax(-1) for batch in text.batches()]
         harms[sides] = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(dense, logs, strict=True)) / 4096
     assert 0 < harms["both"] < 0.97 * harms["inputs"], harms
+
+
+@pytest.mark.parametrize("start", ["calibrated", "sequential"])
+def test_a_row_of_a_head_counts_as_often_as_its_token_occurs(start):
+    tokens = np.random.default_rng(1).integers(2, 96, 4096)
+    tokens[::2] = 5
+    text = CalibrationText(tokens, 32)
+    model = random_model(config_of("gpt2.untied"))
+    head = model.lm_head.weight.detach()
+    errors = {}
+    for sides in ("inputs", "both"):
+        student = copy.deepcopy(model)
+        shapes = Plan({"head": parse_shape("96x1(x)1x24*8")})
+        compress_(student, shapes, start, text=text, settings=FitConfig(sides=sides))
+        with torch.no_grad():
+            errors[sides] = float((student.lm_head.weight - head)[5].norm() / head[5].norm())
+    assert errors["both"] < 0.5 * errors["inputs"], errors
