@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SmolLM2-135M at 0.667, 0.8 and 0.9 of all its unique parameters, no training: planned by gradients, calibrated by both sides
-# on three kinds of text. One plan's harms serve all budgets.
+# on three kinds of text (one plan's harms serve all budgets); at 0.667 also on WikiText-2 alone and on the model's own text.
 # Usage: KNCOMPRESS_DATA=<folder with wikitext2/ and text/> experiments/two_sided/budgets.sh [folder for the runs]
 set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/two_sided_budgets}"
 finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
 wiki="$KNCOMPRESS_DATA/wikitext2" text="$KNCOMPRESS_DATA/text"
-fit=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]" calibration.tokens=12288
-  calibration.context=512 "calibration.moments=$out/moments")
+size=(calibration.tokens=12288 calibration.context=512)
+mix=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]" "calibration.moments=$out/moments")
 
 evaluate() { # name, model
   score() { finished "$out/$1" || python -m kncompress evaluate "model=$2" "run_dir=$out/$1" context=512 tokens=12000 "${@:3}"; }
@@ -17,17 +17,19 @@ evaluate() { # name, model
   score "$1-web" "$2" "data.source=$text/digitalgov_cc0.txt"
 }
 compress() { # name, budget, overrides
-  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$out/plan_$2/plan.yaml" "${fit[@]}" \
+  finished "$out/$1" || python -m kncompress compress model=smollm2 "factors=$out/plan_$2/plan.yaml" "${size[@]}" \
     "run_dir=$out/$1" "${@:3}"
   evaluate "$1" "$out/$1/model"
 }
 harms=()
 for budget in 0.667 0.8 0.9; do
-  finished "$out/plan_$budget" || python -m kncompress plan model=smollm2 "${fit[@]}" harms=gradients sums=false \
+  finished "$out/plan_$budget" || python -m kncompress plan model=smollm2 "${size[@]}" "${mix[@]}" harms=gradients sums=false \
     "budget=$budget" measure=false "run_dir=$out/plan_$budget" "${harms[@]}"
   harms=("harm=$out/plan_0.667")
-  compress "calibrated_$budget" "$budget"
+  compress "calibrated_$budget" "$budget" "${mix[@]}"
 done
-compress sequential_0.667 0.667 start=sequential
+compress wikitext2_0.667 0.667 "data.source=$wiki/wiki.train.tokens"
+compress model_0.667 0.667 data.source=model data.own.tokens=16384
+compress sequential_0.667 0.667 "${mix[@]}" start=sequential
 evaluate dense smollm2
 python "$here/by_text.py" "$out" "$here/budgets.csv"

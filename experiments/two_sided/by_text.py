@@ -1,4 +1,4 @@
-"""Collect the runs of ``budgets.sh`` or ``texts.sh`` into a table of perplexities by text, and print it.
+"""Collect the runs of ``budgets.sh`` into a table of perplexities by text, and print it.
 
 Usage: python experiments/two_sided/by_text.py RUNS TABLE.csv
 """
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TEXTS = ("published", "prose", "web", "wikipedia")
-"""WikiText-2's raw test text as published and as prose; two kinds of text that no fit has read."""
+TEXTS = ("published", "prose", "web")
+"""WikiText-2's raw test text as published and as prose; web pages that no fit has read."""
 
 
 def read(file: Path) -> dict[str, Any]:
