@@ -10,9 +10,10 @@ _MARGIN = {"t": 20}
 """Pixels above a picture, which has its heading in the page."""
 _NAMED = 12
 """Most runs whose names are written beside their points."""
-_TICKS = [digit * 10.0**power for power in range(-5, 9) for digit in ((1, 3) if power < 0 else (1, 1.5, 2, 3, 5, 7))]
-_PLAIN = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,g}" for tick in _TICKS]}
-"""A log scale over so few powers of ten that plain numbers read better."""
+_COARSE, _FINE = (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+"""Digits that a log scale over few powers of ten shows; the second where the largest value is near the least."""
+_NEAR = 5.0
+"""Their ratio up to which that is so."""
 
 
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
@@ -59,7 +60,8 @@ def pareto_figure(
         figure.add_scatter(
             **at, mode="markers+text", text=others, textposition="top center", name="baselines", marker=marker
         )
-    axis = {"title": "perplexity", **_PLAIN}
+    shown_values = [y for _, y in [*points, *dense, *baselines.values()]]
+    axis = {"title": "perplexity", **_log_axis(shown_values)}
     return figure.update_layout(xaxis_title="unique parameters", yaxis=axis, margin=_MARGIN)
 
 
@@ -77,8 +79,16 @@ def curves_figure(curves: Mapping[str, Points], x: str, y: str, log: bool = Fals
     for name, curve in curves.items():
         figure.add_scatter(**_xy(curve), mode="lines+markers" if len(curve) < 30 else "lines", name=name)
     below = {"orientation": "h", "yanchor": "top", "y": -0.2}  # names of runs may be long
-    axis = {"title": y, **(_PLAIN if log else {})}
+    axis = {"title": y, **(_log_axis([value for curve in curves.values() for _, value in curve]) if log else {})}
     return figure.update_layout(xaxis_title=x, yaxis=axis, showlegend=True, legend=below, margin=_MARGIN)
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A log scale for these values, over so few powers of ten that plain numbers read better."""
+    above = [value for value in values if value > 0]
+    digits = _FINE if above and max(above) <= _NEAR * min(above) else _COARSE
+    ticks = [digit * 10.0**power for power in range(-5, 9) for digit in ((1, 3) if power < 0 else digits)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
 
 
 def maps_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from markupsafe import escape
 
 from kncompress.errors import UserError
-from kncompress.reports.figures import pareto_front
+from kncompress.reports.figures import pareto_figure, pareto_front
 from kncompress.reports.report_page import report_page
 from kncompress.runs.past_runs import read_runs
 
@@ -250,3 +250,15 @@ _DRAWN = """() => {
 }"""
 _TABLE = """() => [...document.querySelectorAll("#table tr")].slice(1).map(
   row => [...row.querySelectorAll("td")].map(cell => cell.textContent))"""
+
+
+def test_a_log_scale_has_several_numbers_where_values_are_near() -> None:
+    """Perplexities of 24 and 47 stood beside a single 30."""
+
+    def shown(*perplexities: float) -> list[float]:
+        runs = [(str(number), (1e6 + number, value)) for number, value in enumerate(perplexities)]
+        ticks = pareto_figure(runs, [], {}, {name: name for name, _ in runs}).layout.yaxis.tickvals
+        return [tick for tick in ticks if min(perplexities) <= tick <= max(perplexities)]
+
+    assert shown(24.3, 47.4) == [25, 30, 40]
+    assert shown(24.3, 780.0) == [30, 50, 70, 100, 150, 200, 300, 500, 700]
