@@ -236,27 +236,3 @@ def stream_moments(
 ) -> Iterator[tuple[str, Moment]]:
     """``moments`` without the folder of the text."""
     yield from moments(model, replace(text, moments=None), wanted, work)
-
-
-def output_moments(
-    model: Any, text: CalibrationText, wanted: Collection[str], work: Work | None = None
-) -> dict[str, Moment]:
-    """{map: moment of the gradients at its outputs, E[g g^T] of (M, M)} of the ``wanted`` maps within layers.
-
-    Those that the folder ``text.moments`` holds are read from it, the others put there. Of the embedding (D, D); the
-    head is left out: it has as many outputs as there are tokens. Arguments and errors as of ``moments``.
-    """
-    with evaluating(model):
-        walk, found = DenseWalk(model, text, (), wanted, work), {}
-        embedding = walk.embedding()
-        if embedding is not None:
-            found["embedding"] = embedding
-        for number in range(walk.anatomy.layers):
-            sites = [site for name in wanted if (site := walk.anatomy.sites[name]).layer == number]
-            if number < walk.last or sites:
-                record = walk.layer(number)
-                for site in sites:
-                    moment = record.output(site)
-                    if moment is not None:
-                        found[site.name] = moment
-        return found

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
-from kncompress.compression.dense_walk import moments, output_moments
-from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.dense_walk import DenseWalk, moments
+from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.map_fit import InputMoment
-from kncompress.compression.moments import input_of, token_frequencies
+from kncompress.compression.moments import inputs_of, token_frequencies
 from kncompress.compression.work import Progress, Work
 from kncompress.config import FitConfig
 from kncompress.errors import UserError
@@ -102,23 +102,36 @@ def measure_harms(
         _screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy)
     )
     work.expect(sum(costs.values()) + screening)
-    felt = _felt(model, anatomy, text, settings, work)
     kept = kept or KeptHarms(None)
     kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work) if sums else {})
     found = _Found()
-    readers = _readers(anatomy)
-    if not anatomy.tied:
-        found.maps["embedding"] = kept.harms("embedding", partial(_embedding, model, anatomy, text, None, felt, meter))
-    for name, moment in moments(model, text, list(readers), work):
-        shared = InputMoment(moment)
-        for site in readers[name]:
-            work.begin(site.name)
-            if site.group == "embedding":
-                measured = partial(_embedding, model, anatomy, text, shared, felt, meter)
-                found.maps[site.name] = kept.harms(site.name, measured)
-            else:
-                _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms, kept)
-            work.finish(costs[site.name])
+    inputs = list(dict.fromkeys([*inputs_of(anatomy), "head"]))
+    outputs = [name for name in anatomy.sites if name != "head"] if settings.sides == "both" else []
+
+    def map_(site: Site, shared: InputMoment, gradient: Moment | None) -> None:
+        work.begin(site.name)
+        felt = None
+        if gradient is not None:
+            felt = prepare_outputs(gradient.second, gradient.count, settings.output_ridge)
+        _map(model, site, shared, settings, meter, kinds.get(site.name, []), found, felt, harms, kept)
+        work.finish(costs[site.name])
+
+    with evaluating(model):
+        walk = DenseWalk(model, text, inputs, outputs, work)
+        look_ups = walk.embedding()
+        for number in range(anatomy.layers):
+            record = walk.layer(number)
+            for name, sites in inputs_of(anatomy, number).items():
+                shared = InputMoment(record.input(name, sites[0].in_features))
+                for site in sites:
+                    map_(site, shared, record.output(site))
+        head = InputMoment(walk.head())
+        work.begin("embedding")
+        measured = partial(_embedding, model, anatomy, text, head if anatomy.tied else None, look_ups, meter)
+        found.maps["embedding"] = kept.harms("embedding", measured)
+        work.finish(costs["embedding"])
+        if not anatomy.tied:
+            map_(anatomy.sites["head"], head, None)
     slopes = exponents(tuple(found.maps.values()))
     exponent = median(slopes) if slopes and harms == "measured" else 2.0
     return HarmTable(
@@ -142,15 +155,6 @@ def exponents(maps: Sequence[MapHarms]) -> list[float]:
     return found
 
 
-def _readers(anatomy: Anatomy) -> dict[str, list[Site]]:
-    """{input: the maps that it decides}, with the embedding by the head that is tied to it."""
-    readers: dict[str, list[Site]] = {}
-    for site in anatomy.sites.values():
-        if site.group != "embedding" or anatomy.tied:
-            readers.setdefault(input_of(site), []).append(site)
-    return readers
-
-
 def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
     """About the multiply-adds of what is done for a map."""
     once = meter.cost(site) / (2 if meter.bf16 else 1)
@@ -161,23 +165,6 @@ def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
     return 30.0 * site.in_features * smaller**2 + once * (1 + (site.layer is None or site.layer % FAR_EVERY == 0))
 
 
-class _Felt:
-    """Moments of the gradients at the outputs of the maps, prepared one at a time; empty where inputs alone count."""
-
-    def __init__(self, found: dict[str, Moment], ridge: float) -> None:
-        self.found, self.ridge = found, ridge
-
-    def __call__(self, site: Site) -> OutputMoment | None:
-        moment = self.found.get(site.name)
-        return None if moment is None else prepare_outputs(moment.second, moment.count, self.ridge)
-
-
-def _felt(model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work) -> _Felt:
-    names = [site.name for site in anatomy.sites.values() if site.name != "head"]
-    found = output_moments(model, text, names, work) if settings.sides == "both" else {}
-    return _Felt(found, settings.output_ridge)
-
-
 def _screen(
     model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work
 ) -> dict[str, list[list[Shape]]]:
@@ -186,11 +173,7 @@ def _screen(
     By the inputs alone: fits of Kronecker sums to both sides take many times as long, and are for what is left.
     """
     chosen = _screened_layers(anatomy)
-    readers = {
-        name: [site for site in sites if site.layer in chosen]
-        for name, sites in _readers(anatomy).items()
-        if any(site.layer in chosen for site in sites)
-    }
+    readers = {name: sites for layer in chosen for name, sites in inputs_of(anatomy, layer).items()}
     winners: dict[tuple[int, str], list[list[Shape]]] = {}
     for name, moment in moments(model, text, list(readers)):
         shared = InputMoment(moment)
@@ -231,14 +214,13 @@ def _map(
     meter: HarmMeter,
     kinds: Sequence[Sequence[Shape]],
     found: _Found,
-    felt: _Felt,
+    outputs: OutputMoment | None,
     harms: str,
     kept: KeptHarms,
 ) -> None:
     """Errors of all candidates of one map, and the KL of its references."""
     weight, bias = _weight(model, site)
     prepared = moment.prepared(bias and settings.bias)
-    outputs = felt(site)
     spectrum = Spectrum(weight, prepared, outputs)
 
     def measured() -> MapHarms:
@@ -288,7 +270,7 @@ def _rising(references: Sequence[Reference]) -> tuple[Reference, ...]:
 
 
 def _embedding(
-    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, felt: _Felt, meter: HarmMeter
+    model: Any, anatomy: Anatomy, text: CalibrationText, head: InputMoment | None, felt: Moment | None, meter: HarmMeter
 ) -> MapHarms:
     """The embedding, and the head tied to it: every candidate is fitted, and its KL measured."""
     site = anatomy.sites["embedding"]
@@ -301,7 +283,7 @@ def _embedding(
         shape = KroneckerShape.parse(option.shape)
         history: list[float] = []
         factors = calibrated_embedding(
-            weight, shape, frequencies, prepared, felt.found.get(site.name), sweeps=EMBEDDING_SWEEPS, history=history
+            weight, shape, frequencies, prepared, felt, sweeps=EMBEDDING_SWEEPS, history=history
         )
         made = kronecker_weight(*factors)
         references.append(Reference(min(history, default=0.0), max(meter.kl({site.name: made}), _LEAST_KL)))

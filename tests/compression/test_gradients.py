@@ -11,8 +11,8 @@ from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.anatomy.swap import module_at
 from kncompress.compression.compress import compress_
-from kncompress.compression.dense_walk import moments, output_moments
-from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.dense_walk import DenseWalk, moments
+from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.rows import Rows
 from kncompress.config import FitConfig
 from kncompress.errors import UserError
@@ -20,6 +20,19 @@ from kncompress.kron import parse_shape
 
 SHAPES = {"up": "96x1(x)1x24*4", "down": "p*24x1(x)1x96*4"}
 TOKENS = np.random.default_rng(0).integers(2, 96, 45)
+
+
+def output_moments(model, text, names):
+    """{map: moment of the gradients at its outputs}, of a walk over the layers."""
+    with evaluating(model):
+        walk, found = DenseWalk(model, text, (), names), {}
+        if "embedding" in names:
+            found["embedding"] = walk.embedding()
+        for number in range(walk.anatomy.layers):
+            record = walk.layer(number)
+            sites = [site for name in names if (site := walk.anatomy.sites[name]).layer == number]
+            found |= {site.name: record.output(site) for site in sites}
+    return found
 
 
 def by_one_pass(model, labels):
