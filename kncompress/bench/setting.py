@@ -29,9 +29,9 @@ class Sizes:
     sequence: int
     """Tokens in one sequence of a step."""
     repeats: int
-    """Rounds of what takes milliseconds."""
+    """Rounds of products, and of texts that are generated."""
     long_repeats: int
-    """Rounds of what takes seconds: fits, generation, tokenising, start-up."""
+    """Rounds of what takes seconds: fits, tokenising, start-up."""
     processes: int
     """Training processes of each side."""
     steps: int
@@ -48,7 +48,7 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(2048, 512, 7, 3, 2, 4, 128, (1, 8), 4096, 2**29, None),
+    "full": Sizes(2048, 512, 7, 3, 2, 4, 64, (1, 8), 4096, 2**29, None),
     "small": Sizes(32, 16, 2, 1, 1, 2, 4, (1, 2), 128, 2**20, 20_000),
 }
 # The student of ``train`` has no dropout: the plain script's would be another loss.

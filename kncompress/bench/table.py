@@ -1,5 +1,6 @@
 """The measurements for a reader: a table on the terminal and in markdown, and a picture."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -72,10 +73,11 @@ def _missing(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def machine_line(device: str, precision: str, threads: int, ceiling: Ceiling) -> str:
-    """What was measured on, and its limits."""
+    """What was measured on, its limits, and the jobs that ran or waited in the last minutes."""
+    load = f"; load {os.getloadavg()[1]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{device}, {threads} threads, {precision}: matrix product {ceiling.flops / 1e9:,.0f} GFLOP/s, "
-        f"copy {ceiling.bandwidth / 1e9:,.1f} GB/s"
+        f"copy {ceiling.bandwidth / 1e9:,.1f} GB/s{load}"
     )
 
 

@@ -14,6 +14,7 @@ from kncompress.bench.generate import measure_generation
 from kncompress.bench.measurement import Measurement
 from kncompress.bench.memory import measure_memory
 from kncompress.bench.product import OUTER, PACKED, SPEEDY, measure_products
+from kncompress.bench.runtimes import runtimes_of
 from kncompress.bench.setting import Setting, setting_of
 from kncompress.bench.startup import measure_startup
 from kncompress.bench.step import measure_step
@@ -46,6 +47,8 @@ def check(config: BenchConfig) -> Setting:
         raise UserError(
             f"tokens={given}: a sequence takes {setting.sizes.sequence}, and the model has {most} positions"
         )
+    if "generate" in config.chosen:
+        runtimes_of(config, setting.device)
     if "tokens" in config.chosen:
         sources_of(config.data)
     return setting

@@ -18,9 +18,10 @@ from kncompress.errors import CheckFailed, UserError
 from kncompress.evaluation import perplexity
 from kncompress.formats.merged import read_merged_, write_merged
 from kncompress.formats.onnx_decoder import cache_sizes
+from kncompress.formats.onnx_dynamic import write_dynamic
 from kncompress.formats.onnx_folder import GRAPH, accompany
 from kncompress.formats.onnx_graph import check_packages, write_decoder, write_onnx
-from kncompress.formats.onnx_integers import write_int8, write_integers
+from kncompress.formats.onnx_integers import write_integers
 from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
 from kncompress.formats.pretrained import load_model, save_model, to_dense
 from kncompress.runs.record import RunRecord
@@ -161,7 +162,10 @@ def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
             session = OnnxDecoder if sizes else OnnxModel
             _compare(config, model, session(floats, model.config), metrics)
         if config.bits:
-            write_integers(floats, fresh / GRAPH, config.bits, config.group)
+            if config.dynamic:
+                write_dynamic(floats, fresh / GRAPH)
+            else:
+                write_integers(floats, fresh / GRAPH, config.bits, config.group)
             _check_text(config, OnnxDecoder, floats, fresh / GRAPH, model, metrics)
         accompany(model, tokenizer_if_any(config.model), fresh, sizes)
     metrics["cache"] = float(bool(sizes))
@@ -174,7 +178,7 @@ def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
         floats = Path(temporary) / "model.onnx"
         write_onnx(model, floats)
         _compare(config, model, OnnxModel(floats, model.config), metrics)
-        write_int8(floats, fresh / "model_int8.onnx")
+        write_dynamic(floats, fresh / "model_int8.onnx")
         _check_text(config, OnnxModel, floats, fresh / "model_int8.onnx", model, metrics)
         accompany(model, tokenizer_of(config.model), fresh, [])
     return folder
@@ -214,6 +218,8 @@ def _check_text(
 
 def _integers(config: ExportConfig) -> str | None:
     """What the weights' integers are called; None: there are none."""
+    if config.dynamic:
+        return "dynamic"
     return f"bits{config.bits}" if config.bits else ("int8" if config.format == "int8" else None)
 
 

@@ -30,10 +30,10 @@ def check_choices(config: Any, section: str = "") -> None:
                 check_choice(f"{section}{item.name}", one, allowed)
 
 
-def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raises UserError where ``value`` is none of ``allowed``."""
     if value not in allowed:
-        raise UserError(f"{key}={value}: not one of {', '.join(allowed)}")
+        raise UserError(f"{key}={value}: not one of {', '.join(map(str, allowed))}")
 
 
 def check_positive(key: str, value: float | None) -> None:

@@ -3,13 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kncompress.config.checks import check_not_negative, check_positive, check_window, choice
+from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_window, choice
 from kncompress.config.factoring import FactorsConfig
 from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
 PARTS = ("product", "step", "fit", "generate", "tokens", "startup", "memory")
 """Of ``bench``."""
+RUNTIMES = ("transformers", "onnxruntime", "onnxruntime-genai")
+"""Of its part ``generate``."""
+WEIGHTS = (32, 8, "dynamic", 4)
+"""Bits of the weights of ONNX graphs there."""
 
 
 @dataclass
@@ -100,6 +104,13 @@ class BenchConfig(ModelRunConfig):
     """Tokens of a product and of a training step; null: by ``size``."""
     repeats: int | None = None
     """Rounds; null: by ``size``."""
+    runtimes: Any = choice("installed", "installed", *RUNTIMES)
+    """Of ``generate``, what runs dense and factored models: ``transformers``, ``onnxruntime`` by our own loop,
+    ``onnxruntime-genai``, or a list of them; ``installed``: all that are. The last two run on the CPU, in float32 or
+    in ``bits``."""
+    bits: list[Any] = field(default_factory=lambda: [32])
+    """Of ``generate``, weights of onnxruntime's graphs: ``32``, ``8``, ``4`` and ``dynamic``, the 8 bits of ``export
+    dynamic=true``."""
     profile: bool = False
     """Of ``product`` and ``generate``, tell which operators ours spends its time in, in ``table.md``."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -109,6 +120,12 @@ class BenchConfig(ModelRunConfig):
         super().__post_init__()
         for name in ("threads", "tokens", "repeats"):
             check_positive(name, getattr(self, name))
+        if not self.bits:
+            raise UserError(f"bits=[]: give some of {', '.join(map(str, WEIGHTS))}")
+        for bits in self.bits:
+            check_choice("bits", bits, WEIGHTS)
+        if self.bits != [32] and self.named_runtimes == ["transformers"]:
+            raise UserError(f"bits={self.bits}: are those of onnxruntime; give it in runtimes, or leave bits out")
         if self.factors.depth is not None:
             raise UserError(f"factors.depth={self.factors.depth}: bench compares models of one depth; give null")
 
@@ -117,3 +134,9 @@ class BenchConfig(ModelRunConfig):
         """Parts to measure, in order."""
         named = list(self.parts) if isinstance(self.parts, list | tuple) else [self.parts]
         return list(PARTS) if "all" in named else [str(name) for name in named]
+
+    @property
+    def named_runtimes(self) -> list[str]:
+        """Runtimes asked for by name, in order; none: those that are installed."""
+        named = list(self.runtimes) if isinstance(self.runtimes, list | tuple) else [self.runtimes]
+        return [] if "installed" in named else [str(name) for name in named]

@@ -19,7 +19,7 @@ class ExportConfig(ModelRunConfig):
     format: str = choice("dense", "dense", "merged", "onnx", "int8")
     """``dense``: a plain transformers folder, the factors multiplied out; ``merged``: its weights as one safetensors
     file; ``onnx``: ONNX, any batch and length, the factors as they are; ``int8``: the same without a cache, its weights
-    as 8-bit integers by onnxruntime. ``onnx`` and ``int8`` need the extra ``onnx``."""
+    as the 8-bit integers of ``dynamic``. ``onnx`` and ``int8`` need the extra ``onnx``."""
     cache: bool | None = None
     """Whether the graph of ``onnx`` keeps keys and values between calls: it then generates, in onnxruntime-genai too;
     ``false``: a graph that scores texts in one call. null: ``true`` where the model predicts the next token and asks
@@ -33,6 +33,9 @@ class ExportConfig(ModelRunConfig):
     bits: int | None = None
     """8 or 4: weights of the graph of ``onnx`` with a cache as integers, by onnxruntime's MatMulNBits; small factors
     stay float. null: as ``dtype`` says."""
+    dynamic: bool = False
+    """Of ``bits=8``: by onnxruntime's dynamic quantisation, a scale for each output of a map and one for all inputs as
+    they come; ``false``: by groups."""
     group: int | None = None
     """Of ``bits``: neighbours in a row that share a scale, 16, 32, 64 or 128; null: 64 of 8 bits, 32 of 4."""
     int8_tolerance: float | None = None
@@ -54,6 +57,9 @@ class ExportConfig(ModelRunConfig):
             check_positive(name, getattr(self, name))
 
     def _check_bits(self) -> None:
+        if self.dynamic and (self.bits != 8 or self.group is not None):
+            given = f"bits={self.bits}" if self.group is None else f"group={self.group}"
+            raise UserError(f"dynamic=true: is for bits=8 without a group, and this is {given}")
         if self.group is not None and (self.bits is None or self.group not in (16, 32, 64, 128)):
             raise UserError(f"group={self.group}: must be 16, 32, 64 or 128, with bits=8 or bits=4")
         if self.bits is None:

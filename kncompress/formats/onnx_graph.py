@@ -126,3 +126,21 @@ def _recorded(
     tell("tidying the graph")
     tidy_(made.model)
     return made.model
+
+
+def bytes_read(file: Path) -> int:
+    """Bytes of a graph's weights that a new token reads: all but tables that are only looked up."""
+    import onnx_ir
+
+    weights: Any = onnx_ir.load(file).graph.initializers.values()
+    return sum(int(value.const_value.nbytes) for value in weights if not _looked_up(value))
+
+
+def _looked_up(value: Any) -> bool:
+    """Whether nothing reads all of it, reshaped on the way or not."""
+    return all(
+        (node.op_type == "Gather" and place == 0)
+        or node.op_type == "GatherBlockQuantized"
+        or (node.op_type == "Reshape" and place == 0 and _looked_up(node.outputs[0]))
+        for node, place in value.uses()
+    )

@@ -1,12 +1,11 @@
-"""Weights of ONNX files as integers of 8 or 4 bits: for all inputs alone, or with the inputs as they come."""
+"""Weights of ONNX files as integers of 8 or 4 bits, by groups of neighbours that share a scale."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kncompress.formats.onnx_passes import quiet, save, weight_bytes
+from kncompress.formats.onnx_passes import quiet, save
 
 GROUPS = {8: 64, 4: 32}
 """Bits -> neighbours in a row that share a scale; measured: smaller groups are slower, larger ones lose more."""
@@ -15,7 +14,8 @@ _LEAST_SIZE = 2048
 """Numbers of a matrix below which it stays float: a factor of two numbers gains nothing."""
 _INTEGER_INPUTS = 4
 """onnxruntime's accuracy level at which inputs are rounded to 8 bits too, by groups: two to thirty times as fast."""
-_DOMAIN = "com.microsoft"
+DOMAIN = "com.microsoft"
+"""Of onnxruntime's own operators."""
 
 
 class _Rounded(NamedTuple):
@@ -50,7 +50,7 @@ def write_integers(source: Path, file: Path, bits: int, group: int | None = None
     graph, made = model.graph, dict[tuple[str, ...], _Rounded]()
     count = 0
     for node in list(graph):
-        found = _weight_rows(node)
+        found = weight_rows(node)
         if found is None:
             continue
         base, rows = found
@@ -73,12 +73,12 @@ def write_integers(source: Path, file: Path, bits: int, group: int | None = None
         count += 1
     with quiet():
         RemoveUnusedNodesPass()(model)
-    model.opset_imports[_DOMAIN] = 1
+    model.opset_imports[DOMAIN] = 1
     save(model, file)
     return count
 
 
-def _weight_rows(node: Any) -> tuple[str, Any] | None:
+def weight_rows(node: Any) -> tuple[str, Any] | None:
     """Of a product or look-up: the name of its weight, and the weight with a row for each output or for each entry."""
     if node.op_type == "Gather":
         found = _constant(node.inputs[0]) if node.attributes.get_int("axis", 0) == 0 else None
@@ -123,14 +123,15 @@ def _rounded(graph: Any, rows: Any, bits: int, group: int, name: str) -> _Rounde
     packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(rows.T))
     scales = scales.reshape(len(rows), -1)
     return _Rounded(
-        _initializer(graph, f"{name}.integers", packed),
-        _initializer(graph, f"{name}.scales", scales),
-        _initializer(graph, f"{name}.zeros", zeros.reshape(len(rows), -1)),
+        initializer(graph, f"{name}.integers", packed),
+        initializer(graph, f"{name}.scales", scales),
+        initializer(graph, f"{name}.zeros", zeros.reshape(len(rows), -1)),
         group,
     )
 
 
-def _initializer(graph: Any, name: str, array: Any) -> Any:
+def initializer(graph: Any, name: str, array: Any) -> Any:
+    """``array`` as a new weight of ``graph``, under that name."""
     import onnx_ir
 
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
@@ -151,7 +152,7 @@ def _product(node: Any, weight: _Rounded, rows: Any, bits: int) -> list[Any]:
         "accuracy_level": _INTEGER_INPUTS,
     }
     inputs = [node.inputs[0], weight.packed, weight.scales, weight.zeros]
-    product = onnx_ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN)
+    product = onnx_ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN)
     if node.op_type == "MatMul" or len(node.inputs) < 3 or node.inputs[2] is None:
         return [product]
     return [product, onnx_ir.node("Add", [product.outputs[0], node.inputs[2]])]
@@ -164,26 +165,4 @@ def _look_up(node: Any, weight: _Rounded, bits: int) -> list[Any]:
     table = onnx_ir.node("Reshape", [weight.packed, shape.outputs[0]])
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": weight.group, "bits": bits}
     inputs = [table.outputs[0], node.inputs[1], weight.scales, weight.zeros]
-    return [shape, table, onnx_ir.node("GatherBlockQuantized", inputs, attributes, domain=_DOMAIN)]
-
-
-def write_int8(source: Path, file: Path) -> None:
-    """Write the ONNX file ``source`` to ``file`` with the weights of its maps and tables as 8-bit integers.
-
-    Each output of a map has a scale of its own; inputs are turned to integers as they come (dynamic quantisation).
-    """
-    import onnx_ir
-    from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxscript.optimizer import fold_constants
-
-    model = onnx_ir.load(source)
-    large = weight_bytes(model) > 3 << 29
-    with quiet(), TemporaryDirectory(dir=file.parent) as folder:
-        # The quantiser takes a factor for a weight only where it meets the product as it is, not reshaped on the way.
-        fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
-        RemoveUnusedNodesPass()(model)
-        DeduplicateInitializersPass(size_limit=1 << 40)(model)
-        folded = Path(folder) / "folded.onnx"
-        save(model, folded)
-        quantize_dynamic(folded, file, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large)
+    return [shape, table, onnx_ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN)]

@@ -9,6 +9,7 @@ from tiny_models import config_of, random_model
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.compression.compress import compress_
 from kncompress.formats.onnx_decoder import cache_sizes
+from kncompress.formats.onnx_folder import GRAPH, accompany
 from kncompress.formats.onnx_graph import write_decoder
 from kncompress.formats.onnx_session import OnnxDecoder, largest_difference
 
@@ -52,6 +53,35 @@ def test_prompt_and_steps_are_those_of_transformers(kind, exported):
         token = ids[[0, 1], [5 + step, 9 + step]][:, None]
         found = decoder(input_ids=token, attention_mask=mask, past_key_values=found.past_key_values)
         torch.testing.assert_close(found.logits[:, 0], expected[[0, 1], [5 + step, 9 + step]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_hundred_tokens_are_those_of_transformers(kind, tmp_path):
+    """Greedy, by the loop on onnxruntime and by onnxruntime-genai where it is installed."""
+    config = config_of(kind)
+    config.max_position_embeddings = 128
+    model = random_model(config)
+    compress_(model, HALVES)
+    write_decoder(model, cache_sizes(model), tmp_path / GRAPH)
+    accompany(model, None, tmp_path, cache_sizes(model))
+    ids = torch.randint(2, 96, (1, 9), generator=torch.Generator().manual_seed(7))
+    expected = model.generate(ids, max_new_tokens=100, do_sample=False, pad_token_id=0)[0].tolist()
+    assert len(expected) == 109 and len(set(expected[9:])) > 9  # no end of text, and no single token again and again
+    decoder, found, new, cache = OnnxDecoder(tmp_path / GRAPH, model.config), ids[0].tolist(), ids, None
+    while len(found) < 109:
+        output = decoder(input_ids=new, past_key_values=cache, logits_to_keep=1)
+        new, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+        found.append(int(new))
+    assert found == expected
+    genai = pytest.importorskip("onnxruntime_genai")
+    loaded = genai.Model(str(tmp_path))
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=109)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(ids.int().numpy())
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(map(int, generator.get_sequence(0))) == expected
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])

@@ -49,14 +49,48 @@ def test_what_was_measured_is_kept_where_a_later_part_fails(command: Any, monkey
     assert "| fit" in Path("run/table.md").read_text() and read(Path("run"), "run.json")["status"] == "failed"
 
 
+def test_generation(command: Any) -> None:
+    """Prompt and decoding apart, with what is promised; files and memory of a process of its own."""
+    words = ["size=small", "parts=[generate]", "runtimes=[onnxruntime]", "bits=[32,dynamic]", "threads=1", "repeats=1"]
+    code, _, err = command("bench", *words, "precision=fp32", "accelerator=cpu", "run_dir=run")
+    assert code == 0, err
+    metrics = read(Path("run"), "result.json")["metrics"]
+    rows = {row["name"]: row for row in read(Path("run"), "bench.json")["measurements"]}
+    kinds = ("prompt", "decoding", "prompt/batch_2", "decoding/batch_2", "memory", "bytes")
+    assert list(rows) == [
+        f"generate/onnxruntime/{weights}/{kind}" for weights in ("bits_32", "dynamic") for kind in kinds
+    ]
+    for weights in ("bits_32", "dynamic"):
+        for kind in kinds[:4]:
+            name = f"generate/onnxruntime/{weights}/{kind}"
+            assert metrics[f"{name}/tokens_per_second"] > 0 and metrics[f"{name}/speedup_in_processor_seconds"] > 0
+    # kngpt2 halves the maps of one of two layers; of a prompt the head counts once, as only its last token has logits.
+    layer, head, tokens = 12 * 48 * 48, 48 * 2048, 63
+    factored = layer / 2 + 48 * 48 // 2 * 2 * 3 // 48 + 192  # roughly: the factors of two numbers
+    prompt = rows["generate/onnxruntime/bits_32/prompt"]
+    assert prompt["promised"] == pytest.approx(
+        (2 * layer * tokens + head) / ((layer + factored) * tokens + head / 2), rel=0.03
+    )
+    assert rows["generate/onnxruntime/bits_32/prompt/batch_2"]["promised"] == prompt["promised"]
+    assert 1.3 < rows["generate/onnxruntime/bits_32/decoding"]["promised"] < 2
+    for weights, most in (("bits_32", 1.0), ("dynamic", 0.25)):
+        sizes = rows[f"generate/onnxruntime/{weights}/bytes"]["values"]
+        dense = 4 * (2 * layer + head + 64 * 48 + 2 * 13 * 48 + 2 * 48)
+        assert sizes["dense"] < most * dense + 60_000 and sizes["ours"] < sizes["dense"]  # the graph itself
+    peaks = [metrics[f"generate/onnxruntime/dynamic/memory/peak/{name}"] for name in ("ours", "dense")]
+    above = rows["generate/onnxruntime/dynamic/memory"]["values"]
+    assert all(size > 2**26 for size in peaks) and 0 < above["ours"] < peaks[0]
+
+
 @pytest.mark.slow
 def test_all_parts(command: Any, text: Path) -> None:
     code, _, err = command("bench", "size=small", f"data.source={text}", "presets=[kngpt2]", "run_dir=run")
     assert code == 0, err
     metrics = read(Path("run"), "result.json")["metrics"]
     wanted = {
-        "step/speedup", "step/memory_ratio", "step/data_wait", "fit/seconds", "fit/speedup", "generate/speedup",
-        "generate/promise", "tokens/speedup", "startup/seconds", "memory/forward/saving", "memory/losses/saving",
+        "step/speedup", "step/memory_ratio", "step/data_wait", "fit/seconds", "fit/speedup",
+        "generate/transformers/decoding/promise", "generate/onnxruntime/bits_32/prompt/batch_2/speedup",
+        "tokens/speedup", "startup/seconds", "memory/forward/saving", "memory/losses/saving",
     }  # fmt: skip
     assert wanted <= metrics.keys()  # step/speedup only where both sides had the same first loss
     assert all(value > 0 for name, value in metrics.items() if name != "step/data_wait")
@@ -70,6 +104,9 @@ def test_all_parts(command: Any, text: Path) -> None:
         (["size=large"], "size=large: not one of full, small"),
         (["presets=[kngpt3]"], "presets=kngpt3: no such factors; nearest: kngpt2"),
         (["factors=layerdrop"], "factors.depth=0.5: bench compares models of one depth"),
+        (["runtimes=[transformers,vllm]"], "runtimes=vllm: not one of installed, transformers, onnxruntime"),
+        (["bits=[5]"], "bits=5: not one of 32, 8, dynamic, 4"),
+        (["bits=[8]", "runtimes=[transformers]"], "bits=[8]: are those of onnxruntime"),
         (["tokens=0"], "tokens=0: must be greater than 0"),
     ],
 )

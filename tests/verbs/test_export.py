@@ -177,7 +177,7 @@ def test_int8_holds_integers_and_keeps_the_perplexity(command: Any, compressed: 
     assert metrics["perplexity/int8"] != metrics["perplexity/onnx"] and metrics["tokens"] > 500
     assert [f.name for f in Path("run").rglob("*.onnx")] == ["model_int8.onnx"]
     model = onnx.load("run/model/model_int8.onnx")
-    assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) >= 13
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node) >= 13
     floats = [list(v.dims) for v in model.graph.initializer if v.data_type == onnx.TensorProto.FLOAT]
     assert max(int(np.prod(shape)) for shape in floats) <= 300, floats
     assert "perplexity" in out and "INFO" not in out + err and "WARNING" not in out + err
@@ -394,6 +394,8 @@ def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: 
         (["bits=4", "format=onnx", "cache=false"], "bits=4: needs format=onnx with a cache"),
         (["group=48", "bits=4", "format=onnx"], "group=48: must be 16, 32, 64 or 128"),
         (["bits=4", "format=onnx", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
+        (["format=onnx", "dynamic=true"], "dynamic=true: is for bits=8 without a group, and this is bits=None"),
+        (["format=onnx", "dynamic=true", "bits=8", "group=32"], "dynamic=true: is for bits=8 without a group"),
         (["cache=true"], "cache=true: is for format=onnx, and this is format=dense"),
         (["format=int8", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["model=./nowhere"], "model=./nowhere: no such"),
@@ -473,6 +475,11 @@ def test_weights_in_few_bits_keep_their_perplexity(command: Any, text: Path) -> 
     assert metrics["perplexity/bits8"] != metrics["perplexity/onnx"] and metrics["tokens"] > 200
     assert metrics["bytes"] < 0.45 * 4 * metrics["parameters"] and f"{metrics['perplexity/bits8']:,.2f}" in out
     assert [file.name for file in Path("run").rglob("*.onnx")] == ["model.onnx"]
+    code, out, err = command(*words, "bits=8", "dynamic=true", "int8_tolerance=0.05", "run_dir=dynamic")
+    assert code == 0 and "INFO" not in out + err, err
+    dynamic = read(Path("dynamic"), "result.json")["metrics"]
+    assert dynamic["perplexity/dynamic"] == pytest.approx(metrics["perplexity/onnx"], rel=0.05)
+    assert dynamic["cache"] == 1 and dynamic["bytes"] < 0.27 * 4 * metrics["parameters"] + 3e6  # the tokenizer
     code, _, err = command(*words, "bits=4", "int8_tolerance=1e-9", "run_dir=strict")
     assert code == 1 and "int8_tolerance=1e-09: bits4 raises the perplexity by" in err.splitlines()[-1], err
     assert not Path("strict/model").exists() and list(Path("strict").rglob("*.onnx")) == []
