@@ -1,8 +1,8 @@
 """Weights of ONNX files as 8-bit integers, a scale for each output, and inputs rounded as they come, a scale for each
 tensor: onnxruntime's dynamic quantisation.
 
-onnxruntime's own tool for it takes a factor for a weight only where it meets the product as it is, writes a tied table
-twice, and has made graphs that did not load.
+onnxruntime's own tool for it takes a factor for a weight only where it meets the product as it is, gives a table one
+scale, and writes a tied one twice.
 """
 
 from pathlib import Path

@@ -105,19 +105,26 @@ def test_dynamic_integers_are_near_and_small(floats, tmp_path):
     assert tables == (1 if model.config.tie_word_embeddings else 2)
 
 
-@pytest.mark.parametrize(
-    "shape", ["16x64(x)8x1", "8x8(x)16x8*3", "64x8(x)2x8*5", "1x64(x)128x1*9 + 16x8(x)8x8*2", "p*128x1(x)1x64*20"]
-)
+SHAPES = {
+    "layers.0.mlp.up": "16x64(x)8x1",
+    "layers.0.mlp.down": "8x16(x)8x8*3",
+    "layers.1.attn.o": "8x8(x)8x8*4",
+    "layers.1.mlp.up": "64x8(x)2x8*5",
+    "layers.1.mlp.down": "1x128(x)64x1*9 + 8x16(x)8x8*2",
+    "layers.2.mlp.up": "p*128x1(x)1x64*20",
+}
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_dynamic_graphs_of_every_shape_of_factor_load(kind, shape, tmp_path):
-    """The graph that generates and the one that scores; onnxruntime's own tool has made scales that fit no product."""
+def test_dynamic_graphs_of_every_shape_of_factor_load(kind, tmp_path):
+    """The graph that generates and the one that scores: each scale has the size of its product's outputs."""
     config = config_of(kind)
     if kind == "llama":
         config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
     else:
         config.n_embd, config.n_inner = 64, 128
     model = random_model(config)
-    compress_(model, Plan({"layers.*.mlp.up": parse_shape(shape)}))
+    compress_(model, Plan({name: parse_shape(shape) for name, shape in SHAPES.items()}))
     write_decoder(model, cache_sizes(model), tmp_path / "floats.onnx")
     write_dynamic(tmp_path / "floats.onnx", tmp_path / "decoder.onnx")
     assert largest_difference(model, OnnxDecoder(tmp_path / "decoder.onnx", model.config)) < 0.3
@@ -149,6 +156,5 @@ def test_one_dynamic_product_is_that_of_the_rounded_weight(turned, tmp_path):
     assert write_dynamic(tmp_path / "floats.onnx", tmp_path / "integers.onnx") == 1
     session = onnxruntime.InferenceSession(tmp_path / "integers.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
-    exact = x @ weight
-    error = np.abs(found - exact - bias).max(0) / np.abs(exact).max(0)
-    assert error.max() < 0.05 and np.median(error) < 0.01
+    error = np.abs(found - x @ weight - bias).max(0) / np.linalg.norm(weight, axis=0) / np.linalg.norm(x, axis=1).min()
+    assert 1e-4 < error.max() < 0.02

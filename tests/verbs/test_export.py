@@ -177,7 +177,9 @@ def test_int8_holds_integers_and_keeps_the_perplexity(command: Any, compressed: 
     assert metrics["perplexity/int8"] != metrics["perplexity/onnx"] and metrics["tokens"] > 500
     assert [f.name for f in Path("run").rglob("*.onnx")] == ["model_int8.onnx"]
     model = onnx.load("run/model/model_int8.onnx")
-    assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node) >= 13
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node) >= 4
+    integers = [math.prod(v.dims) for v in model.graph.initializer if v.data_type == onnx.TensorProto.INT8]
+    assert sorted(integers)[-1] == 300 * 8 and integers.count(300 * 8) == 1  # the tied table, once
     floats = [list(v.dims) for v in model.graph.initializer if v.data_type == onnx.TensorProto.FLOAT]
     assert max(int(np.prod(shape)) for shape in floats) <= 300, floats
     assert "perplexity" in out and "INFO" not in out + err and "WARNING" not in out + err
