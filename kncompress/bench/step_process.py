@@ -62,7 +62,7 @@ def main(job: StepJob) -> dict[str, Any]:
     module = ILKDPretraining(student, teacher, OBJECTIVE, OptimizerConfig(lr=job.lr), job.all_steps)
     with tempfile.TemporaryDirectory(prefix="kncompress-bench-") as folder:
         loader = DataLoader(job.blocks(Path(folder)), batch_size=job.batch)
-        trainer = build_trainer(config, batches, student, Path(folder), [clock], [], TorchCheckpointIO())
+        trainer = build_trainer(config, batches, Path(folder), [clock], [], TorchCheckpointIO())
         trainer.fit(module, loader)
     return {
         "seconds": clock.seconds,

@@ -93,7 +93,8 @@ def _dispatch(verb: Verb, line: Line) -> int:
     if found is not None:
         words = [word for word in line.words if not word.startswith(("resume=", "run_dir="))]
         own = [word for word in overrides if is_hydras(word)]
-        return _resume(engine, verb, replace(line, words=[*words, f"resume={found}"]), str(found), own, composed)
+        line = replace(line, words=[*words, f"resume={found}"])
+        return _resume(engine, verb, line, str(found), own, composed, whole=True)
     if not child:
         check_jobs(verb, [ready])
     new = run_dir is None or not Path(run_dir).expanduser().exists()
@@ -107,9 +108,11 @@ def _dispatch(verb: Verb, line: Line) -> int:
     return code
 
 
-def _resume(engine: Engine, verb: Verb, line: Line, text: str, overrides: list[str], composed: DictConfig) -> int:
-    """Go on with the run in the folder ``text``; ``composed`` is what ``overrides`` make."""
-    folder, name = register_saved(verb, text, overrides, composed)
+def _resume(
+    engine: Engine, verb: Verb, line: Line, text: str, overrides: list[str], composed: DictConfig, whole: bool = False
+) -> int:
+    """Go on with the run in the folder ``text``; ``composed`` is what ``overrides`` make. ``whole``: as there."""
+    folder, name = register_saved(verb, text, overrides, composed, whole)
     own = [override for override in overrides if is_hydras(override)]
     ready = ReadyJob.of(verb, engine.compose([*_settings(), *own], name))
     if process_rank() == 0:

@@ -23,6 +23,8 @@ from kncompress.runs.process import process_rank
 
 OWN = ("run_dir", "resume", "fail_fast")
 """Keys that tell where and how a run or a sweep runs, not what it computes."""
+PLACES = tuple(f"trainer.{key}" for key in ("accelerator", "strategy", "devices", "nodes", "micro_batch_tokens"))
+"""Keys that a resumed run may have other values of: batches are those of all processes together."""
 
 
 def not_own(words: Sequence[str]) -> list[str]:
@@ -30,18 +32,26 @@ def not_own(words: Sequence[str]) -> list[str]:
     return [word for word in words if word.lstrip("+").partition("=")[0] not in OWN]
 
 
-def register_saved(verb: Verb, folder_text: str, overrides: list[str], composed: DictConfig) -> tuple[Path, str]:
+def register_saved(
+    verb: Verb, folder_text: str, overrides: list[str], composed: DictConfig, whole: bool = False
+) -> tuple[Path, str]:
     """Make the saved config of a run a primary config of Hydra; return the folder and the config's name.
 
     Args:
         overrides: the command's.
         composed: what they make.
+        whole: ``find_run`` has found the folder by all of ``composed``, whose ``PLACES`` are taken.
 
-    Raises UserError where the folder holds no run of this verb or an override differs from the saved value.
+    Raises UserError where the folder holds no run of this verb or an override differs from the saved value, unless it
+    is among ``PLACES``.
     """
     folder = unfinished_run(verb, folder_text)
     saved = _saved(verb, folder)
-    _refuse_differences(verb, folder_text, overrides, composed, saved)
+    given, touched = plain(verb, composed), list(PLACES) if whole else _touched(overrides, composed)
+    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in OWN}
+    _refuse(folder_text, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
+    for path in set(touched) & set(PLACES) & set(_leaves_of(saved)):
+        saved["trainer"][path.removeprefix("trainer.")] = _at(given, path)
     name = f"resumed_{verb.name}"
     node = literal(saved) | {"run_dir": literal(str(folder)), "resume": literal(str(folder))}
     ConfigStore.instance().store(name=name, node=node, provider="resume")
@@ -89,7 +99,7 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
         return folder
     for folder in sorted(Path("runs").absolute().glob(f"{name}-*"), reverse=True):
         with contextlib.suppress(UserError):
-            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given):
+            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given).keys() - set(PLACES):
                 return folder
     return None
 
@@ -128,14 +138,10 @@ def _plain_of(config: RunConfig) -> dict[str, Any]:
     return asdict(with_absolute_paths(config))
 
 
-def _refuse_differences(
-    verb: Verb, folder: str, overrides: list[str], composed: DictConfig, saved: dict[str, Any]
-) -> None:
+def _touched(overrides: list[str], composed: DictConfig) -> list[str]:
+    """Paths of all values that these overrides set."""
     names = [override.lstrip("+").partition("=")[0] for override in overrides]
     names = [name for name in names if name not in OWN and not name.startswith("hydra")]
-    if not names:
-        return
-    given = plain(verb, composed)
     touched = []
     for name in names:
         if name == "experiment":
@@ -144,8 +150,7 @@ def _refuse_differences(
             touched += [path for path in _leaves(composed) if path.startswith(f"{name}.")]
         else:
             touched.append(name)
-    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in OWN}
-    _refuse(folder, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
+    return touched
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -156,6 +161,7 @@ def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tupl
 
 
 def _refuse(folder: str, differences: dict[str, tuple[Any, Any]]) -> None:
+    differences = {path: pair for path, pair in differences.items() if path not in PLACES}
     if differences:
         given = ", ".join(f"{path}={new}" for path, (_, new) in differences.items())
         saved = ", ".join(f"{path}={old}" for path, (old, _) in differences.items())

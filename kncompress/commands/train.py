@@ -47,7 +47,7 @@ from kncompress.training.clock import TrainingClock
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
-from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, read_start_scores, reload_student
+from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, read_start_scores
 from kncompress.training.pretraining import ILKDPretraining
 from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress
@@ -81,8 +81,11 @@ def check(config: TrainConfig) -> StudentPlan:
     if config.needs_text:
         check_calibration(config.data, config.calibration, fields)
     blocks_of_a_step(config.trainer, config.data.context or default_context(positions), processes(config.trainer))
-    if config.trainer.strategy == "fsdp" and config.optimizer.name == "muon":
-        raise UserError("optimizer.name=muon: needs whole matrices, which trainer.strategy=fsdp cuts; give adamw")
+    objective = config.objective
+    if config.trainer.strategy == "fsdp" and not (objective.cross_entropy or objective.logits or objective.hidden):
+        raise UserError(
+            "trainer.strategy=fsdp: needs a loss behind the last layer; give objective.cross_entropy, logits or hidden"
+        )
     if config.model.path is None:
         _check_from_scratch(config)
     if config.resume is not None and config.run_dir is not None:
@@ -141,14 +144,16 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             trainer = _trainer(config, job, run_dir, logged.loggers, callbacks, clock)
             logged.watch(trainer)
             repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
-            tokens_per_second = fit(config, plan, job, run_dir, trainer, clock)
+            tokens_per_second = fit(config, job, run_dir, trainer, clock)
             job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
             unseen, further = _unseen(config, job, trainer)
+            job.make_whole(trainer.is_global_zero)
             metrics |= unseen
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
-                _keep_results(config, job, record, logged, trainer.strategy.root_device)
+                device = torch.device("cpu") if job.wholes else trainer.strategy.root_device
+                _keep_results(config, job, record, logged, device)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"], further=further)
                 if config.report:
                     write_page(record)
@@ -238,12 +243,11 @@ def _trainer(
         RewindMetrics(),
         TrainingProgress(loss_is_cross_entropy=not config.objective.needs_teacher, clock=clock),
     ]
-    return build_trainer(config.trainer, job.batches, job.student, run_dir, callbacks, loggers, WholeFileCheckpointIO())
+    return build_trainer(config.trainer, job.batches, run_dir, callbacks, loggers, WholeFileCheckpointIO())
 
 
 def fit(
     config: TrainConfig,
-    plan: StudentPlan,
     job: TrainingJob,
     run_dir: Path,
     trainer: L.Trainer,
@@ -252,6 +256,8 @@ def fit(
     """Train the student, to the weights that ``trainer.keep`` names in the end; returns tokens per second."""
     length = job.batches.steps if clock is None else clock
     assert length is not None
+    if config.trainer.strategy == "fsdp":
+        job.note_whole()
     module = ILKDPretraining(
         job.student,
         job.teacher,
@@ -269,9 +275,7 @@ def fit(
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     tokens_per_second = float(trainer.callback_metrics.get("train/tokens_per_second", math.nan))
     best = folder / BEST if config.trainer.keep == "best" and (folder / BEST).exists() else None
-    if config.trainer.strategy == "fsdp":
-        job.student = reload_student(config, plan, best or folder / LAST)
-    elif best is not None:
+    if best is not None:
         _keep_best(trainer, module, job, best)
     module.close()
     job.student.eval()
@@ -284,7 +288,7 @@ def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, be
     last = trainer.validate(module, job.data, verbose=False)[0]["validation/loss"]
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     if any(score is not None and float(score) < last for score in scores):
-        module.load_state_dict(read_checkpoint(best)["state_dict"])
+        trainer.strategy.load_model_state_dict(read_checkpoint(best))
 
 
 def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[str, float], dict[str, ModelScores]]:

@@ -27,8 +27,8 @@ class TrainerConfig:
     accelerator: str = choice("auto", "auto", "cpu", "gpu")
     """``cpu``, ``gpu`` or ``auto``."""
     strategy: str = choice("auto", "auto", "ddp", "fsdp")
-    """``ddp``: a copy of the model in each process; ``fsdp``: one model in shards over GPUs; ``auto``: one process, or
-    ddp where there are several."""
+    """``ddp``: a copy of the model in each process; ``fsdp``: one model in shards over them; ``auto``: one process,
+    or ddp where there are several."""
     devices: Any = 1
     """Processes on each node, one a GPU or, on CPUs, one a share of the cores; ``auto``: every GPU of the node, or what
     torchrun or SLURM has started."""
@@ -74,8 +74,6 @@ class TrainerConfig:
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(f"trainer.devices={self.devices}: must be auto or a whole number from 1")
         check_choices(self, "trainer.")
-        if self.strategy == "fsdp" and self.accelerator == "cpu":
-            raise UserError("trainer.strategy=fsdp: shards over GPUs; trainer.strategy=ddp also runs on CPUs")
         check_not_negative("trainer.gradient_clip", self.gradient_clip)
 
 

@@ -5,12 +5,13 @@ Log-probabilities are float32, whatever the model computes in.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kncompress.errors import UserError
 from kncompress.evaluation.windows import Tokens, Window, batches, read, sliding_windows
@@ -87,11 +88,12 @@ def score_windows(
         UserError: the models' vocabularies differ.
     """
     device = next(models[-1].parameters()).device
+    room = max(1, _LOGITS // max(map(_vocabulary, models)))
+    shares = [list(batches(windows[each::world], min(batch_tokens, room))) for each in range(world)]
     windows = windows[rank::world]
     done = 0
-    with torch.inference_mode(), _evaluating(models):
-        room = max(1, _LOGITS // max(map(_vocabulary, models)))
-        for batch in batches(windows, min(batch_tokens, room)):
+    with _no_gradients(models), _evaluating(models):
+        for batch in shares[rank]:
             ids = read(tokens, batch, first).to(device)  # (windows, size)
             count = batch[0].targets
             found: list[list[Tensor]] = [[] for _ in batch]
@@ -112,6 +114,27 @@ def score_windows(
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
+        if world > 1 and any(map(_in_shards, models)):
+            _keep_in_step(models, shares, rank, room)
+
+
+def _in_shards(model: nn.Module) -> bool:
+    """Whether all processes must run a forward pass of ``model`` together."""
+    return isinstance(next(model.parameters()), DTensor)
+
+
+def _no_gradients(models: Sequence[nn.Module]) -> AbstractContextManager[object]:
+    # Weights that are gathered in inference mode could not be trained afterwards.
+    return torch.no_grad() if any(map(_in_shards, models)) else torch.inference_mode()
+
+
+def _keep_in_step(models: Sequence[nn.Module], shares: Sequence[Sequence[list[Window]]], rank: int, room: int) -> None:
+    """As many more forward passes, of a few tokens, as a process with a larger share makes."""
+    passes = [sum(_passes(models[-1], batch, room) for batch in share) for share in shares]
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(models[-1].parameters()).device)
+    for _ in range(max(passes) - passes[rank]):
+        for model in models:
+            model(input_ids=ids, use_cache=False)
 
 
 def _token_scores(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -144,10 +167,8 @@ def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: 
     """
     device = next(model.parameters()).device
     ids = ids.to(device)
-    forward = inspect.signature(model.forward).parameters
-    spares = "logits_to_keep" in forward
+    spares = "logits_to_keep" in inspect.signature(model.forward).parameters
     first, end = ids.shape[1] - targets - 1, ids.shape[1] - 1
-    whole = (targets + 1 if spares else ids.shape[1]) * len(ids) <= room or "past_key_values" not in forward
 
     def logits(part: Tensor, keep: int, **cache: Any) -> Any:
         # Where the model can, the head is spared positions that are context alone.
@@ -156,7 +177,7 @@ def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: 
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return model(input_ids=part, **cache, **extra)
 
-    if whole:
+    if _fits(model, *ids.shape, targets, room):
         yield logits(ids, targets + 1, use_cache=False).logits[:, -targets - 1 : -1]
         return
     step = max(1, room // len(ids))
@@ -168,6 +189,21 @@ def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: 
         seen = found.past_key_values
         if wanted > 0:
             yield found.logits[:, -wanted:]
+
+
+def _fits(model: nn.Module, windows: int, size: int, targets: int, room: int) -> bool:
+    """Whether windows of ``size`` tokens go through the model in one pass."""
+    forward = inspect.signature(model.forward).parameters
+    kept = targets + 1 if "logits_to_keep" in forward else size
+    return kept * windows <= room or "past_key_values" not in forward
+
+
+def _passes(model: nn.Module, batch: list[Window], room: int) -> int:
+    """Forward passes that ``_predictions`` makes."""
+    size = batch[0].end - batch[0].begin
+    if _fits(model, len(batch), size, batch[0].targets, room):
+        return 1
+    return -(-(size - 1) // max(1, room // len(batch)))
 
 
 @contextmanager

@@ -48,12 +48,15 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location)
 
 
-def read_checkpoint(path: Path, place: Any = "cpu") -> dict[str, Any]:
-    """The tensors and plain values of a checkpoint. Raises UserError where the file is damaged."""
+def read_checkpoint(path: Path, place: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
+    """The tensors and plain values of a checkpoint, which stay in the file until they are used where ``mapped``.
+
+    Raises UserError where the file is damaged.
+    """
     with _named(path):
         facts = path.stat()
         _check_sums(path, facts.st_size, facts.st_mtime_ns)
-        values = torch.load(path, map_location=place, weights_only=True)
+        values = torch.load(path, map_location=place, weights_only=True, mmap=mapped or None)
         missing = [name for name in _PARTS if not isinstance(values, dict) or name not in values]
         if missing:
             raise ValueError(f"has no {missing[0]}")

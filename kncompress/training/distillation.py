@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from kncompress.anatomy.activations import fuse_gelu_
@@ -14,6 +13,7 @@ from kncompress.config import OptimizerConfig
 from kncompress.distill import Objective, Outputs, layer_mapping
 from kncompress.training.clock import TICKS, TrainingClock
 from kncompress.training.optimization import build_optimizer, build_schedule, parameter_groups
+from kncompress.training.sharding import is_sharded, shard_
 
 
 class Distillation(L.LightningModule):
@@ -54,6 +54,15 @@ class Distillation(L.LightningModule):
         self.student_taps = Taps(student, objective.taps)
         self.teacher_taps = Taps(teacher, objective.taps) if teacher is not None else None
         self._groups = parameter_groups(student)
+
+    def configure_model(self) -> None:
+        """Cut the models into shards, where the strategy has a mesh of processes and they are not cut yet."""
+        if self.device_mesh is None or is_sharded(self.student):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        shard_(self.student, mesh, trained=True)
+        if self.teacher is not None:
+            shard_(self.teacher, mesh, trained=False)
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -98,11 +107,7 @@ class Distillation(L.LightningModule):
         # Not by Lightning, which refuses a fused optimiser under any mixed precision, though bf16 scales nothing.
         if not gradient_clip_val:
             return
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            # Each process has a piece of every gradient: only the wrapped module knows the norm.
-            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr,operator]
-        else:
-            nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
+        nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
 
     def close(self) -> None:
         """Takes the taps off both models."""

@@ -14,7 +14,6 @@ from kncompress.config import OptimizerConfig
 from kncompress.kron import KroneckerEmbedding, PackedLinear
 from kncompress.kron.gauge import factor_rates
 
-_WRAPPED = "_fsdp_wrapped_module."
 _LEAST_RISING = 20
 
 
@@ -31,7 +30,7 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Groups of a whole model: fsdp cuts parameters into pieces that no longer show what they are."""
+    """Groups of a whole model; of one in shards the root mean squares behind ``rates`` cannot be taken."""
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding | KroneckerEmbedding))
     embeddings = {id(p) for table in tables for p in table.parameters()}
     free = {name: p for name, p in model.named_parameters() if id(p) not in embeddings and p.ndim >= 2}
@@ -45,10 +44,10 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, groups: ParameterGroups | None = None) -> Optimizer:
     """AdamW over what ``model`` trains, or Muon over its dense layer matrices and AdamW over the rest.
 
-    ``groups`` are those of the model before fsdp wrapped it; None: read from ``model``.
+    ``groups`` are those of the model before it was cut into shards; None: read from ``model``.
     """
     groups = groups or parameter_groups(model)
-    trained = {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.name == "adamw":
         return _adamw(trained, groups, config)
     matrices = [p for name, p in trained.items() if name in groups.layer_matrices]

@@ -1,7 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from kncompress.evaluation import Comparison, Perplexity, compare, perplexity
 from kncompress.reading import read_json
 from kncompress.runs.process import tell
 from kncompress.training.batches import BatchPlan, plan_batches
-from kncompress.training.checkpoints import read_checkpoint
 from kncompress.training.contents import contents
 from kncompress.training.processes import processes
+from kncompress.training.sharding import Whole
 from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
 from kncompress.training.teacher_cache import Facts, TeacherCache
 
@@ -53,6 +53,21 @@ class TrainingJob:
     """Most tokens of the test split that are scored; None: all."""
     cache: TeacherCache | None = None
     """Draws that stand for the teacher's logits."""
+    wholes: dict[str, Whole] = field(default_factory=dict)
+    """What ``make_whole`` needs of the models that are going to be cut into shards."""
+
+    def note_whole(self) -> None:
+        """Call it before the models are cut."""
+        models = {"teacher": self.teacher, "student": self.student}
+        self.wholes = {name: Whole(model) for name, model in models.items() if model is not None}
+
+    def make_whole(self, first: bool) -> None:
+        """Models that were cut into shards become whole ones on the CPU of the ``first`` process; all call it together.
+
+        The other processes have no use for theirs any more.
+        """
+        for name, whole in self.wholes.items():
+            setattr(self, name, whole.of(getattr(self, name), keep=first))
 
     @property
     def facts(self) -> dict[str, float]:
@@ -166,7 +181,7 @@ def read_start_scores(file: Path) -> Comparison | None:
 
 
 class StartScores(Callback):
-    """Scores the models before the first step, when all processes are there; ``scores`` tells the result.
+    """Scores the models before the first step, when they lie where they are trained; ``scores`` tells the result.
 
     It is kept in ``file``, by ``write(file, values)``, so that a resumed run need not measure it again.
     """
@@ -176,23 +191,16 @@ class StartScores(Callback):
         self.scores: Scores | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Score, or read what was scored before the run was interrupted."""
-        if stage != "fit" or self.job.teacher is None:
-            return
-        known = read_start_scores(self.file) if trainer.is_global_zero else None
-        self.scores = trainer.strategy.broadcast(known)
-        if self.scores is not None:
+        """Read what was scored before the run was interrupted."""
+        if stage == "fit" and self.job.teacher is not None:
+            known = read_start_scores(self.file) if trainer.is_global_zero else None
+            self.scores = trainer.strategy.broadcast(known)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score, unless that is known."""
+        if self.scores is not None or self.job.teacher is None:
             return
         self.scores = self.job.scores(trainer)
         if trainer.is_global_zero:
             assert isinstance(self.scores, Comparison)
             self.write(self.file, asdict(self.scores))
-
-
-def reload_student(config: TrainConfig, plan: StudentPlan, checkpoint: Path) -> Any:
-    """A student built anew, with the weights of a checkpoint: fsdp leaves the trained one in pieces."""
-    student = _models(config, plan, "random", repair=False).student  # its factors are replaced by the checkpoint's
-    state = read_checkpoint(checkpoint)["state_dict"]
-    weights = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
-    student.load_state_dict(weights)
-    return student

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from kncompress.errors import UserError
 from kncompress.evaluation import TokenMean
 from kncompress.training.clock import TrainingClock
 from kncompress.training.distillation import Distillation, teacher_layers
+from kncompress.training.run_state import recount
+from kncompress.training.sharding import is_sharded
 from kncompress.training.teacher_cache import TeacherCache
 
 _TEACHER = "teacher."
@@ -75,7 +78,9 @@ class ILKDPretraining(Distillation):
             with torch.no_grad():
                 return self.logits(self.teacher, {"input_ids": ids[places]})
 
-        draws = self.cache.draws(blocks, logits, ids.device)
+        # Where the teacher is in shards, all processes run it together or none does.
+        together = self.trainer.strategy.reduce_boolean_decision if is_sharded(self.teacher) else None
+        draws = self.cache.draws(blocks, logits, ids.device, together and partial(together, all=False))
         return Outputs(self.logits(self.student, {"input_ids": ids})), Outputs(None, draws=draws)
 
     def _note(self, loss: Loss) -> None:
@@ -125,18 +130,25 @@ class ILKDPretraining(Distillation):
         """Training tokens so far, over all devices and resumed parts."""
         return self._tokens
 
+    def is_saved(self, key: str) -> bool:
+        """Whether a checkpoint has this entry of ``state_dict``."""
+        return not key.startswith(_TEACHER)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(_TEACHER)}
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if self.is_saved(key)}
         checkpoint["tokens_seen"] = self._tokens
+        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens = checkpoint["tokens_seen"]
+        now = self.trainer.accumulate_grad_batches
+        recount(checkpoint["loops"], checkpoint.get("accumulate", now), now)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint, which must lack the teacher's weights and nothing else."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [key for key in result.missing_keys if not key.startswith(_TEACHER)]
+        missing = [key for key in result.missing_keys if self.is_saved(key)]
         if strict and (missing or result.unexpected_keys):
             other = f"lacks {missing[0]}" if missing else f"holds {result.unexpected_keys[0]}"
             raise UserError(

@@ -60,8 +60,6 @@ def processes(config: TrainerConfig) -> int:
     """Processes over all nodes. Raises UserError for what cannot run here."""
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: there is no GPU here; trainer=cpu needs none")
-    if config.strategy == "fsdp" and not torch.cuda.is_available():
-        raise UserError("trainer.strategy=fsdp: shards over GPUs and there are none here; trainer=ddp runs on CPUs")
     if config.nodes > 1 and started_outside() is None:
         raise UserError(f"trainer.nodes={config.nodes}: several machines are started by torchrun or SLURM (srun)")
     return devices(config) * config.nodes

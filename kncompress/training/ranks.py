@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from kncompress.errors import CheckFailed
@@ -85,7 +85,9 @@ class Launcher(_SubprocessScriptLauncher):
             process.kill()
 
 
-class _Watched:
+class Watched:
+    """A strategy whose processes ``Launcher`` starts."""
+
     def _configure_launcher(self) -> None:
         super()._configure_launcher()  # type: ignore[misc]
         launcher = getattr(self, "_launcher", None)
@@ -93,9 +95,5 @@ class _Watched:
             self._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
 
 
-class WatchedDDP(_Watched, DDPStrategy):  # type: ignore[misc]
+class WatchedDDP(Watched, DDPStrategy):  # type: ignore[misc]
     """DDP whose processes ``Launcher`` starts."""
-
-
-class WatchedFSDP(_Watched, FSDPStrategy):  # type: ignore[misc]
-    """FSDP whose processes ``Launcher`` starts."""

@@ -16,7 +16,7 @@ class RunState(Callback):
     """Keeps the random states of every process and the W&B id in the checkpoint.
 
     A new run gives each process random numbers of its own, which dropout needs; a resumed one takes them up where
-    the checkpoint was saved. All processes must save together.
+    the checkpoint was saved, and a process that was not there begins with its own. All processes must save together.
     """
 
     def __init__(self, seed: int, wandb_id: str | None = None) -> None:
@@ -30,7 +30,7 @@ class RunState(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the random states: after this nothing is drawn but what training draws."""
-        if self._restored is not None:
+        if self._restored is not None and trainer.global_rank < len(self._restored):
             restore_random_state(self._restored[trainer.global_rank])
         elif trainer.global_rank:
             torch.manual_seed(self.seed + trainer.global_rank)
@@ -48,6 +48,19 @@ class RunState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the random states; they are set when training starts."""
         self._restored = state_dict["random"]
+
+
+def recount(loops: dict[str, Any], before: int, now: int) -> None:
+    """Set the micro-batches that Lightning has counted to what they would be with ``now`` of them in a step instead of
+    ``before``, in place: by their number it knows where steps and validations end.
+
+    Args:
+        loops: of a checkpoint that was saved between two steps.
+    """
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        ready = counts["ready"]
+        counts.update({name: ready * now // before - (ready - value) for name, value in counts.items()})
 
 
 def random_state() -> Tensor:

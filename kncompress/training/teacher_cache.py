@@ -85,7 +85,13 @@ class TeacherCache:
             f"{self.bytes_of_token} bytes a token"
         )
 
-    def draws(self, blocks: Tensor, logits: Callable[[Tensor], Tensor], device: torch.device) -> Draws:
+    def draws(
+        self,
+        blocks: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        device: torch.device,
+        anywhere: Callable[[bool], bool] | None = None,
+    ) -> Draws:
         """Those of some blocks.
 
         Args:
@@ -93,12 +99,14 @@ class TeacherCache:
             logits: asked for the places in ``blocks`` of those that are not drawn yet, (M,); returns the teacher's
                 (M, T, V).
             device: of what is returned.
+            anywhere: whether any process lacks draws, where all have to ask the teacher together; of one that lacks
+                none the first block is asked for.
         """
         numbers = blocks.tolist()
         missing = [place for place, number in enumerate(numbers) if not self._is_whole(number)]
-        if missing:
-            found = logits(torch.tensor(missing, device=device))
-            for place, row in zip(missing, found, strict=True):
+        if bool(missing) if anywhere is None else anywhere(bool(missing)):
+            found = logits(torch.tensor(missing or [0], device=device))
+            for place, row in zip(missing, found, strict=bool(missing)):
                 self._draw(numbers[place], row)
         tokens = np.stack([self._tokens[number] for number in numbers]).astype(np.int64)
         entropy = np.stack([self._entropy[number] for number in numbers]).astype(np.float32)

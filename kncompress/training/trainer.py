@@ -16,12 +16,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 
-from kncompress.anatomy.sites import anatomy_of
 from kncompress.config import TrainerConfig
 from kncompress.training.batches import BatchPlan
 from kncompress.training.clock import TrainingClock
 from kncompress.training.processes import accelerator_of, devices, started_outside
-from kncompress.training.ranks import WatchedDDP, WatchedFSDP
+from kncompress.training.ranks import WatchedDDP
+from kncompress.training.sharded_strategy import ShardedStrategy
 
 _VALIDATIONS, _LOG_EVERY = 10, 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -30,7 +30,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def build_trainer(
     config: TrainerConfig,
     batches: BatchPlan,
-    model: Any,
     folder: Path,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
@@ -38,8 +37,6 @@ def build_trainer(
 ) -> L.Trainer:
     """A trainer that takes ``batches.steps`` optimiser steps and validates about ten times; where there is no number of
     steps, a ``TrainingClock`` among the ``callbacks`` does both.
-
-    ``model`` tells what fsdp shards together: each of its layers.
     """
     steps = batches.steps
     every = TrainingClock.NO_INTERVAL
@@ -52,7 +49,7 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         accelerator=accelerator_of(config),
-        strategy=_strategy(config, model),
+        strategy=_strategy(config),
         devices=devices(config),
         num_nodes=config.nodes,
         precision=precision(config.precision, config.accelerator),
@@ -70,16 +67,15 @@ def build_trainer(
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=config.strategy != "fsdp",  # what is gathered in that mode cannot be trained afterwards
     )
 
 
-def _strategy(config: TrainerConfig, model: Any) -> str | Strategy:
+def _strategy(config: TrainerConfig) -> str | Strategy:
+    count = devices(config) * config.nodes
     if config.strategy == "fsdp":
-        # Full checkpoints: they are read back into an ordinary model. Embedding and head, which may share a weight,
-        # stay together in the root.
-        layers = model.base_model.get_submodule(anatomy_of(model).family.layers)
-        return WatchedFSDP(auto_wrap_policy={type(layers[0])}, state_dict_type="full")
-    if config.strategy == "ddp" or devices(config) * config.nodes > 1:
+        return ShardedStrategy(count)
+    if config.strategy == "ddp" or count > 1:
         return WatchedDDP(gradient_as_bucket_view=True)
     return "auto"
 

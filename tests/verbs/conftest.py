@@ -112,6 +112,23 @@ def process(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def watched(tmp_path: Path) -> Any:
+    """``watched(*words, log=..., start=False, **variables)``: ``train`` in a process of its own."""
+    parent = str(Path(kncompress.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": parent, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*words: str, log: Path, start: bool = False, **variables: str) -> Any:
+        line = [sys.executable, str(Path(__file__).with_name("watched.py")), "train", *words]
+        options: dict[str, Any] = {"cwd": tmp_path, "env": environment | {"WATCH": str(log)} | variables, "text": True}
+        if start:
+            with (tmp_path / "output.txt").open("a") as output:
+                return subprocess.Popen(line, stdout=output, stderr=output, **options)
+        return subprocess.run(line, capture_output=True, timeout=PATIENCE, check=False, **options)
+
+    return run
+
+
 def read(folder: Path, name: str) -> Any:
     """A JSON file of a run folder."""
     return json.loads((folder / name).read_text())

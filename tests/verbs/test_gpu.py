@@ -1,4 +1,5 @@
-"""Training on GPUs: the same losses as on the CPU, by one device, ddp and fsdp. Needs a CUDA device."""
+"""Training on GPUs: the same losses as on the CPU, by one device, ddp and fsdp; checkpoints that go from one to the
+others. Needs a CUDA device."""
 
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,21 @@ def test_losses_are_those_of_the_cpu(process: Any, small: list[str], tmp_path: P
         assert cuda[key] == pytest.approx(cpu[key], rel=2e-2), key
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
-def test_an_interrupted_run_goes_on(process: Any, small: list[str], tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "goes_on"), [("auto", "auto"), ("fsdp", "fsdp"), ("fsdp", "auto"), ("auto", "fsdp")]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupted_run_goes_on(
+    process: Any, small: list[str], tmp_path: Path, strategy: str, goes_on: str, precision: str
+) -> None:
     words = [*small, "trainer.accelerator=gpu", f"trainer.strategy={strategy}", "trainer.steps=8", "run_dir=run"]
+    words.append(f"trainer.precision={precision}")
     first = process("train", *words)
     assert first.returncode == 0, first.stderr
     perplexity = read(tmp_path / "run", "result.json")["metrics"]["perplexity/student"]
     run = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(run.replace('"status": "finished"', '"status": "running"'))
-    again = process("train", "resume=run")
+    again = process("train", "resume=run", f"trainer.strategy={goes_on}")
     assert again.returncode == 0, again.stderr
     resumed = read(tmp_path / "run", "result.json")["metrics"]["perplexity/student"]
     assert resumed == pytest.approx(perplexity, rel=1e-3)

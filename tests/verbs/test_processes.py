@@ -18,25 +18,7 @@ from waiting import PATIENCE, wait_for
 
 import kncompress
 
-WATCHED = Path(__file__).with_name("watched.py")
 TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Any:
-    """``watched(*words, log=..., start=False, **variables)``: ``train`` in a process of its own."""
-    parent = str(Path(kncompress.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": parent, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def run(*words: str, log: Path, start: bool = False, **variables: str) -> Any:
-        line = [sys.executable, str(WATCHED), "train", *words]
-        options: dict[str, Any] = {"cwd": tmp_path, "env": environment | {"WATCH": str(log)} | variables, "text": True}
-        if start:
-            with (tmp_path / "output.txt").open("a") as output:
-                return subprocess.Popen(line, stdout=output, stderr=output, **options)
-        return subprocess.run(line, capture_output=True, timeout=PATIENCE, check=False, **options)
-
-    return run
 
 
 def _batches(log: Path) -> list[tuple[int, str]]:
@@ -175,15 +157,17 @@ KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
 @pytest.mark.parametrize(
     ("numbers", "processes"),
     [
-        ([TERMINATE, KILL], 1),
-        pytest.param([KILL] * 5, 1, marks=pytest.mark.slow),
-        pytest.param([KILL, TERMINATE], 2, marks=pytest.mark.slow),
+        ([TERMINATE, KILL], []),
+        pytest.param([KILL] * 5, [], marks=pytest.mark.slow),
+        pytest.param([KILL, TERMINATE], TWO, marks=pytest.mark.slow),
+        pytest.param([KILL, TERMINATE], [*TWO, "trainer.strategy=fsdp"], marks=pytest.mark.slow),
     ],
+    ids=["one", "one, five times", "ddp", "fsdp"],
 )
 def test_stopped_runs_end_with_the_same_weights(
-    watched: Any, small: list[str], tmp_path: Path, numbers: list[int], processes: int
+    watched: Any, small: list[str], tmp_path: Path, numbers: list[int], processes: list[str]
 ) -> None:
-    words = [*small, *LONG, *(TWO if processes == 2 else [])]
+    words = [*small, *LONG, *processes]
     seen = _kill_and_resume(watched, words, tmp_path, numbers, 60)
     _compare(watched, words, tmp_path, seen)
 
@@ -261,9 +245,8 @@ def _mark_unfinished(folder: Path) -> None:
     [
         (["trainer.devices=3", "trainer.accelerator=cpu"], "cannot be shared evenly by 3 processes"),
         (["trainer.devices=0"], "trainer.devices=0: must be auto or a whole number from 1"),
-        (["trainer=fsdp"], "trainer.accelerator=gpu: there is no GPU here"),
-        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp: shards over GPUs"),
-        (["trainer.strategy=fsdp", "trainer.accelerator=cpu"], "trainer.strategy=fsdp: shards over GPUs"),
+        (["trainer=fsdp", "trainer.accelerator=gpu"], "trainer.accelerator=gpu: there is no GPU here"),
+        (["trainer=fsdp", "trainer.devices=3"], "cannot be shared evenly by 3 processes"),
         (["trainer.nodes=2", "trainer.accelerator=cpu"], "trainer.nodes=2: several machines are started by torchrun"),
     ],
 )
