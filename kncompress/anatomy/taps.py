@@ -75,6 +75,9 @@ class Taps:
         if unknown := self.names - set(NAMES):
             raise ValueError(f"names={', '.join(sorted(unknown))}: not among {', '.join(NAMES)}")
         self.records = Records()
+        self.recording = False
+        """From the beginning of a forward pass until ``forget``: a layer that is computed again in the backward pass is
+        not recorded."""
         self._model = model
         self._implementation: str | None = None
         self._batch = Size()
@@ -118,7 +121,7 @@ class Taps:
 
     def forget(self) -> None:
         """Let go of the records of the last forward pass."""
-        self.records = Records()
+        self.records, self.recording = Records(), False
 
     def close(self) -> None:
         """Take all hooks off and give the model its own attention back; again is harmless."""
@@ -148,7 +151,7 @@ class Taps:
         return RuntimeError(f"taps: {name} recorded {found} times in a forward pass, not {wanted}{why}")
 
     def _start(self, *_: Any) -> None:
-        self.records = Records()
+        self.records, self.recording = Records(), True
 
     def _check(self, *_: Any) -> None:
         for name in self.names:
@@ -164,6 +167,8 @@ class Taps:
         for number, module in enumerate(modules):
 
             def record(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
+                if not self.recording:
+                    return
                 tensor = output[0] if isinstance(output, tuple) else output
                 if tensor.ndim == 2:  # OPT's feed-forward part works on a list of tokens
                     tensor = tensor.unflatten(0, self._batch)
@@ -193,7 +198,8 @@ class Taps:
             self._model.set_attn_implementation(implementation)
 
     def _note_attention(self, number: int, *found: Any) -> None:
-        self.records.attention[number] = AttentionTap(*found)
+        if self.recording:
+            self.records.attention[number] = AttentionTap(*found)
 
 
 _TAPPED: "WeakKeyDictionary[nn.Module, tuple[Taps, int]]" = WeakKeyDictionary()
@@ -220,7 +226,7 @@ def _note(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any])
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         causal, window = getattr(module, "is_causal", True), kwargs.get("sliding_window")
-        taps.records.attention[number] = AttentionTap(query, key, scaling, causal, window, kwargs.get("softcap"))
+        taps._note_attention(number, query, key, scaling, causal, window, kwargs.get("softcap"))
 
 
 ALL_ATTENTION_FUNCTIONS.register(_SDPA, _tapped_sdpa)

@@ -256,6 +256,8 @@ def fit(
     """Train the student, to the weights that ``trainer.keep`` names in the end; returns tokens per second."""
     length = job.batches.steps if clock is None else clock
     assert length is not None
+    if config.trainer.teacher == "bf16" and job.teacher is not None:
+        job.teacher.to(torch.bfloat16)
     if config.trainer.strategy == "fsdp":
         job.note_whole()
     module = ILKDPretraining(
@@ -267,6 +269,7 @@ def fit(
         config.trainer.dropout,
         job.layers,
         job.cache,
+        config.trainer.recompute,
     )
     folder = run_dir / "checkpoints"
     resumed = folder / LAST if (folder / LAST).exists() else None

@@ -13,6 +13,7 @@ from kncompress.config import OptimizerConfig
 from kncompress.distill import Objective, Outputs, layer_mapping
 from kncompress.training.clock import TICKS, TrainingClock
 from kncompress.training.optimization import build_optimizer, build_schedule, parameter_groups
+from kncompress.training.recompute import keep_activations, recompute_layers
 from kncompress.training.sharding import is_sharded, shard_
 
 
@@ -28,6 +29,7 @@ class Distillation(L.LightningModule):
         optimizer: optimiser and schedule.
         steps: optimiser steps of the whole run, for the schedule; or the clock that it follows.
         dropout: keep the student's dropout while training.
+        recompute: of each layer of the student keep the input alone, and compute the rest again in the backward pass.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Distillation(L.LightningModule):
         optimizer: OptimizerConfig,
         steps: int | TrainingClock,
         dropout: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.student, self.optimizer_config, self.steps = student.train(), optimizer, steps
@@ -54,6 +57,8 @@ class Distillation(L.LightningModule):
         self.student_taps = Taps(student, objective.taps)
         self.teacher_taps = Taps(teacher, objective.taps) if teacher is not None else None
         self._groups = parameter_groups(student)
+        if recompute:
+            recompute_layers(student)
 
     def configure_model(self) -> None:
         """Cut the models into shards, where the strategy has a mesh of processes and they are not cut yet."""
@@ -110,7 +115,8 @@ class Distillation(L.LightningModule):
         nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
 
     def close(self) -> None:
-        """Takes the taps off both models."""
+        """Takes the taps off both models, and has the student keep its activations."""
+        keep_activations(self.student)
         for taps in (self.student_taps, self.teacher_taps):
             if taps is not None:
                 taps.close()

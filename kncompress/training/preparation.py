@@ -163,7 +163,7 @@ def cache_facts(config: TrainConfig, models: _Models, context: int) -> Facts:
     """What the draws of ``objective.cache`` must be of."""
     stream = token_stream(models.data, "train", models.tokenizer)
     return Facts(
-        teacher=contents(config.model)["model.path"],
+        teacher=contents(config.model)["model.path"] + (":bf16" if config.trainer.teacher == "bf16" else ""),
         tokenizer=tokenizer_fingerprint(models.tokenizer),
         text=fingerprint(models.data, "train"),
         context=context,

@@ -14,7 +14,6 @@ from kncompress.errors import UserError
 from kncompress.evaluation import TokenMean
 from kncompress.training.clock import TrainingClock
 from kncompress.training.distillation import Distillation, teacher_layers
-from kncompress.training.run_state import recount
 from kncompress.training.sharding import is_sharded
 from kncompress.training.teacher_cache import TeacherCache
 
@@ -40,6 +39,7 @@ class ILKDPretraining(Distillation):
         layers: the teacher layer that each student layer learns from, counted from 0; None: evenly spread
             (``layer_mapping``).
         cache: draws that stand for the teacher's logits; batches then tell their blocks' numbers.
+        recompute: of each layer of the student keep the input alone (``Distillation``).
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class ILKDPretraining(Distillation):
         dropout: bool = False,
         layers: Sequence[int] | None = None,
         cache: TeacherCache | None = None,
+        recompute: bool = False,
     ) -> None:
-        pairs = teacher_layers(student, teacher, layers)
-        super().__init__(student, teacher, Objective(objective, pairs, overwrites=True), optimizer, steps, dropout)
+        loss = Objective(objective, teacher_layers(student, teacher, layers), overwrites=True)
+        super().__init__(student, teacher, loss, optimizer, steps, dropout, recompute)
         self.cache = cache
         self._losses: list[Tensor] = []
         self.validation_nll = TokenMean()
@@ -138,12 +139,9 @@ class ILKDPretraining(Distillation):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if self.is_saved(key)}
         checkpoint["tokens_seen"] = self._tokens
-        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens = checkpoint["tokens_seen"]
-        now = self.trainer.accumulate_grad_batches
-        recount(checkpoint["loops"], checkpoint.get("accumulate", now), now)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint, which must lack the teacher's weights and nothing else."""

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 _NUMPY_KEYS = 624
+_ACCUMULATE = "accumulate"
 
 
 class RunState(Callback):
@@ -34,6 +35,15 @@ class RunState(Callback):
             restore_random_state(self._restored[trainer.global_rank])
         elif trainer.global_rank:
             torch.manual_seed(self.seed + trainer.global_rank)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how many micro-batches make a step."""
+        checkpoint[_ACCUMULATE] = trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Recount them, where another number of processes makes others."""
+        now = trainer.accumulate_grad_batches
+        recount(checkpoint["loops"], checkpoint.get(_ACCUMULATE, now), now)
 
     def state_dict(self) -> dict[str, Any]:
         """Random states, one row a process, and the W&B id."""

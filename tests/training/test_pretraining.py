@@ -173,6 +173,34 @@ class TestTraining:
             assert torch.equal(value, resumed.student.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+def test_layers_that_are_computed_again_give_the_same_gradients(teacher: Any, dropout: bool) -> None:
+    """And leave no records of their second computation, nor a changed forward pass."""
+    ids, gradients, kept = Ids().ids[:4], [], []
+    for recompute in (False, True):
+        student = copy.deepcopy(teacher)
+        module = ILKDPretraining(
+            student, teacher, ALL_TERMS, OptimizerConfig(), 1, dropout, recompute=recompute
+        ).train()
+        seen: list[int] = []
+        for layer in student.transformer.h:
+            layer.mlp.c_fc.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        held: list[int] = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.numel()) or t, lambda t: t):
+            loss = module.objective(*module.outputs(input_ids=ids), ids).total
+        module.forget()
+        loss.backward()
+        assert len(seen) == (4 if recompute else 2)
+        assert not module.student_taps.records.attention and not module.student_taps.records.feed_forward
+        gradients.append([parameter.grad for parameter in student.parameters()])
+        kept.append(sum(held))
+        module.close()
+        assert not any("forward" in vars(layer) for layer in student.transformer.h)
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_a_checkpoint_that_lacks_student_weights_is_refused(teacher: Any) -> None:
     module = ILKDPretraining(copy.deepcopy(teacher), teacher, ALL_TERMS, OptimizerConfig(), steps=1)
     state = {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import seed_everything
 
@@ -44,6 +45,25 @@ def test_a_resumed_process_takes_up_its_own_row() -> None:
     for rank in (1, 0):
         resumed.on_train_start(SimpleNamespace(global_rank=rank), None)
         assert draws() == wanted[rank]
+
+
+def test_a_process_that_was_not_there_draws_its_own() -> None:
+    resumed = RunState(5)
+    seed_everything(1, verbose=False)
+    resumed.load_state_dict({"random": random_state()[None], "wandb_id": None})
+    assert begun(resumed, 1) == begun(RunState(5), 1) != begun(resumed, 0)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (6, 2), (2, 2)])
+def test_micro_batches_are_recounted_where_a_step_has_others(before: int, now: int) -> None:
+    saved = {"ready": 4 * before, "started": 4 * before, "processed": 4 * before, "completed": 4 * before - 1}
+    progress = {"total": dict(saved), "current": dict(saved), "is_last_batch": False}
+    checkpoint = {"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    state = RunState(0)
+    state.on_save_checkpoint(SimpleNamespace(accumulate_grad_batches=before), None, checkpoint)
+    state.on_load_checkpoint(SimpleNamespace(accumulate_grad_batches=now), None, checkpoint)
+    wanted = {"ready": 4 * now, "started": 4 * now, "processed": 4 * now, "completed": 4 * now - 1}
+    assert progress == {"total": wanted, "current": wanted, "is_last_batch": False}
 
 
 def test_a_checkpoint_holds_the_state_and_the_wandb_run() -> None:

@@ -45,6 +45,16 @@ def test_each_block_is_drawn_once(tmp_path: Path) -> None:
     assert torch.equal(other.tokens, again.tokens[[1, 2]])
 
 
+def test_a_process_that_lacks_nothing_asks_with_the_others(tmp_path: Path) -> None:
+    teacher, cache = Teacher(), TeacherCache(tmp_path, FACTS)
+    first, told = read(cache, teacher, 2, 5), []
+    for others_lack in (True, False):
+        logits, blocks = teacher.of([2, 5]), torch.tensor([2, 5])
+        again = cache.draws(blocks, logits, CPU, lambda lacks, any=others_lack: told.append(lacks) or any)
+        assert torch.equal(again.tokens, first.tokens)
+    assert told == [False, False] and teacher.asked == [2, 5, 2]
+
+
 def test_what_is_damaged_or_half_written_is_drawn_again(tmp_path: Path) -> None:
     teacher, cache = Teacher(), TeacherCache(tmp_path, FACTS)
     whole = read(cache, teacher, 0, 1, 2)
