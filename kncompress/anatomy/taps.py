@@ -89,7 +89,6 @@ class Taps:
         self._handles: list[Any] = []
         if "attention" in self.names:
             self._tap_attention([layer.get_submodule(family.attention) for layer in layers])
-        self._handles.append(model.base_model.register_forward_pre_hook(self._start))
         self._handles.append(model.base_model.register_forward_hook(self._check))
         self._handles.append(layers[0].register_forward_pre_hook(self._enter, with_kwargs=True))
         if "hidden" in self.names:
@@ -150,14 +149,12 @@ class Taps:
         why = "" if name in self.names else f"; it is not among the tapped names: {', '.join(sorted(self.names))}"
         return RuntimeError(f"taps: {name} recorded {found} times in a forward pass, not {wanted}{why}")
 
-    def _start(self, *_: Any) -> None:
-        self.records, self.recording = Records(), True
-
     def _check(self, *_: Any) -> None:
         for name in self.names:
             getattr(self, name)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.records, self.recording = Records(), True  # not by a hook on the base model, which OPT does not call
         entering = args[0] if args else kwargs["hidden_states"]
         self._batch = entering.shape[:2]
         if "embedding" in self.names:

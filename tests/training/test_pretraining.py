@@ -178,7 +178,7 @@ def test_layers_that_are_computed_again_give_the_same_gradients(teacher: Any, dr
     """And leave no records of their second computation, nor a changed forward pass."""
     ids, gradients, kept = Ids().ids[:4], [], []
     for recompute in (False, True):
-        student = copy.deepcopy(teacher)
+        student = copy.deepcopy(teacher).requires_grad_(True)
         module = ILKDPretraining(
             student, teacher, ALL_TERMS, OptimizerConfig(), 1, dropout, recompute=recompute
         ).train()

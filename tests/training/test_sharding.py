@@ -39,7 +39,7 @@ def models(kind: str) -> tuple[Any, Any]:
     student = copy.deepcopy(teacher)
     if kind == "odd":
         compress_(
-            student, Plan({"layers.1.*": RightFactor((1, 2), 2), "layers.2.*": RightFactor((1, 3), scalars=True)})
+            student, Plan({"layers.1.*": RightFactor((3, 1), 2), "layers.2.*": RightFactor((1, 3), scalars=True)})
         )
     else:
         compress_(student, Plan({"layers.1.*": RightFactor((2, 1), 2), "embedding": RightFactor((1, 2))}))
@@ -60,7 +60,7 @@ def trained(module: Distillation, ids: torch.Tensor) -> tuple[list[float], list[
         NonFiniteLoss().on_before_optimizer_step(Alone(), module, optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, norms, optimizer
 
 
