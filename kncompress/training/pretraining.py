@@ -124,7 +124,7 @@ class ILKDPretraining(Distillation):
         nll = self.validation_nll.compute()
         self.validation_nll.reset()
         scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
-        self.log_dict(scores, sync_dist=self.trainer.world_size > 1)  # equal on all ranks; Lightning wants it said
+        self.log_dict(scores, sync_dist=True)  # equal on all ranks; Lightning wants it said
 
     @property
     def tokens_seen(self) -> int:
