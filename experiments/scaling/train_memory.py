@@ -90,10 +90,10 @@ def train(row: str) -> None:
     )
     del teacher
     ids = torch.randint(0, VOCABULARY, (BLOCKS * STEPS, CONTEXT))
-    blocks = [{"input_ids": row, "labels": row} for row in ids]
+    blocks: Any = [{"input_ids": row, "labels": row} for row in ids]
     processes = int(config.devices)
     own = BLOCKS // processes
-    share = [blocks[n] for n in range(len(blocks)) if n % processes == int(os.environ.get("LOCAL_RANK", 0))]
+    share: Any = [blocks[n] for n in range(len(blocks)) if n % processes == int(os.environ.get("LOCAL_RANK", 0))]
     watch, before = Watch(), peak_memory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         plan_of_batches = BatchPlan(CONTEXT, BLOCKS, own, 1, STEPS)

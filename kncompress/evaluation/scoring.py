@@ -177,7 +177,7 @@ def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: 
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return model(input_ids=part, **cache, **extra)
 
-    if _fits(model, *ids.shape, targets, room):
+    if _fits(model, ids.shape[0], ids.shape[1], targets, room):
         yield logits(ids, targets + 1, use_cache=False).logits[:, -targets - 1 : -1]
         return
     step = max(1, room // len(ids))

@@ -53,6 +53,7 @@ def shard_dimension(shape: torch.Size, pieces: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size % pieces == 0), 0)
 
 
+@torch.no_grad()
 def gathered(state: Any, keep: bool) -> Any:
     """Nested dicts and lists with every tensor whole on the CPU; what other processes send is dropped unless ``keep``.
 
@@ -62,7 +63,7 @@ def gathered(state: Any, keep: bool) -> Any:
 
     def whole(tensor: Tensor) -> Any:
         if id(tensor) not in seen:
-            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
             seen[id(tensor)] = full.cpu() if keep else None
         return seen[id(tensor)]
 

@@ -143,32 +143,16 @@ def test_tokens_and_steps_set_the_length() -> None:
     assert plan_batches(TrainerConfig(tokens=100_000, steps=5), 512, 7).steps == 5
 
 
-def test_fsdp_gets_full_checkpoints_and_shards_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+def test_strategies() -> None:
+    from lightning.pytorch.strategies import DDPStrategy
 
-    from kncompress.training import trainer as training
+    from kncompress.training.sharded_strategy import ShardedStrategy
+    from kncompress.training.trainer import _strategy
 
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
-    strategy = training._strategy(TrainerConfig(strategy="fsdp"), model)
-    assert isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "full"
-    assert strategy.kwargs["auto_wrap_policy"]._module_classes == {GPT2Block}
-    assert isinstance(training._strategy(TrainerConfig(devices=2, accelerator="cpu"), model), DDPStrategy)
-    assert training._strategy(TrainerConfig(), model) == "auto"
-
-
-def test_groups_know_parameters_by_their_names_before_fsdp_cut_them() -> None:
-    model = Model()
-    groups = parameter_groups(model)
-    assert groups.decayed == groups.layer_matrices == {"map.weight"}
-    wrapped = nn.Module()
-    wrapped.map = nn.Module()
-    wrapped.map._fsdp_wrapped_module = nn.Module()
-    wrapped.map._fsdp_wrapped_module.weight = nn.Parameter(torch.zeros(64))  # a piece, no longer a matrix
-    wrapped.norm = nn.LayerNorm(8)
-    decayed, kept = build_optimizer(wrapped, OptimizerConfig(), groups).param_groups
-    assert [p.shape for p in decayed["params"]] == [(64,)] and len(kept["params"]) == 2
+    sharded = _strategy(TrainerConfig(strategy="fsdp", devices=2, nodes=3, accelerator="cpu"))
+    assert isinstance(sharded, ShardedStrategy) and sharded._data_parallel_size == 6
+    assert isinstance(_strategy(TrainerConfig(devices=2, accelerator="cpu")), DDPStrategy)
+    assert _strategy(TrainerConfig()) == "auto"
 
 
 def test_packed_maps_are_factors_to_muon_and_have_rates_of_their_own() -> None:
