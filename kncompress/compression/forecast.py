@@ -31,7 +31,7 @@ NEAREST = 24
 """Bytes for each number of the largest map that is fitted to its weight alone, beside the layer."""
 ENDS = 14
 """The same of embedding and head, with the numbers themselves."""
-CALIBRATED_ENDS = 25
+CALIBRATED_ENDS = 33
 """The same of an embedding that is weighed by the tokens of a text."""
 SYMMETRIC = 8 * 5
 """Bytes for each number of a moment of inputs, (N, N), that is prepared: float64 five times at most."""

@@ -23,6 +23,8 @@ from kncompress.kron.shape import KroneckerShape
 
 _PAIRS = 1 << 25
 """Numbers in the Gram matrices of term pairs that are held at a time."""
+_ROWS = 1 << 21
+"""Numbers of right-hand sides that are solved for at a time."""
 _SYSTEM = 2048
 """Unknowns of a row solved for at once; more are solved for in groups of terms, one after the other."""
 _JITTERS = (0.0, 1e-12, 1e-9, 1e-6)
@@ -153,7 +155,7 @@ def _large_step(problem: Problem, large: Tensor, small: Tensor) -> Tensor:
         block, wanted = matrix[group, group], rhs[:, group]
         if width < terms * nb:
             wanted = wanted - rows @ matrix[:, group] + rows[:, group] @ block
-        rows[:, group] = solve(block.double(), wanted.double()).to(rows.dtype)
+        rows[:, group] = solve(block.double(), wanted)
     return _terms(rows, terms, mb, nb)
 
 
@@ -206,21 +208,38 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """X (m, K) with X matrix = rhs in the least squares sense, for a positive semidefinite (K, K) matrix.
 
     Null unknowns stay null. Dependent ones get the least jitter, relative to each unknown's own size, that makes
-    a Cholesky factor; where none does, the least squares solution of least norm.
+    a Cholesky factor; where none does, the least squares solution of least norm. Computed in float64, some rows at a
+    time; X has the type of ``rhs``.
     """
     diagonal = matrix.diagonal()
     live = diagonal > 1e-30 * diagonal.max().clamp(min=0)
     scale = torch.where(live, diagonal.clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt(), 0.0)
     unit = matrix * scale[:, None] * scale
     unit.diagonal().copy_(torch.where(live, unit.diagonal(), 1.0))
-    wanted = (rhs * scale).T
+    lower = _cholesky(unit)
+    if lower is not None:
+        return _by_blocks(rhs, lambda rows: torch.cholesky_solve((rows * scale).T, lower).T * scale)
+    values, vectors = torch.linalg.eigh(unit)
+    kept = values > len(values) * 1e-9 * values[-1]
+    inverse = torch.where(kept, 1 / values, 0.0)
+    return _by_blocks(rhs, lambda rows: (rows * scale) @ (vectors * inverse) @ vectors.T * scale)
+
+
+def _cholesky(unit: Tensor) -> Tensor | None:
+    """Lower factor of a matrix with unit diagonal, with the least jitter that gives one; None where none does."""
     for jitter in _JITTERS:
         if jitter:
             unit.diagonal().add_(jitter)
         lower, failed = torch.linalg.cholesky_ex(unit)
         if not failed:
-            return torch.cholesky_solve(wanted, lower).T * scale
-    values, vectors = torch.linalg.eigh(unit)
-    kept = values > len(values) * 1e-9 * values[-1]
-    inverse = torch.where(kept, 1 / values, 0.0)
-    return (vectors @ (inverse[:, None] * (vectors.T @ wanted))).T * scale
+            return lower
+    return None
+
+
+def _by_blocks(rhs: Tensor, solved: Callable[[Tensor], Tensor]) -> Tensor:
+    """``solved`` of the rows in float64, a block at a time, in the type of ``rhs``."""
+    found = torch.empty_like(rhs)
+    for rows in torch.arange(len(rhs)).split(max(1, _ROWS // max(1, rhs.shape[1]))):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        found[block] = solved(rhs[block].double()).to(rhs.dtype)
+    return found

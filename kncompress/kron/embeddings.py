@@ -26,6 +26,8 @@ from kncompress.kron.two_sided import two_sided_factors
 SWEEPS = 12
 TOLERANCE = 2e-3
 _RIDGE = 1e-6
+_ROWS = 4096
+"""Rows that are held in float64 at a time."""
 
 
 @torch.no_grad()
@@ -80,8 +82,10 @@ def _metric(
     felt: Moment | PreparedMoment | None,
 ) -> PreparedMoment:
     """M, ridged so little that it has a Cholesky factor: its parts have ridges of their own."""
-    exact = weight.detach().double()
-    gram = exact.T @ rows.operator(exact)(exact)
+    gram = torch.zeros(2 * [weight.shape[1]], dtype=torch.float64, device=weight.device)
+    for block, counts in zip(weight.detach().split(_ROWS), rows.rows.split(_ROWS), strict=True):
+        exact = block.double()
+        gram += exact.T @ (counts[:, None] * exact)
     parts = [torch.eye(len(gram)).to(gram) if felt is None else _checked(felt, shape).matrix.to(gram)]
     if moment is not None:
         parts.append(_checked(moment, shape).matrix.to(gram))
