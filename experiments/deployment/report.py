@@ -1,4 +1,4 @@
-"""What ``study.py`` found, as ``results.csv`` and ``frontier.svg`` beside this file, and as a table.
+"""What ``study.py`` found, as ``results.csv`` beside this file, ``docs/frontier.svg``, and a table.
 
 Usage: python experiments/deployment/report.py FOLDER; the picture needs matplotlib (extra ``reports``).
 """
@@ -101,7 +101,7 @@ def draw(rows: list[Row], texts: list[str]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(HERE / "frontier.svg", metadata={"Date": None})
+    figure.savefig(HERE.parents[1] / "docs" / "frontier.svg", metadata={"Date": None})
 
 
 def _read(file: Path) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kncompress.anatomy.sites import language_task
+from kncompress.anatomy.unpack import unpack_
 from kncompress.compression.compress import unique_parameters
 from kncompress.config import ExportConfig
 from kncompress.data.sources import split_sources
@@ -67,6 +68,8 @@ def run(config: ExportConfig, run_dir: Path) -> dict[str, float]:
     with RunRecord.open(run_dir, "export", asdict(config), config.seed) as record:
         model = _load(config)
         metrics: dict[str, float] = {"parameters": unique_parameters(model)}
+        if _integers(config) and not config.packed:
+            unpack_(model)
         made = {"dense": _dense, "merged": _merged, "onnx": _onnx, "int8": _int8}[config.format]
         try:
             file = made(config, model, run_dir, metrics)

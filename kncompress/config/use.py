@@ -38,6 +38,9 @@ class ExportConfig(ModelRunConfig):
     they come; ``false``: by groups."""
     group: int | None = None
     """Of ``bits``: neighbours in a row that share a scale, 16, 32, 64 or 128; null: 64 of 8 bits, 32 of 4."""
+    packed: bool = False
+    """Of ``bits`` and ``int8``: round the numbers of packed maps as they are, which loses far more; ``false``: those of
+    the equal outer products, of which there are more."""
     int8_tolerance: float | None = None
     """Most that ``int8`` or ``bits`` may raise the perplexity, as a share of that of the ONNX file which it is made
     from; null: 0.02, and 1 for 4 bits."""
@@ -57,6 +60,8 @@ class ExportConfig(ModelRunConfig):
             check_positive(name, getattr(self, name))
 
     def _check_bits(self) -> None:
+        if self.packed and self.bits is None and self.format != "int8":
+            raise UserError("packed=true: is for bits=8, bits=4 or format=int8; other exports leave maps packed")
         if self.dynamic and (self.bits != 8 or self.group is not None):
             given = f"bits={self.bits}" if self.group is None else f"group={self.group}"
             raise UserError(f"dynamic=true: is for bits=8 without a group, and this is {given}")

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kncompress.anatomy.unpack import unpack_
+
 SCALE_BYTES = 2
 """Of a group's scale, and of every number that is not rounded: float16."""
 
 
 @torch.no_grad()
 def quantise_(model: nn.Module, bits: int, group: int | None) -> int:
-    """Rounds maps, factors and tables of ``model`` to integers of ``bits`` times a scale, in place.
+    """Rounds maps, factors and tables of ``model`` to integers of ``bits`` times a scale, in place; packed maps are
+    unpacked before (``unpack_``).
 
     Vectors (biases, gains of norms) are not rounded. Tied weights are rounded and counted once.
 
@@ -26,6 +29,7 @@ def quantise_(model: nn.Module, bits: int, group: int | None) -> int:
     Returns:
         Bytes of all parameters: integers and scales, float16 for what is not rounded.
     """
+    unpack_(model)
     total = 0
     for parameter in model.parameters():
         if parameter.dim() < 2:

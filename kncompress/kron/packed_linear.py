@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.kron.compound import PackedShape
-from kncompress.kron.layers import _LinearMap
+from kncompress.kron.layers import KroneckerLinear, _LinearMap
 from kncompress.kron.nearest import Factors, nearest_factors
 from kncompress.kron.packed import Packed, pack, packed_linear, packed_weight
 
@@ -41,6 +41,14 @@ class PackedLinear(_LinearMap):
         """Take outer products, (R, M, 1) and (R, 1, N), as new parameters."""
         packed = pack(Factors(left, right), self.shape)
         self.kept, self.mix, self.order = nn.Parameter(packed.kept), nn.Parameter(packed.mix), packed.order
+
+    def unpacked(self) -> KroneckerLinear | nn.Linear:
+        """The same map as orthogonal outer products, both factors of each of one size: R (M + N) numbers; or dense,
+        where that has no more."""
+        shape = self.shape.outer
+        if shape.parameters >= shape.dense_parameters:
+            return self.to_dense()
+        return KroneckerLinear.from_dense(self.weight.detach(), self.bias, shape)
 
     @property
     def packed(self) -> Packed:

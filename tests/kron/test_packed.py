@@ -80,6 +80,21 @@ def test_packed_is_the_same_matrix_with_small_coefficients(shape, data):
         assert ((table - row).abs().amax(dim=1) < 1e-9).any()
 
 
+@pytest.mark.parametrize("size", [(60, 90, 25), (90, 60, 25), (40, 50, 30)])
+def test_unpacked_is_the_same_map_as_orthogonal_products_or_dense(size):
+    layer = PackedLinear.from_dense(torch.randn(*size[:2]), torch.randn(size[0]), PackedShape.of_rank(*size))
+    made, x = layer.unpacked(), torch.randn(7, size[1])
+    torch.testing.assert_close(made(x), layer(x), rtol=1e-4, atol=1e-4)
+    if size[2] * (size[0] + size[1]) >= size[0] * size[1]:
+        assert isinstance(made, torch.nn.Linear)
+        return
+    left, right = made.left[:, :, 0], made.right[:, 0]
+    for factor in (left, right):
+        products = factor @ factor.T
+        torch.testing.assert_close(products, torch.diag(products.diag()), atol=1e-3, rtol=0)
+    torch.testing.assert_close(left.norm(dim=1), right.norm(dim=1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(60, 90, 25), (90, 60, 25), (64, 64, 20)])
 def test_product_equals_that_of_the_outer_products(size, dtype):

@@ -32,7 +32,7 @@ from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.compression.compress import compress_
 from kncompress.formats.onnx_session import largest_difference
 from kncompress.formats.pretrained import save_model
-from kncompress.kron import parse_shape
+from kncompress.kron import PackedShape, parse_shape
 
 IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(3))
 FACTORS = """
@@ -338,6 +338,19 @@ def test_packed_maps_are_exported(command: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(dense, IDS % 96), logits_of(model, IDS % 96), rtol=1e-4, atol=2e-3)
 
 
+def test_packed_maps_are_rounded_as_outer_products(command: Any, tiny: Path, text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    compress_(model, Plan({"layers.*.mlp.up": PackedShape.of_rank(64, 16, 8)}))
+    save_model(model, tmp_path / "packed", AutoTokenizer.from_pretrained(tiny))
+    words = [f"model={tmp_path / 'packed'}", "format=int8", f"data.source={text}", "tokens=300", "int8_tolerance=9"]
+    looked_up = {}
+    for packed in ("true", "false"):
+        assert command("export", *words, f"packed={packed}", f"run_dir=run-{packed}")[0] == 0
+        nodes = onnx.load(f"run-{packed}/model/model_int8.onnx").graph.node
+        looked_up[packed] = sum(node.op_type == "Gather" for node in nodes)
+    assert looked_up["true"] == looked_up["false"] + 2  # the order of the inputs of a packed map, one in each layer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.untied.window", "qwen3", "opt", "opt.narrow", "gpt_neox"])
 def test_onnx_of_every_family(command: Any, tmp_path: Path, kind: str) -> None:
@@ -398,6 +411,7 @@ def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: 
         (["bits=4", "format=onnx", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["format=onnx", "dynamic=true"], "dynamic=true: is for bits=8 without a group, and this is bits=None"),
         (["format=onnx", "dynamic=true", "bits=8", "group=32"], "dynamic=true: is for bits=8 without a group"),
+        (["format=onnx", "packed=true"], "packed=true: is for bits=8, bits=4 or format=int8"),
         (["cache=true"], "cache=true: is for format=onnx, and this is format=dense"),
         (["format=int8", "data.source=nowhere"], "data.source=nowhere: no such file or folder"),
         (["model=./nowhere"], "model=./nowhere: no such"),
