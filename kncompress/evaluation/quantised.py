@@ -12,12 +12,14 @@ from kncompress.anatomy.unpack import unpack_
 
 SCALE_BYTES = 2
 """Of a group's scale, and of every number that is not rounded: float16."""
+_BEARS_PACKING = 8
+"""Bits at which packed maps lose a few percent, and the outer products would be more bytes."""
 
 
 @torch.no_grad()
 def quantise_(model: nn.Module, bits: int, group: int | None) -> int:
     """Rounds maps, factors and tables of ``model`` to integers of ``bits`` times a scale, in place; packed maps are
-    unpacked before (``unpack_``).
+    unpacked before (``unpack_``), but for 8 bits.
 
     Vectors (biases, gains of norms) are not rounded. Tied weights are rounded and counted once.
 
@@ -29,7 +31,8 @@ def quantise_(model: nn.Module, bits: int, group: int | None) -> int:
     Returns:
         Bytes of all parameters: integers and scales, float16 for what is not rounded.
     """
-    unpack_(model)
+    if bits < _BEARS_PACKING:
+        unpack_(model)
     total = 0
     for parameter in model.parameters():
         if parameter.dim() < 2:

@@ -67,3 +67,6 @@ def test_packed_maps_are_rounded_as_outer_products():
     assert isinstance(model[0], KroneckerLinear) and total > 56 * (128 + 160) // 2
     errors = [float((made.weight.detach() - before).norm() / before.norm()) for made in (as_it_is, model[0])]
     assert 0.02 < errors[1] < 0.75 * errors[0]
+    kept = nn.Sequential(PackedLinear.from_dense(weight, None, shape))
+    quantise_(kept, 8, 32)
+    assert isinstance(kept[0], PackedLinear)
