@@ -18,3 +18,14 @@ python "$here/study.py" make "$out/onnx" dense=smollm2 "speed=$out/speed/model" 
 python "$here/study.py" score "$out/onnx" "$KNCOMPRESS_DATA/wikitext2/wiki.test.raw" "$KNCOMPRESS_DATA/text/digitalgov_cc0.txt"
 python "$here/study.py" time "$out/onnx" 4
 python "$here/report.py" "$out/onnx"
+
+# GPT-2 small's sizes with random weights, dense and with the shapes of kngpt2, as pairs in turns.
+measure() { # name, overrides
+  finished "$out/bench-$1" || python -m kncompress bench "parts=[generate]" precision=fp32 accelerator=cpu threads=1 repeats=5 \
+    "run_dir=$out/bench-$1" "${@:2}"
+}
+measure gpt2-genai "runtimes=[onnxruntime-genai]" "bits=[32,8,4]"
+measure gpt2-rest "runtimes=[transformers,onnxruntime]"
+measure gpt2-dynamic "runtimes=[onnxruntime-genai]" "bits=[dynamic]"
+python "$here/runtimes.py" "$out"
+python "$here/gauge.py" "$out/packed/model" "$KNCOMPRESS_DATA/wikitext2/wiki.test.raw" "$KNCOMPRESS_DATA/text/digitalgov_cc0.txt"

@@ -47,17 +47,21 @@ def kind(name: str) -> str:
 
 
 def line(prefix: str, rows: Rows) -> str:
-    """Of one runtime and one kind of weights. Ratios are those of processor seconds where one thread ran."""
+    """Of one runtime and one kind of weights. Speeds and ratios are those of processor seconds where one thread ran."""
     _, runtime, *weights = prefix.split("/")
     cells = [runtime, BITS[weights[0]] if weights else "float32"]
     for what in ("bytes", "memory"):
-        values = rows[f"{prefix}/{what}"]["values"]
+        values = rows[f"{prefix}/{what}"]["values"] if f"{prefix}/{what}" in rows else {}
         cells.append(", ".join(f"{values[who] / 1e6:.0f}" for who in ("dense", "ours")) if "dense" in values else "")
     for what in ("decoding", "prompt"):
         name = f"{prefix}/{what}"
+        if name not in rows:
+            cells += [""] * 5
+            continue
         row, eight = rows[name], next(iter(r for n, r in rows.items() if n.startswith(f"{name}/batch_")), None)
         each = 1 if what == "decoding" else int(row["what"].split()[2])
-        speeds = [each / row["values"][who] for who in ("dense", "ours")]
+        ours = row["more"].get(f"{name}/processor_seconds", row["values"]["ours"])
+        speeds = [each / (ours * ratio_of(row)), each / ours]
         cells.append(", ".join(f"{speed:.1f}" if speed < 100 else f"{speed:.0f}" for speed in speeds))
         ratio = ratio_of(row)
         cells += [f"{ratio:.2f}", f"{row['promised']:.2f}", f"{ratio / row['promised']:.2f}"]

@@ -9,11 +9,8 @@ Graphs and scores that are there already are not made again.
 """
 
 import csv
-import json
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,44 +67,25 @@ def score(folder: Path, texts: list[str]) -> None:
 
 
 def measure(folder: Path, rounds: int) -> None:
-    """Every folder once a round, one after the other, with one thread and with two."""
-    import onnxruntime_genai as genai
-
-    for threads in (1, 2):
-        models: dict[str, Any] = {}
-        for made in _folders(folder):
-            config = genai.Config(str(made))
-            options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
-            models[made.name] = genai.Model(config)
-        for number in range(rounds):
-            for name, model in models.items():
-                _, step, work = _timed(genai, model, PROMPT, NEW)
-                long, _, long_work = _timed(genai, model, LONG, 1)
-                times = {"decoding": step, "decoding_cpu": work, "prompt": long, "prompt_cpu": long_work}
-                _add(folder / "times.csv", folder=name, threads=threads, round=number, **times)
-
-
-def _timed(genai: Any, model: Any, prompt: int, new: int) -> tuple[float, float, float]:
-    """Seconds to the first token; median seconds of one after it; mean processor seconds of that, or of the first.
+    """Every folder once a round, one after the other, with one thread and with two, as ``bench`` times a pair.
 
     With one thread the processor's seconds are those that no other job of the machine adds to.
     """
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=prompt + new, min_length=prompt + new)
-    generator = genai.Generator(model, parameters)
-    began, worked = time.perf_counter(), time.process_time()
-    generator.append_tokens([1000 + 7 * place for place in range(prompt)])
-    generator.generate_next_token()
-    first, steps = time.perf_counter() - began, list[float]()
-    if new == 1:
-        return first, first, time.process_time() - worked
-    worked = time.process_time()
-    while not generator.is_done():
-        began = time.perf_counter()
-        generator.generate_next_token()
-        steps.append(time.perf_counter() - began)
-    return first, statistics.median(steps), (time.process_time() - worked) / len(steps)
+    import torch
+
+    from kncompress.bench.runtimes import GENAI, load_runtime
+    from kncompress.bench.writing import texts, timed
+
+    given = texts(1, LONG, PROMPT, NEW, 49_152)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        models = {made.name: load_runtime(GENAI, made, torch.device("cpu"), torch.float32) for made in _folders(folder)}
+        for number in range(rounds):
+            for name, model in models.items():
+                found = timed(model, given)
+                times = {"decoding": found.token, "decoding_cpu": found.token_work}
+                times |= {"prompt": found.prompt, "prompt_cpu": found.prompt_work}
+                _add(folder / "times.csv", folder=name, threads=threads, round=number, **times)
 
 
 def _folders(folder: Path) -> Iterator[Path]:
