@@ -33,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 LAYERS, WIDTH, CONTEXT, BLOCKS, STEPS = (
     int(os.environ.get(name, value))
-    for name, value in (("LAYERS", 12), ("WIDTH", 768), ("CONTEXT", 512), ("BLOCKS", 4), ("STEPS", 3))
+    for name, value in (("LAYERS", 12), ("WIDTH", 768), ("CONTEXT", 256), ("BLOCKS", 4), ("STEPS", 3))
 )
 VOCABULARY = 8192
 
@@ -74,7 +74,8 @@ def train(row: str) -> None:
     inner, alone = float(given.pop("inner", True)), given.pop("alone", False)
     config = TrainerConfig(accelerator="cpu", precision="fp32", validate_every=STEPS + 1, **given)
     torch.manual_seed(0)
-    fields = GPT2Config(VOCABULARY, CONTEXT, WIDTH, LAYERS, WIDTH // 64, bos_token_id=0, eos_token_id=0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": WIDTH, "n_layer": LAYERS}
+    fields = GPT2Config(n_head=WIDTH // 64, bos_token_id=0, eos_token_id=0, **sizes)
     teacher: Any = GPT2LMHeadModel(fields)
     student = copy.deepcopy(teacher)
     plan = {"layers.*.mlp.*": RightFactor((2, 1)), "embedding": RightFactor((1, 2))}
