@@ -59,12 +59,12 @@ def test_prompt_and_steps_are_those_of_transformers(kind, exported):
 def test_a_hundred_tokens_are_those_of_transformers(kind, tmp_path):
     """Greedy, by the loop on onnxruntime and by onnxruntime-genai where it is installed."""
     config = config_of(kind)
-    config.max_position_embeddings = 128
+    config.max_position_embeddings, config.tie_word_embeddings = 128, False  # tied, it writes two tokens in turns
     model = random_model(config)
-    compress_(model, HALVES)
+    compress_(model, Plan({"layers.*": RightFactor((2, 1))}))
     write_decoder(model, cache_sizes(model), tmp_path / GRAPH)
     accompany(model, None, tmp_path, cache_sizes(model))
-    ids = torch.randint(2, 96, (1, 9), generator=torch.Generator().manual_seed(7))
+    ids = torch.randint(2, 96, (1, 9), generator=torch.Generator().manual_seed(1))
     expected = model.generate(ids, max_new_tokens=100, do_sample=False, pad_token_id=0)[0].tolist()
     assert len(expected) == 109 and len(set(expected[9:])) > 9  # no end of text, and no single token again and again
     decoder, found, new, cache = OnnxDecoder(tmp_path / GRAPH, model.config), ids[0].tolist(), ids, None
