@@ -28,8 +28,8 @@ for budget in 0.667 0.8 0.9; do
   harms=("harm=$out/plan_0.667")
   compress "calibrated_$budget" "$budget" "${mix[@]}"
 done
+evaluate dense smollm2
 compress wikitext2_0.667 0.667 "data.source=$wiki/wiki.train.tokens"
 compress model_0.667 0.667 data.source=model data.own.tokens=16384
 compress sequential_0.667 0.667 "${mix[@]}" start=sequential
-evaluate dense smollm2
 python "$here/by_text.py" "$out" "$here/budgets.csv"
