@@ -29,18 +29,10 @@ plan gradients fit.sides=both harms=gradients sums=false budget=0.667
 compress gradients "$here/gradients.yaml" calibrated fit.sides=both
 compress gradients-sequential "$here/gradients.yaml" sequential fit.sides=both
 compress gradients-sequential-inputs "$here/gradients.yaml" sequential fit.sides=inputs
-plan gradients_0.8 fit.sides=both harms=gradients budget=0.8 "harm=$out/gradients-plan"
-compress gradients_0.8-sequential "$here/gradients_0.8.yaml" sequential fit.sides=both
-plan gradients_0.9 fit.sides=both harms=gradients budget=0.9 "harm=$out/gradients-plan"
-compress gradients_0.9-sequential "$here/gradients_0.9.yaml" sequential fit.sides=both
 compress uniform_packed-inputs "$here/uniform_packed.yaml" calibrated fit.sides=inputs
 for sides in inputs both; do
   compress "uniform-$sides" "$here/uniform.yaml" calibrated "fit.sides=$sides"
 done
-plan measured_inputs fit.sides=inputs sums=false budget=0.667
-compress measured_inputs-sequential "$here/measured_inputs.yaml" sequential fit.sides=inputs
-plan measured fit.sides=both sums=false budget=0.667
-compress measured-sequential "$here/measured.yaml" sequential fit.sides=both
 for bits in 8 5 4; do # the original in as many bytes: in 5 bits it takes about those of the planned model in 8
   evaluate "dense_$bits" smollm2 "bits=$bits"
 done
