@@ -33,4 +33,6 @@ train planner_68-sequential-repair "$here/planner_68.yaml" sequential $short rep
 train full_kngpt2-nearest kngpt2 nearest "$@"
 train full_kngpt2-calibrated-symmetries-repair kngpt2 calibrated "$all" repair.passes=2 "$@"
 train full_planner-sequential "$here/planner_68.yaml" sequential "$@"
+plan planner_both_68 budget=4739110 # planned and fitted as today's defaults are: by both sides, packed low rank
+train full_planner_both-calibrated "$here/planner_both_68.yaml" calibrated fit.sides=both optimizer.factor_rates=scaled "$@"
 python "$here/report.py" "$out"
