@@ -90,6 +90,8 @@ def draw(rows: list[dict[str, str]]) -> None:
     for axes, text, title in zip(panels, ("perplexity", "exl2_wiki"), ("test text", "unread text"), strict=True):
         for passes in PASSES:
             line = [row for row in rows if row["passes"] == passes]
+            if not line:  # the time was too short for so many
+                continue
             label = f"{passes} passes of repair" if passes else "distillation alone"
             axes.plot([row["seconds"] for row in line], [float(row[text]) for row in line], marker="o", label=label)
         axes.set(title=title, xlabel="processor seconds in all", ylabel="perplexity")
