@@ -80,7 +80,8 @@ class FitConfig:
     """What a calibrated or sequential fit weighs errors by: the ``inputs`` of each map, or ``both``: inputs and the
     gradients of the loss at its outputs, so that errors count as the logits feel them."""
     output_ridge: float = 0.1
-    """Ridge of the moments of those gradients, as a share of their mean square."""
+    """Ridge of the moments of those gradients, as a share of their mean square; that of an embedding's follows from the
+    data."""
     sweeps: int = 20
     """Most sweeps of alternating least squares over both factors of a map; fewer where one gains little."""
     bias: bool = True

@@ -12,7 +12,6 @@ array of R^2 N^2 numbers is made; the largest is the system that is solved, of (
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,39 +79,23 @@ def alternate(problem: Problem, start: Factors, sweeps: int, tolerance: float) -
     large, small = (start.right, start.left) if problem.mirrored else (start.left, start.right)
     terms = len(large)
     large, small = large.reshape(terms, -1), small.reshape(terms, -1)
-    large, small, history = descend(
-        large, small, partial(_small_step, problem), partial(_large_step, problem), sweeps, tolerance
-    )
+    large, small, history = _descend(problem, large, small, sweeps, tolerance)
     left, right = (small, large) if problem.mirrored else (large, small)
     sides = (problem.small, problem.large) if problem.mirrored else (problem.large, problem.small)
     return Factors(left.view(terms, *sides[0]), right.view(terms, *sides[1])), history
 
 
-def descend(
-    large: Tensor,
-    small: Tensor,
-    small_step: Callable[[Tensor, Tensor], tuple[float, Tensor, float]],
-    large_step: Callable[[Tensor, Tensor], Tensor],
-    sweeps: int,
-    tolerance: float,
+def _descend(
+    problem: Problem, large: Tensor, small: Tensor, sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Alternates half steps on the two sides of a sum; f never rises.
+    """Large and small factors, a row a term, and f / total at the start and after each half step; f never rises.
 
-    Args:
-        large: factors of one side, a row a term.
-        small: those of the other, made orthonormal before each step of the large side.
-        small_step: (large, small) -> f, better small factors, and f of those.
-        large_step: (large, small) -> better large factors.
-        sweeps: most steps of the large side.
-        tolerance: stop where a sweep lowers f by less than this share.
-
-    Returns:
-        Large and small factors, and f at the start and after each half step.
+    The small ones are made orthonormal before each step of the large side.
     """
     history: list[float] = []
     accepted = large, small
     for sweep in range(sweeps + 1):
-        value, solved, value_solved = small_step(large, small)
+        value, solved, value_solved = _small_step(problem, large, small)
         if history and not value <= history[-1]:
             break
         before = history[-1] if history else value
@@ -124,7 +107,7 @@ def descend(
         if sweep == sweeps or value <= 0 or (sweep > 0 and before - value < tolerance * value):
             break
         small, large = orthonormal(small, large)
-        large = large_step(large, small)
+        large = _large_step(problem, large, small)
     return *accepted, history
 
 

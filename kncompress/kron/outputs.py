@@ -28,16 +28,20 @@ class OutputMoment(PreparedMoment):
         """M."""
         return len(self.plain)
 
+    @property
+    def _upper(self) -> Tensor:
+        """K^T, but for the scale of G, float64."""
+        return (self.cholesky / self.size**0.5).T
+
     def whitened(self, matrix: Tensor) -> Tensor:
         """K^T X of (..., M, N), but for the scale of G."""
-        return (self.cholesky / self.size**0.5).T.to(matrix) @ matrix
+        return self._upper.to(matrix) @ matrix
 
     def solved(self, factors: Tensor) -> Tensor:
         """K^-T times each (M, n) of ``factors`` (R, M, n): undoes ``whitened``."""
         terms, rows, columns = factors.shape
         wide = factors.transpose(0, 1).reshape(rows, terms * columns)
-        upper = (self.cholesky / self.size**0.5).T
-        solved = torch.linalg.solve_triangular(upper, wide.double(), upper=True).to(factors)
+        solved = torch.linalg.solve_triangular(self._upper, wide.double(), upper=True).to(factors)
         return solved.view(rows, terms, columns).transpose(0, 1).contiguous()
 
     def operator(self, like: Tensor) -> Callable[[Tensor], Tensor]:
