@@ -1,7 +1,6 @@
 """What ``train`` does besides training where it is asked to: plan the shapes before, export and report after."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from kncompress.anatomy.plan import Plan
 from kncompress.commands import export, plan
 from kncompress.compression.inspection import predict
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import DataConfig, ExportConfig, FactorsConfig, ModelConfig, PlanConfig, TrainConfig
+from kncompress.config import ExportConfig, FactorsConfig, ModelConfig, PlanConfig, TrainConfig
 from kncompress.errors import UserError
 from kncompress.formats.onnx_graph import check_packages
 from kncompress.planner.budget import budget_count, spend
@@ -107,11 +106,6 @@ def outlook(config: TrainConfig) -> str:
 
 def _names(source: Any) -> str:
     return ", ".join(map(str, source)) if isinstance(source, list) else str(source)
-
-
-def unseen_text(config: TrainConfig) -> DataConfig:
-    """The source of ``unseen``: its test split where it names one, the whole of it otherwise."""
-    return replace(config.data, source=config.unseen, validation=None, test=None, column=None, text_format="auto")
 
 
 def export_all(config: TrainConfig, record: RunRecord) -> None:

@@ -13,13 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
-from kncompress.commands.shrink import check_parts, export_all, outlook, planned, unseen_text, write_page
+from kncompress.commands.shrink import check_parts, export_all, outlook, planned, write_page
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
 from kncompress.data.sources import find_sources, sources_of, without_own
-from kncompress.data.tokens import TokenStream, default_context, token_stream
+from kncompress.data.tokens import TokenStream, default_context
 from kncompress.errors import UserError
 from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
@@ -147,7 +147,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             tokens_per_second = fit(config, job, run_dir, trainer, clock)
             job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
-            unseen, further = _unseen(config, job, trainer)
+            unseen, further = _unseen(job, trainer)
             job.make_whole(trainer.is_global_zero)
             metrics |= unseen
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
@@ -315,11 +315,11 @@ def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[
     return metrics, rows
 
 
-def _unseen(config: TrainConfig, job: TrainingJob, trainer: L.Trainer) -> tuple[dict[str, float], list[ModelScores]]:
+def _unseen(job: TrainingJob, trainer: L.Trainer) -> tuple[dict[str, float], list[ModelScores]]:
     """Metrics and rows of the models on ``unseen``."""
-    if config.unseen is None:
+    if job.unseen is None:
         return {}, []
-    stream = token_stream(unseen_text(config), "auto", job.tokenizer)
+    stream = job.unseen
     score = job.scores(trainer, stream)
     if isinstance(score, Perplexity):
         row = _row("model, unseen text", job.facts["parameters/student"], score, job, text=stream)

@@ -140,7 +140,8 @@ class TrainConfig(FactoringConfig):
     speed: bool = False
     """With ``budget``: only shapes whose product is faster than the dense one, as in ``plan``."""
     unseen: Any = None
-    """Source of a text that no fit and no training reads: teacher and student are scored on it in the end."""
+    """Source of a text that no fit and no training reads: the student is validated on it too, and teacher and student
+    are scored on it in the end."""
     export: list[str] = choice([], "dense", "merged", "onnx", "int8")
     """Formats of ``export`` that the finished model is written in, each in ``export-<format>/`` of the run."""
     report: bool = False

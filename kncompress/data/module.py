@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from kncompress.config import DataConfig
 from kncompress.data.sampler import EndlessSampler
 from kncompress.data.tokenizer import ignored_token
-from kncompress.data.tokens import IGNORED_LABEL, Blocks, token_stream
+from kncompress.data.tokens import IGNORED_LABEL, Blocks, TokenStream, token_stream
 
 
 class Share(Dataset[dict[str, Tensor]]):
@@ -53,17 +53,23 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
         validation_blocks: int | None = None,
         numbered: bool = False,
+        unseen: TokenStream | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.context, self.seed = config, tokenizer, context, seed
         self.micro_batch, self.step_blocks, self.validation_blocks = micro_batch, step_blocks, validation_blocks
         self.numbered = numbered
         """Whether training blocks tell their number."""
+        self.unseen = unseen
+        """A text that is validated on beside the validation split."""
         self.consumed = 0
 
     def blocks(self, split: str) -> Blocks:
         """Blocks of a split, tokenised at the first call."""
         stream = token_stream(self.config, split, self.tokenizer)
+        return self._cut(stream)
+
+    def _cut(self, stream: TokenStream) -> Blocks:
         return Blocks(stream, self.context, ignored_token(self.tokenizer))
 
     def train_dataloader(self) -> DataLoader:
@@ -72,11 +78,13 @@ class TextDataModule(L.LightningDataModule):
         sampler = EndlessSampler(len(blocks), self.seed, self.consumed, *self._place())
         return DataLoader(blocks, batch_size=self.micro_batch, sampler=sampler)
 
-    def val_dataloader(self) -> DataLoader:
-        rank, ranks = self._place()
-        blocks = self.blocks("validation")
-        share = Share(blocks, min(len(blocks), self.validation_blocks or len(blocks)), rank, ranks)
-        return DataLoader(share, batch_size=self.micro_batch)
+    def val_dataloader(self) -> list[DataLoader]:
+        """The validation split, then the unseen text where there is one; at most ``validation_blocks`` of each."""
+        texts = [self.blocks("validation")] + ([] if self.unseen is None else [self._cut(self.unseen)])
+        return [DataLoader(self._share(blocks), batch_size=self.micro_batch) for blocks in texts]
+
+    def _share(self, blocks: Blocks) -> Share:
+        return Share(blocks, min(len(blocks), self.validation_blocks or len(blocks)), *self._place())
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process, and the number of processes."""

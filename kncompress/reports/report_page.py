@@ -98,6 +98,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[tuple[str, str, Any]]:
         yield "perplexity-validation", "Perplexity, validation", curves_figure(scores, x, "perplexity", log=True)
     elif losses := curves("validation/loss"):
         yield "loss-validation", "Loss, validation", curves_figure(losses, x, "loss")
+    if unseen := curves("unseen/perplexity"):
+        yield "perplexity-unseen", "Perplexity, unseen text", curves_figure(unseen, x, "perplexity", log=True)
 
 
 def _headlines(runs: Sequence[Run]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a training run works with: teacher, student, text and batches, and how the models score."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class TrainingJob:
     test: TokenStream
     test_tokens: int | None
     """Most tokens of the test split that are scored; None: all."""
+    unseen: TokenStream | None = None
+    """A text that nothing has read, scored too."""
     cache: TeacherCache | None = None
     """Draws that stand for the teacher's logits."""
     wholes: dict[str, Whole] = field(default_factory=dict)
@@ -142,9 +144,10 @@ def prepare(
     if config.data.context is None:
         tell_default_context("data.context", positions)
     limit = config.trainer.validation_tokens
+    unseen = token_stream(_unseen_text(config), "auto", tokenizer) if config.unseen is not None else None
     data = TextDataModule(
         models.data, tokenizer, context, 1, 1, config.data.seed, math.ceil(limit / context) if limit else None,
-        numbered=config.objective.cache is not None,
+        numbered=config.objective.cache is not None, unseen=unseen,
     )  # fmt: skip
     batches = plan_batches(config.trainer, context, len(data.blocks("train")), processes(config.trainer))
     data.micro_batch, data.step_blocks = batches.micro_batch, batches.step_blocks
@@ -155,8 +158,13 @@ def prepare(
         cache = TeacherCache(Path(config.objective.cache), cache_facts(config, models, context))
         tell(cache.outlook())
     return TrainingJob(
-        models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit, cache
+        models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit, unseen, cache
     )
+
+
+def _unseen_text(config: TrainConfig) -> DataConfig:
+    """The source of ``unseen``: its test split where it names one, the whole of it otherwise."""
+    return replace(config.data, source=config.unseen, validation=None, test=None, column=None, text_format="auto")
 
 
 def cache_facts(config: TrainConfig, models: _Models, context: int) -> Facts:

@@ -27,7 +27,7 @@ class ILKDPretraining(Distillation):
     The teacher stays in evaluation mode, receives no gradients and is left out of checkpoints. Logged:
     ``train/loss`` and every term as ``train/<term>``, means over all micro-batches and processes of an optimiser
     step, ``train/tokens_per_second``, ``train/tokens``, ``validation/loss`` (cross-entropy of the student, nats
-    per token) and ``validation/perplexity``.
+    per token) and ``validation/perplexity``; of a second text ``unseen/loss`` and ``unseen/perplexity``.
 
     Args:
         student: causal language model of transformers, in place.
@@ -58,7 +58,7 @@ class ILKDPretraining(Distillation):
         super().__init__(student, teacher, loss, optimizer, steps, dropout, recompute)
         self.cache = cache
         self._losses: list[Tensor] = []
-        self.validation_nll = TokenMean()
+        self.validation_nll, self.unseen_nll = TokenMean(), TokenMean()
         self._clock: tuple[float, int] | None = None
         self._tokens = 0
 
@@ -113,18 +113,21 @@ class ILKDPretraining(Distillation):
             start, tokens = self._clock
             self._clock = (start + time.perf_counter() - self._validation_began, tokens)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int, dataloader_idx: int = 0) -> None:
         logits = self.student(input_ids=batch["input_ids"], use_cache=False).logits
         scored = int((batch["labels"][:, 1:] != -100).sum())
         # Blocks that only fill up the round of several processes have no labels, and so no mean.
         total = cross_entropy(logits, batch["labels"]) * scored if scored else 0.0
-        self.validation_nll.update(total, scored)
+        (self.validation_nll, self.unseen_nll)[dataloader_idx].update(total, scored)
 
     def on_validation_epoch_end(self) -> None:
-        nll = self.validation_nll.compute()
-        self.validation_nll.reset()
-        scores = {"validation/loss": nll, "validation/perplexity": nll.exp()}
-        self.log_dict(scores, sync_dist=True)  # equal on all ranks; Lightning wants it said
+        for name, mean in (("validation", self.validation_nll), ("unseen", self.unseen_nll)):
+            if not mean.update_called:
+                continue
+            nll = mean.compute()
+            mean.reset()
+            scores = {f"{name}/loss": nll, f"{name}/perplexity": nll.exp()}
+            self.log_dict(scores, sync_dist=True)  # equal on all ranks; Lightning wants it said
 
     @property
     def tokens_seen(self) -> int:

@@ -19,7 +19,8 @@ SECONDS = 30.0
 class TrainingProgress(ProgressBar):
     """Progress in optimiser steps on ``stream`` (standard error), by rank 0.
 
-    Shows ``train/loss``, ``train/tokens_per_second`` and ``validation/loss`` as the module logs them.
+    Shows ``train/loss``, ``train/tokens_per_second``, ``validation/loss`` and ``unseen/perplexity`` as the module logs
+    them.
     Perplexity is ``train/perplexity``, else exp of ``train/cross_entropy``, else exp of the loss where
     ``loss_is_cross_entropy`` says that it means that; the same for ``validation/``. Lightning replaces its
     own bar by this one. Where a ``clock`` ends the training, the bar is its time.
@@ -86,7 +87,10 @@ class TrainingProgress(ProgressBar):
         best = loss < self._best
         self._best = min(loss, self._best)
         parts = [self._position(trainer), f"validation loss {loss:.4g}", self._perplexity(trainer, "validation")]
-        self._line("  ".join(part for part in [*parts, "(best)" if best else ""] if part))
+        unseen = self._perplexity(trainer, "unseen")
+        self._line(
+            "  ".join(part for part in [*parts, unseen and f"unseen {unseen}", "(best)" if best else ""] if part)
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last step, unless it is shown already."""

@@ -9,6 +9,7 @@ from verbs.conftest import interrupted_when, read
 
 from kncompress.config import TrainConfig
 from kncompress.errors import UserError
+from kncompress.runs.metrics_file import complete_rows
 from kncompress.training.checkpoints import read_checkpoint
 
 SHRINK = ["+experiment=shrink", "budget=0.9", "calibration.tokens=256", "trainer.checkpoint_every=1", "samples.count=0"]
@@ -33,6 +34,10 @@ def test_plans_trains_by_the_clock_compares_exports_and_reports(command: Any, wo
     for line in ("shrink: ", "  plan     ", "  distil   0.05 minutes; ", "also on ", "export-dense/"):
         assert line in out
     assert "student, unseen text" in (run / "summary.txt").read_text()
+    rows = list(complete_rows(run / "metrics.csv"))
+    curve = [float(row["unseen/perplexity"]) for row in rows if row.get("unseen/perplexity")]
+    assert curve and "unseen ppl" in err and "Perplexity, unseen text" in (run / "report.html").read_text()
+    assert curve[-1] != [float(row["validation/perplexity"]) for row in rows if row.get("validation/perplexity")][-1]
     assert (run / "export-merged" / "merged.safetensors").is_file() and (run / "report.html").is_file()
     assert AutoModelForCausalLM.from_pretrained(run / "export-dense" / "model").num_parameters() > 0
     assert read(run, "run.json")["warnings"] == []
