@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadf
 .PHONY: help install demo test test-all test-faults lint fmt docs lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test-faults: $(STAMP) ## try every fault: kills, damaged files, random inputs; w
 	mkdir -p $(dir $(FAULTS)) && rm -f $(FAULTS)
 	began=$$(date +%s); KNCOMPRESS_FAULTS_OUT=$(abspath $(FAULTS)) $(PYTEST) -m '' tests/faults; status=$$?; \
 	$(BIN)/python tests/faults/report.py $(FAULTS) $$(( $$(date +%s) - began )) docs/reliability.md && exit $$status
+
+reproduce-%: $(STAMP) ## run a study of experiments/ again, such as reproduce-objectives; some read KNCOMPRESS_DATA
+	@test -x experiments/$*/run.sh || { echo "reproduce-$*: the studies are $(notdir $(patsubst %/run.sh,%,$(wildcard experiments/*/run.sh)))"; exit 2; }
+	PATH="$(abspath $(BIN)):$$PATH" experiments/$*/run.sh
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

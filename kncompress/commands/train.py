@@ -14,19 +14,19 @@ from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
 from kncompress.commands.shrink import check_parts, export_all, outlook, planned, write_page
+from kncompress.commands.train_scores import conclude, score_unseen
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import TrainConfig
 from kncompress.data.sources import find_sources, sources_of, without_own
-from kncompress.data.tokens import TokenStream, default_context
+from kncompress.data.tokens import default_context
 from kncompress.errors import UserError
-from kncompress.evaluation import Comparison, Perplexity, bits_per_byte
 from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
 from kncompress.reading import Number, read_json
 from kncompress.reports.logged_run import LoggedRun
-from kncompress.reports.summary import ModelScores, gap_closed, write_summary
+from kncompress.reports.summary import write_summary
 from kncompress.reports.wandb_content import compression_facts, log_maps, log_model, log_samples
 from kncompress.runs.past_runs import COMPRESSION, SAMPLES
 from kncompress.runs.process import process_rank
@@ -47,7 +47,7 @@ from kncompress.training.clock import TrainingClock
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.loggers import RewindMetrics, log_facts
-from kncompress.training.preparation import Scores, StartScores, TrainingJob, prepare, read_start_scores
+from kncompress.training.preparation import StartScores, TrainingJob, prepare, read_start_scores
 from kncompress.training.pretraining import ILKDPretraining
 from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress
@@ -147,7 +147,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             tokens_per_second = fit(config, job, run_dir, trainer, clock)
             job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
-            unseen, further = _unseen(job, trainer)
+            unseen, further = score_unseen(job, trainer)
             job.make_whole(trainer.is_global_zero)
             metrics |= unseen
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
@@ -292,61 +292,6 @@ def _keep_best(trainer: L.Trainer, module: ILKDPretraining, job: TrainingJob, be
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     if any(score is not None and float(score) < last for score in scores):
         trainer.strategy.load_model_state_dict(read_checkpoint(best))
-
-
-def conclude(job: TrainingJob, start: Scores | None, end: Scores) -> tuple[dict[str, float], dict[str, ModelScores]]:
-    """The metrics of ``result.json`` and the rows of the table, from the scores before and after training."""
-    metrics: dict[str, float] = job.facts | {"tokens": job.batches.tokens, "steps": job.batches.steps or 0}
-    rows: dict[str, ModelScores] = {}
-    if isinstance(start, Comparison) and isinstance(end, Comparison):
-        rows["teacher"] = _row("teacher", metrics["parameters/teacher"], start.teacher, job)
-        rows["start"] = _row("student at the start", metrics["parameters/student"], start.student, job, start)
-        rows["student"] = _row("student, trained", metrics["parameters/student"], end.student, job, end)
-        metrics |= {"kl/start": start.kl, "kl/student": end.kl} | end.metrics
-        share = gap_closed(*rows.values())
-        if share is not None:
-            metrics["gap_closed"] = share
-    else:
-        assert isinstance(end, Perplexity)
-        rows["student"] = _row("model, trained", metrics["parameters/student"], end, job)
-    for name, row in rows.items():
-        scores = {"perplexity": row.perplexity, "bits_per_byte": row.bits_per_byte}
-        metrics |= {f"{score}/{name}": value for score, value in scores.items() if value is not None}
-    return metrics, rows
-
-
-def _unseen(job: TrainingJob, trainer: L.Trainer) -> tuple[dict[str, float], list[ModelScores]]:
-    """Metrics and rows of the models on ``unseen``."""
-    if job.unseen is None:
-        return {}, []
-    stream = job.unseen
-    score = job.scores(trainer, stream)
-    if isinstance(score, Perplexity):
-        row = _row("model, unseen text", job.facts["parameters/student"], score, job, text=stream)
-        return {"unseen/perplexity/student": score.perplexity}, [row]
-    metrics = {"perplexity/teacher": score.teacher.perplexity, "perplexity/student": score.student.perplexity}
-    metrics |= {"kl/student": score.kl} | score.metrics
-    rows = [
-        _row("teacher, unseen text", job.facts["parameters/teacher"], score.teacher, job, text=stream),
-        _row("student, unseen text", job.facts["parameters/student"], score.student, job, score, stream),
-    ]
-    return {f"unseen/{name}": value for name, value in metrics.items()}, rows
-
-
-def _row(
-    name: str,
-    parameters: float,
-    score: Perplexity,
-    job: TrainingJob,
-    compared: Comparison | None = None,
-    text: TokenStream | None = None,
-) -> ModelScores:
-    bits, text = None, text or job.test
-    if job.test_tokens is None or job.test_tokens >= len(text):
-        # The few tokens that no window scores count as the mean of the others.
-        bits = bits_per_byte(score.nll * len(text), text.text_bytes)
-    kl, same_top = (None, None) if compared is None else (compared.kl, compared.same_top)
-    return ModelScores(name, int(parameters), score.perplexity, kl, bits, same_top)
 
 
 def _sweep(run_dir: Path) -> str | None:

@@ -1,0 +1,55 @@
+"""Collect the runs of ``losses.sh`` into ``losses.csv`` beside this file.
+
+Usage: python experiments/objectives/losses.py RUNS
+       python experiments/objectives/losses.py --rate SEARCHES OBJECTIVE   prints the better rate of a search
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    """``metrics`` of ``result.json``."""
+    metrics: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
+    return metrics
+
+
+def searched(folder: Path, objective: str) -> dict[str, float]:
+    """Last validation loss of the runs of a search, by rate."""
+    found = {}
+    for run in sorted(folder.glob(f"{objective}-*")):
+        with (run / "metrics.csv").open() as stream:
+            losses = [float(row["validation/loss"]) for row in csv.DictReader(stream) if row.get("validation/loss")]
+        found[run.name.removeprefix(f"{objective}-")] = losses[-1]
+    return found
+
+
+def main(folder: Path) -> None:
+    """Write the table, the least KL first."""
+    rows = []
+    for run in folder.glob("*-unread"):
+        name = run.name.removesuffix("-unread")
+        made, losses = metrics_of(folder / name), searched(folder / "search", name)
+        rate = min(losses, key=lambda rate: losses[rate])
+        scores = made["perplexity/start"], made["perplexity/student"], made["kl/student"], metrics_of(run)["perplexity"]
+        rows.append([name, rate, *scores, made["tokens_per_second"]])
+    header = ["objective", "rate", "start", "perplexity", "kl", "exl2_wiki", "tokens_per_second"]
+    with (HERE / "losses.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(
+            [f"{v:.5g}" if isinstance(v, float) else v for v in r] for r in sorted(rows, key=lambda r: r[4])
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--rate":
+        found = searched(Path(sys.argv[2]), sys.argv[3])
+        print(min(found, key=lambda rate: found[rate]))
+    else:
+        main(Path(sys.argv[1]))

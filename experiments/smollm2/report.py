@@ -1,0 +1,101 @@
+"""Collect the runs of ``run.sh`` into ``results.csv``, ``search.csv`` and ``curves.svg`` beside this file.
+
+Usage: python experiments/smollm2/report.py RUNS
+       python experiments/smollm2/report.py --rate SEARCHES STUDENT   prints the best rate of a search
+The picture needs matplotlib (extra ``reports``).
+"""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+STUDENTS = ("planner", "layerdrop", "uniform", "kronecker", "kngpt2")
+COLUMNS = {
+    "parameters": "parameters/student",
+    "tokens": "tokens",
+    "start": "perplexity/start",
+    "wikitext2": "perplexity/student",
+    "unseen": "unseen/perplexity/student",
+    "kl": "kl/student",
+    "unseen_kl": "unseen/kl/student",
+    "same_top": "compare/same_top",
+    "unseen_same_top": "unseen/compare/same_top",
+    "tokens_per_second": "tokens_per_second",
+}
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    """Of a finished run; empty for others."""
+    file = run / "result.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found["metrics"] if found.get("status") == "finished" else {}
+
+
+def curve(run: Path, text: str) -> list[tuple[float, float]]:
+    """Training tokens and perplexity at each validation, of runs on their way too."""
+    file = run / "metrics.csv"
+    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    return [
+        (1024 * (float(row["step"]) + 1), math.exp(float(row[f"{text}/loss"])))
+        for row in rows
+        if row.get(f"{text}/loss")
+    ]
+
+
+def losses(folder: Path, student: str) -> dict[str, float]:
+    """Validation loss at the end of each run of a search, by its rate."""
+    found = {run.name.removeprefix(f"{student}-"): curve(run, "validation") for run in folder.glob(f"{student}-*")}
+    return {rate: math.log(points[-1][1]) for rate, points in sorted(found.items()) if points}
+
+
+def write(name: str, header: list[str], rows: list[list[Any]]) -> None:
+    """A table beside this file."""
+    with (HERE / name).open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def main(folder: Path) -> None:
+    """Write the files."""
+    found = {name: metrics_of(folder / name) for name in STUDENTS}
+    rows = [[name, *(metrics[key] for key in COLUMNS.values())] for name, metrics in found.items() if metrics]
+    write("results.csv", ["student", *COLUMNS], rows)
+    searched = {name: losses(folder / "search", name) for name in STUDENTS}
+    write(
+        "search.csv",
+        ["student", "rate", "validation"],
+        [[name, rate, math.exp(loss)] for name in STUDENTS for rate, loss in searched[name].items()],
+    )
+    draw(folder)
+
+
+def draw(folder: Path) -> None:
+    """Perplexity of both texts against tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "kncompress"
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, text, title in zip(panels, ("validation", "unseen"), ("WikiText-2", "unseen web text"), strict=True):
+        for name in STUDENTS:
+            if points := curve(folder / name, text):
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axes.set(title=title, xlabel="training tokens", ylabel="perplexity", yscale="log")
+        axes.grid(visible=True, which="both", alpha=0.3)
+    panels[0].legend()
+    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--rate":
+        found = losses(Path(sys.argv[2]), sys.argv[3])
+        print(min(found, key=lambda rate: found[rate]))
+    else:
+        main(Path(sys.argv[1]))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SmolLM2-135M at two thirds of all its unique parameters: five ways to get there, each repaired by the same distillation.
+# A small search (16 steps, WikiText-2's validation text) finds the rate of each. Finished runs are not repeated, stopped
+# ones go on from their checkpoints.
+# Usage: KNCOMPRESS_DATA=<folder with wikitext2/ and text/> experiments/smollm2/run.sh [folder for the runs]
+# TOKENS: training tokens of each; STUDENTS: which; STEP=fits to stop after the search.
+set -euo pipefail
+here="$(dirname "$0")"
+out="${1:-runs/smollm2}"
+tokens="${TOKENS:-262144}"
+students="${STUDENTS:-planner layerdrop uniform kronecker kngpt2}"
+wiki="$KNCOMPRESS_DATA/wikitext2" text="$KNCOMPRESS_DATA/text"
+unseen="$text/digitalgov_cc0.txt"
+mix=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
+  calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+run=(model=smollm2 "${mix[@]}" objective=logits "objective.cache=$out/cache" data.context=512
+  "data.validation=$wiki/wiki.valid.tokens" "data.test=$wiki/wiki.test.raw" trainer.batch_tokens=1024
+  trainer.micro_batch_tokens=512 trainer.keep=last optimizer.factor_rates=scaled optimizer.warmup=0.1 logger=csv)
+
+finished() { grep -qs '"status": "finished"' "$1/result.json"; }
+student() { # its shapes and its fit
+  case "$1" in
+    planner) words=("factors=$here/../two_sided/three_kinds.yaml" start=calibrated) ;;
+    layerdrop) words=(factors=layerdrop factors.depth=18 start=nearest) ;;
+    uniform) words=("factors=$here/../two_sided/uniform.yaml" start=calibrated fit.sides=inputs) ;;
+    kronecker) words=("factors=$here/../planner/uniform_2x32_dense_embedding.yaml" start=calibrated) ;;
+    kngpt2) words=(factors=kngpt2 start=nearest) ;;
+  esac
+}
+train() { # name, overrides
+  finished "$out/$1" || python -m kncompress train "${run[@]}" "${words[@]}" resume=auto "run_dir=$out/$1" "${@:2}"
+}
+search() { # student: rates of the first steps
+  for rate in 3e-4 1e-3; do
+    train "search/$1-$rate" "optimizer.lr=$rate" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
+      trainer.test_tokens=1024 samples.count=0
+  done
+}
+best() { python "$here/report.py" --rate "$out/search" "$1"; }
+
+for name in $students; do student "$name"; search "$name"; done
+[ "${STEP:-}" = fits ] && exit
+for name in $students; do
+  student "$name"
+  train "$name" "optimizer.lr=$(best "$name")" "trainer.tokens=$tokens" "unseen=$unseen" trainer.validate_every=32 \
+    trainer.validation_tokens=4096 trainer.test_tokens=12000
+done
+for bits in 5 4; do # the original in as many bytes as a student has in 8 and in 6 bits
+  score() { finished "$out/dense_$bits-$1" || python -m kncompress evaluate model=smollm2 compare=smollm2 "bits=$bits" \
+    "data.source=$2" context=512 tokens=12000 "run_dir=$out/dense_$bits-$1"; }
+  score wikitext2 "$wiki/wiki.test.raw"
+  score unseen "$unseen"
+done
+for name in $students; do # and students in as few bits
+  finished "$out/$name-8bits" || python -m kncompress evaluate "model=$out/$name/model" bits=8 "data.source=$unseen" \
+    context=512 tokens=12000 "run_dir=$out/$name-8bits"
+done
+python "$here/report.py" "$out"
