@@ -17,7 +17,7 @@ compress() { # name, factors, start
   evaluate "$1" "$out/$1/model"
 }
 plan() { # name, overrides
-  finished "$out/$1-plan" || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" "${@:2}"
+  finished "$out/$1-plan" || python -m kncompress plan model=smollm2 "${fit[@]}" "run_dir=$out/$1-plan" harms=measured "${@:2}"
   sed "/^# python/d; s|$KNCOMPRESS_DATA|\$KNCOMPRESS_DATA|g" "$out/$1-plan/plan.yaml" > "$here/$1.yaml"
   compress "$1" "$here/$1.yaml" calibrated
 }

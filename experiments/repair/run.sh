@@ -11,7 +11,7 @@ train() { # name, factors, start, overrides
     fit.symmetries=[] repair.passes=0 logger=csv "run_dir=$out/$1" "${@:4}"
 }
 plan() { # name, overrides
-  finished "$out/$1-plan" || python -m kncompress plan model=mini data=sample "run_dir=$out/$1-plan" "${@:2}"
+  finished "$out/$1-plan" || python -m kncompress plan model=mini data=sample "run_dir=$out/$1-plan" harms=measured "${@:2}"
   sed "/^# python/d" "$out/$1-plan/plan.yaml" > "$here/$1.yaml"
 }
 short=trainer.tokens=98304

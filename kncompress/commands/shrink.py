@@ -60,7 +60,6 @@ def planned(config: TrainConfig, run_dir: Path) -> StudentPlan:
 
 
 def _planning(config: TrainConfig, folder: Path | None) -> PlanConfig:
-    """Harms by gradients: they take minutes where one forward pass for each map takes an hour."""
     return PlanConfig(
         run_dir=None if folder is None else str(folder),
         seed=config.seed,
@@ -71,7 +70,6 @@ def _planning(config: TrainConfig, folder: Path | None) -> PlanConfig:
         repair=config.repair,
         budget=config.budget or 1.0,
         speed=config.speed,
-        harms="gradients",
         sums=False,
         measure=False,
     )

@@ -24,10 +24,10 @@ class PlanConfig(FittingConfig):
     1 / 24 where they have several. The other maps stay dense."""
     harm: str | None = None
     """Folder of an earlier ``plan`` of the same model, whose table of harms is used again."""
-    harms: str = choice("measured", "measured", "gradients")
-    """Where the harm of a candidate comes from. ``measured``: the KL of the logits with one low-rank reference in the
-    place of each map. ``gradients``: half of its two-sided error, without a forward pass for each map (needs
-    ``fit.sides=both``)."""
+    harms: str = choice("auto", "auto", "gradients", "measured")
+    """Where the harm of a candidate comes from. ``gradients``: half of its two-sided error, without a forward pass for
+    each map (needs ``fit.sides=both``). ``measured``: the KL of the logits with one low-rank reference in the place of
+    each map. ``auto``: by gradients where ``fit.sides`` takes them."""
     sums: bool = True
     """Try Kronecker sums beside low rank."""
     harm_tokens: int = 1024
@@ -48,6 +48,13 @@ class PlanConfig(FittingConfig):
             check_positive(name, getattr(self, name))
         if self.harms == "gradients" and self.fit.sides != "both":
             raise UserError("harms=gradients: needs fit.sides=both, which takes the gradients")
+
+    @property
+    def harms_by(self) -> str:
+        """``gradients`` or ``measured``."""
+        if self.harms != "auto":
+            return self.harms
+        return "gradients" if self.fit.sides == "both" else "measured"
 
     @property
     def measures(self) -> bool:

@@ -87,7 +87,7 @@ def measure(
     with fit_progress() as progress:
         facts = str(config.model.path), words
         found = measure_harms(
-            model, text, harm_text, config.fit, bf16, facts, config.harms, config.sums, progress, kept
+            model, text, harm_text, config.fit, bf16, facts, config.harms_by, config.sums, progress, kept
         )
     return replace(found, made_for=made_for(config))
 
