@@ -21,6 +21,7 @@ from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_
 from kncompress.evaluation.quantised import quantise_
 from kncompress.formats.onnx_folder import check_backend, load_decoder
 from kncompress.formats.onnx_session import OnnxDecoder
+from kncompress.formats.placed import placement
 from kncompress.runs.record import RunRecord
 from kncompress.terminal import counting, show
 from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
@@ -30,6 +31,7 @@ def check(config: EvaluateConfig) -> None:
     """Cheap checks before anything is written: text or tasks and model exist, the window fits the model."""
     if config.model.path is None:
         raise UserError("model.path=null: evaluate needs a model that exists")
+    placement(config.model)
     check_backend(locate(config.model.path, config.model.gguf_file or "config"), config.backend, config.model.path)
     if config.tasks:
         check_tasks(config.tasks, config.allow_code)
@@ -53,7 +55,7 @@ def check(config: EvaluateConfig) -> None:
 def _check_alike(config: EvaluateConfig) -> None:
     """The two models must read the same tokens, and the window must fit both."""
     assert config.compare is not None
-    other = second_model(config.compare, "evaluate")
+    other = second_model(config.compare, "evaluate", config.model)
     own, others = model_config(config.model), model_config(other)
     if own.vocab_size != others.vocab_size:
         raise UserError(
@@ -77,7 +79,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
         rounded = {"bytes": quantise_(model, config.bits, config.group)} if config.bits else {}
         positions, other = model.config.max_position_embeddings, None
         if config.compare is not None:
-            other, _ = load_teacher(second_model(config.compare, "evaluate"))
+            other, _ = load_teacher(second_model(config.compare, "evaluate", config.model))
             positions = min(positions, other.config.max_position_embeddings)
         longest, window = config.context or positions, config.context or default_context(positions)
         if config.context is None and passages is None and tasks is None:

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kncompress.compression.compress import unique_parameters
-from kncompress.config import GenerateConfig, ModelConfig
+from kncompress.config import GenerateConfig, ModelConfig, PlacedModelConfig
 from kncompress.data.files import text_file, text_lines
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
 from kncompress.formats.onnx_folder import GENAI, check_backend, load_decoder
 from kncompress.formats.onnx_session import OnnxDecoder
+from kncompress.formats.placed import placement
 from kncompress.runs.record import RunRecord
 from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
 
@@ -32,12 +33,13 @@ def check(config: GenerateConfig) -> list[str]:
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
     if config.backend == "onnx" and config.accelerator == "gpu":
         raise UserError("accelerator=gpu: backend=onnx runs on the CPU")
+    placement(config.model)
     check_backend(locate(config.model.path, config.model.gguf_file or "config"), config.backend, config.model.path)
     prompts = _prompts(config)
     require_causal(model_config(config.model), "generate")
     _check_prompts(config.model, prompts, "model")
     if config.compare is not None:
-        _check_prompts(second_model(config.compare, "generate"), prompts, "compare")
+        _check_prompts(second_model(config.compare, "generate", config.model), prompts, "compare")
     return prompts
 
 
@@ -46,7 +48,7 @@ def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, 
     with RunRecord.open(run_dir, "generate", asdict(config), config.seed) as record:
         writers = {"model": _writer(config.model, config.accelerator, config.backend == "onnx")}
         if config.compare is not None:
-            other = second_model(config.compare, "generate")
+            other = second_model(config.compare, "generate", config.model)
             exported = (locate(str(other.path), other.gguf_file or "config") / GENAI).exists()
             writers["compare"] = _writer(other, config.accelerator, exported)
         seconds = dict.fromkeys(writers, 0.0)
@@ -94,13 +96,13 @@ def _check_prompts(model: ModelConfig, prompts: list[str], key: str) -> None:
             raise UserError(f"prompt={start}: {count} tokens; {key}={model.path} has {positions} positions")
 
 
-def _writer(config: ModelConfig, accelerator: str, exported: bool) -> Writer:
+def _writer(config: PlacedModelConfig, accelerator: str, exported: bool) -> Writer:
     if exported:
         return Writer(
             str(config.path), load_decoder(locate(str(config.path), "config"), str(config.path)), tokenizer_of(config)
         )
     model, tokenizer = load_teacher(config)
-    if accelerator != "cpu" and torch.cuda.is_available():
+    if accelerator != "cpu" and torch.cuda.is_available() and config.device_map is None:
         model.cuda()
     return Writer(str(config.path), model, tokenizer)
 

@@ -29,7 +29,9 @@ __all__ = ["CompressionTable", "MapRow", "Start", "compress_", "unique_parameter
 
 def unique_parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    # Of a shared weight that is away (on disk, say) each name has a stand-in of its own.
+    shared = getattr(model, "all_tied_weights_keys", None) or {}
+    return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in shared))
 
 
 def compress_(

@@ -18,6 +18,7 @@ from kncompress.config.factoring import (
 )
 from kncompress.config.glue import FineTuningConfig, GlueConfig, GlueDataConfig
 from kncompress.config.measurement import BenchConfig, EvaluateConfig
+from kncompress.config.placement import PlacedModelConfig
 from kncompress.config.planning import InspectConfig, PlanConfig
 from kncompress.config.reports import DashboardConfig, DoctorConfig, ReportConfig
 from kncompress.config.run import DataConfig, ModelConfig, ModelRunConfig, RunConfig
@@ -48,6 +49,7 @@ __all__ = [
     "ModelRunConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PlacedModelConfig",
     "PlanConfig",
     "RepairConfig",
     "ReportConfig",

@@ -5,6 +5,7 @@ from typing import Any
 
 from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_window, choice
 from kncompress.config.factoring import FactorsConfig
+from kncompress.config.placement import PlacedRunConfig
 from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
@@ -17,7 +18,7 @@ WEIGHTS = (32, 8, "dynamic", 4)
 
 
 @dataclass
-class EvaluateConfig(ModelRunConfig):
+class EvaluateConfig(PlacedRunConfig):
     """``evaluate``: perplexity of a model on a text, by both protocols; or its scores on ``tasks`` or ``lambada``."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -64,6 +65,9 @@ class EvaluateConfig(ModelRunConfig):
             raise UserError(f"bits={self.bits}: must be between 2 and 8, or null")
         if self.backend == "onnx" and (self.bits or self.tasks or self.lambada is not None):
             raise UserError("backend=onnx: scores a text; leave bits, tasks and lambada out")
+        if self.model.device_map is not None and (self.backend == "onnx" or self.bits):
+            other = "backend=onnx" if self.backend == "onnx" else f"bits={self.bits}"
+            raise UserError(f"model.device_map={self.model.device_map}: is for weights as they are; leave out {other}")
         if self.tasks and self.lambada is not None:
             raise UserError(f"lambada={self.lambada}: give lambada=... or tasks=[...], one of the two")
         if self.compare is not None and self.lambada is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kncompress.config.checks import check_choice, check_not_negative, check_positive, check_share, choice
+from kncompress.config.placement import PlacedRunConfig
 from kncompress.config.run import DataConfig, ModelRunConfig
 from kncompress.errors import UserError
 
@@ -76,7 +77,7 @@ class ExportConfig(ModelRunConfig):
 
 
 @dataclass
-class GenerateConfig(ModelRunConfig):
+class GenerateConfig(PlacedRunConfig):
     """``generate``: text from a model, shown as it comes; with ``compare`` another model's beside it.
 
     Both models draw with the same random numbers; ``result.json`` has the texts.
@@ -117,3 +118,6 @@ class GenerateConfig(ModelRunConfig):
             check_positive(name, getattr(self, name))
         check_not_negative("temperature", self.temperature)
         check_share("top_p", self.top_p)
+        if self.model.device_map is not None and (self.backend == "onnx" or self.accelerator != "auto"):
+            other = "backend=onnx" if self.backend == "onnx" else f"accelerator={self.accelerator}"
+            raise UserError(f"model.device_map={self.model.device_map}: chooses the devices; leave out {other}")

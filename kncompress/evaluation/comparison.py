@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 
 from kncompress.evaluation.perplexity import Perplexity, WindowMeans
-from kncompress.evaluation.scoring import Scoring, score_windows, windows_for
+from kncompress.evaluation.scoring import Scoring, input_device, score_windows, windows_for
 from kncompress.evaluation.windows import Tokens
 
 
@@ -82,7 +82,7 @@ def compare(
     """
     tokens = tokens[:limit]
     models = [teacher, student]
-    device, world = next(student.parameters()).device, how.get("world", 1)
+    device, world = input_device(student), how.get("world", 1)
     means = [WindowMeans(device, world) for _ in models]
     # One column a token: KL, same likeliest token, difference of the negative log-likelihoods.
     columns = CatMetric(nan_strategy="disable", sync_on_compute=world > 1).to(device)

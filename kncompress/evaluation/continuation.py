@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 
 from kncompress.anatomy.sites import positions_of
 from kncompress.config import GenerateConfig
+from kncompress.evaluation.scoring import input_device
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _tokens(model: Any, start: list[int], config: GenerateConfig, seed: int) -> 
     """Tokens without end, up to the model's last position."""
     process = _processors(config)
     generator = torch.Generator().manual_seed(seed)
-    ids, cache = torch.tensor([start], device=model.device), None
+    ids, cache = torch.tensor([start], device=input_device(model)), None
     known = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if "past_key_values" in known:  # models without such a cache read everything anew

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
+from kncompress.evaluation.scoring import input_device
 
 _YAML = (".yaml", ".yml")
 _BOOTSTRAP = 1000
@@ -110,6 +111,7 @@ def score_tasks(
 
     with _quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=batch)
+        wrapped._device = input_device(model)  # the harness asks the first weight, which may be away
         found = evaluate(lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
     metrics: dict[str, float] = {}
     for task, values in found["results"].items():

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from kncompress.evaluation.scoring import input_device
+
 
 class LastWords(NamedTuple):
     """What a model makes of the last words of passages."""
@@ -80,7 +82,7 @@ def last_words(
         while done + count < len(items) and (count + 1) * len(items[done + count].tokens) <= batch_tokens:
             count += 1
         batch = items[done : done + count]
-        ids = pad_sequence([torch.tensor(item.tokens) for item in batch], batch_first=True).to(model.device)
+        ids = pad_sequence([torch.tensor(item.tokens) for item in batch], batch_first=True).to(input_device(model))
         # Padding stands on the right, out of sight of every real token.
         logits = model(input_ids=ids, use_cache=False).logits
         for row, item in enumerate(batch):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kncompress.errors import UserError
-from kncompress.evaluation.scoring import Scoring, score_windows, windows_for
+from kncompress.evaluation.scoring import Scoring, input_device, score_windows, windows_for
 from kncompress.evaluation.token_mean import TokenMean
 from kncompress.evaluation.windows import Tokens
 
@@ -71,7 +71,7 @@ def perplexity(
     """
     tokens = tokens[:limit]
     windows = windows_for([model], tokens, context, stride)
-    means = WindowMeans(next(model.parameters()).device, how.get("world", 1))
+    means = WindowMeans(input_device(model), how.get("world", 1))
     score_windows([model], tokens, windows, lambda values: means.update(values[0]), **how)
     return means.perplexity(overlap=stride is not None and stride < context)
 

@@ -44,6 +44,13 @@ class Scoring(TypedDict, total=False):
     """Number of such processes; 1: the call does not communicate."""
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens: at its first weight, or at the first that is there, where weights are away until
+    they are needed."""
+    there = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(there, torch.device("cpu"))
+
+
 def windows_for(models: Sequence[nn.Module], tokens: Tokens, context: int, stride: int | None) -> list[Window]:
     """Windows of ``context`` tokens that all the models can read, ``stride`` apart (None: no overlap).
 
@@ -87,7 +94,7 @@ def score_windows(
     Raises:
         UserError: the models' vocabularies differ.
     """
-    device = next(models[-1].parameters()).device
+    device = input_device(models[-1])
     room = max(1, _LOGITS // max(map(_vocabulary, models)))
     shares = [list(batches(windows[each::world], min(batch_tokens, room))) for each in range(world)]
     windows = windows[rank::world]
@@ -131,7 +138,7 @@ def _no_gradients(models: Sequence[nn.Module]) -> AbstractContextManager[object]
 def _keep_in_step(models: Sequence[nn.Module], shares: Sequence[Sequence[list[Window]]], rank: int, room: int) -> None:
     """As many more forward passes, of a few tokens, as a process with a larger share makes."""
     passes = [sum(_passes(models[-1], batch, room) for batch in share) for share in shares]
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(models[-1].parameters()).device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(models[-1]))
     for _ in range(max(passes) - passes[rank]):
         for model in models:
             model(input_ids=ids, use_cache=False)
@@ -165,7 +172,7 @@ def _predictions(model: nn.Module, ids: Tensor, targets: int, bf16: bool, room: 
     One pass gives them all where they, and the window, are at most ``room`` positions. A longer window is read in
     pieces, which see the ones before through the model's cache.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = ids.to(device)
     spares = "logits_to_keep" in inspect.signature(model.forward).parameters
     first, end = ids.shape[1] - targets - 1, ids.shape[1] - 1

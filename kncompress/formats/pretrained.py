@@ -19,6 +19,7 @@ from kncompress.anatomy.swap import unswap_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text
+from kncompress.formats.placed import quiet_dispatch, tell_placement
 from kncompress.formats.plugin import check_keys, register
 from kncompress.formats.stored import check_config, check_weights, reason_of, settle, stored_type, write_checksums
 from kncompress.formats.verified import check_finite, check_folder
@@ -116,7 +117,7 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
         task: ``causal-lm``, ``masked-lm`` or ``sequence-classification`` (whose head may be new); None: the language
             model of the family, ``causal-lm`` for all but BERT.
         gguf_file: GGUF file in that folder to read instead of safetensors; its weights become ``options["dtype"]``.
-        options: for ``from_pretrained``, e.g. ``dtype`` or ``num_labels``.
+        options: for ``from_pretrained``, e.g. ``dtype``, ``num_labels`` or what ``placement`` gives.
 
     Raises:
         UserError: no such model, a damaged file, weights that do not fit or would have to be unpickled.
@@ -138,7 +139,7 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
         options |= {"config": config, "use_safetensors": True}
     auto = getattr(transformers, TASKS[task or language_task(options["config"])])
     try:
-        with _no_bars(), _no_report():
+        with _no_bars(), _no_report(), quiet_dispatch():
             model, loading = auto.from_pretrained(
                 str(folder),
                 output_loading_info=True,
@@ -157,6 +158,7 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
         raise UserError(f"model.path={path}: {name} is {list(found)} in the weights and {list(wanted)} in config.json")
     check_keys(model, loading["missing_keys"], loading["unexpected_keys"], str(path))
     check_finite(model, f"model.path={path}", "is not a finite number")
+    tell_placement(model, str(path))
     return model
 
 

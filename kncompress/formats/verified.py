@@ -9,6 +9,7 @@ import torch
 from kncompress.anatomy.mapped import let_go
 from kncompress.anatomy.swap import map_names
 from kncompress.errors import CheckFailed, UserError
+from kncompress.formats.placed import weight_of
 
 _TOKENS = 8
 """Of the text on which a saved model is compared."""
@@ -24,9 +25,10 @@ def check_finite(model: Any, subject: str, what: str) -> None:
     """Raises UserError, which begins with ``subject``, at the first weight of which ``what`` is true of a number."""
     for name, parameter in model.named_parameters():
         # The largest magnitude: one pass, no temporary, and nothing that could overflow by itself.
-        if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
-            most = torch.linalg.vector_norm(parameter, ord=float("inf"))
-            let_go([parameter.data])
+        weight = weight_of(model, name, parameter)
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            most = torch.linalg.vector_norm(weight, ord=float("inf"))
+            let_go([weight.data])
             if not torch.isfinite(most):
                 raise UserError(f"{subject}: a weight of {_told(model, name)} {what}")
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +17,10 @@ from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.work import Progress
-from kncompress.config import FitConfig, ModelConfig, RepairConfig
+from kncompress.config import FitConfig, ModelConfig, PlacedModelConfig, RepairConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
+from kncompress.formats.placed import placement
 from kncompress.formats.pretrained import load_config, load_model, load_stored
 from kncompress.hub import local_folder
 from kncompress.terminal import first_line
@@ -57,10 +58,11 @@ def _package_folder(path: str, key: str) -> Path:
 
 
 def load_dense(config: ModelConfig) -> Any:
-    """The model alone, float32 and in evaluation mode."""
+    """The model alone, float32 and in evaluation mode; its weights where ``device_map`` wants them, if it has one."""
     assert config.path is not None
+    places = placement(config) if isinstance(config, PlacedModelConfig) else {}
     folder = locate(config.path, config.gguf_file or "weights")
-    return load_model(folder, gguf_file=config.gguf_file, dtype=torch.float32)
+    return load_model(folder, gguf_file=config.gguf_file, dtype=torch.float32, **places)
 
 
 def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
@@ -114,8 +116,9 @@ def model_config(config: ModelConfig) -> Any:
     return load_config(locate(config.path, config.gguf_file or "config"), config.gguf_file)
 
 
-def second_model(path: str, verb: str) -> ModelConfig:
-    """The model that ``compare`` names beside ``model``, checked to be one that predicts the next token.
+def second_model(path: str, verb: str, first: PlacedModelConfig) -> PlacedModelConfig:
+    """The model that ``compare`` names beside ``first``, checked to be one that predicts the next token; its weights go
+    where those of the first do, each with as much memory.
 
     A folder without a ``config.json`` that holds one GGUF file is read from that.
 
@@ -126,8 +129,9 @@ def second_model(path: str, verb: str) -> ModelConfig:
     files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise UserError(f"compare={path}: has {len(files)} GGUF files; give a folder with one")
-    config = ModelConfig(path=path, gguf_file=files[0].name if files else None)
+    file = files[0].name if files else None
     try:
+        config = replace(first, path=path, gguf_file=file, tokenizer=None)
         require_causal(model_config(config), verb)
         tokenizer_of(config)
     except UserError as error:
