@@ -25,15 +25,15 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def raised(*modules: nn.Module) -> Iterator[None]:
-    """Within the block the half-precision parameters of ``modules`` are float32; then they are what they were.
+def raised(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within the block the parameters of ``modules`` are of ``dtype``; then they are what they were.
 
     Parameters that are added within the block stay. Memory of those that lie in files is given back.
     """
     kept = {id(p): (p, p.data) for module in modules for p in module.parameters()}
     for parameter, stored in kept.values():
-        if stored.dtype in HALVES:
-            parameter.data = stored.float()
+        if stored.is_floating_point() and stored.dtype != dtype:
+            parameter.data = stored.to(dtype)
     try:
         yield
     finally:

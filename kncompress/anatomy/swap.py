@@ -216,11 +216,22 @@ def unswap_(model: Any, groups: Collection[str] | None = None) -> None:
     """Replace factored modules by equal dense ones: all of them, or those of the named ``groups`` of maps."""
     anatomy = anatomy_of(model)
     for _, sites in anatomy.modules():
-        if groups is not None and sites[0].group not in groups:
-            continue
-        old = module_at(model, sites[0])
-        if isinstance(old, (*FACTORED, FusedMaps)):
-            put_module(model, sites[0], _dense_module(old, sites))
+        if groups is None or sites[0].group in groups:
+            unswap_module_(model, sites)
+    untie_factors_(model, anatomy)
+
+
+def unswap_module_(model: Any, sites: list[Site]) -> nn.Module | None:
+    """Replace the module of these maps by the equal dense one; returns what was there, None where it is dense."""
+    old = module_at(model, sites[0])
+    if not isinstance(old, (*FACTORED, FusedMaps)):
+        return None
+    put_module(model, sites[0], _dense_module(old, sites))
+    return old
+
+
+def untie_factors_(model: Any, anatomy: Anatomy) -> None:
+    """After the embedding has become dense: a head that shared its factors shares its weight."""
     model.__dict__.pop("resize_token_embeddings", None)
     if "_tied_weights_keys" in model.__dict__:
         del model._tied_weights_keys

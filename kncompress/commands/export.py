@@ -1,16 +1,20 @@
 """``export``: a model in a form that runs without this package, checked before it is kept."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from kncompress.anatomy.families import FAMILIES
+from kncompress.anatomy.in_turn import in_turn
 from kncompress.anatomy.sites import language_task
 from kncompress.anatomy.unpack import unpack_
 from kncompress.compression.compress import unique_parameters
+from kncompress.compression.multiply_out import multiply_out_
+from kncompress.compression.parts import Parts
 from kncompress.config import ExportConfig
 from kncompress.data.sources import split_sources
 from kncompress.data.tokenizer import ignored_token
@@ -24,7 +28,7 @@ from kncompress.formats.onnx_folder import GRAPH, accompany
 from kncompress.formats.onnx_graph import check_packages, write_decoder, write_onnx
 from kncompress.formats.onnx_integers import write_integers
 from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
-from kncompress.formats.pretrained import load_model, save_model, to_dense
+from kncompress.formats.pretrained import load_model, load_stored, save_model, to_dense
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import filling
 from kncompress.terminal import stages
@@ -66,13 +70,10 @@ def check(config: ExportConfig) -> None:
 def run(config: ExportConfig, run_dir: Path) -> dict[str, float]:
     """Write and check the export in ``run_dir``; returns the metrics that ``result.json`` holds."""
     with RunRecord.open(run_dir, "export", asdict(config), config.seed) as record:
-        model = _load(config)
-        metrics: dict[str, float] = {"parameters": unique_parameters(model)}
-        if _integers(config) and not config.packed:
-            unpack_(model)
+        metrics: dict[str, float] = {}
         made = {"dense": _dense, "merged": _merged, "onnx": _onnx, "int8": _int8}[config.format]
         try:
-            file = made(config, model, run_dir, metrics)
+            file = made(config, run_dir, metrics)
         except CheckFailed as error:
             record.finish("failed", metrics, error=error)
             raise
@@ -90,18 +91,29 @@ def _is_classifier(fields: Any) -> bool:
     return any(name.endswith(_CLASSIFIER) for name in fields.architectures or ())
 
 
-def _load(config: ExportConfig, dtype: str = "float32", folder: Path | None = None) -> Any:
-    """The model as transformers reads it in this type, from ``folder`` where one is given.
+def _source(config: ExportConfig) -> tuple[Path, str | None, str | None]:
+    """Folder, GGUF file and task of the model, as ``load_model`` takes them."""
+    assert config.model.path is not None
+    task = "sequence-classification" if _is_classifier(model_config(config.model)) else None
+    return locate(config.model.path, config.model.gguf_file or "weights"), config.model.gguf_file, task
+
+
+def _load(config: ExportConfig, dtype: str = "float32") -> Any:
+    """The model as transformers reads it in this type.
 
     Casting a loaded model would also round its rotary frequencies, which transformers keeps in float32.
     """
-    assert config.model.path is not None
-    task = {"task": "sequence-classification"} if _is_classifier(model_config(config.model)) else {}
-    options = {"dtype": getattr(torch, dtype), **task}
-    if folder is not None:
-        return load_model(folder, **options)
-    folder = locate(config.model.path, config.model.gguf_file or "weights")
-    return load_model(folder, gguf_file=config.model.gguf_file, **options)
+    folder, gguf_file, task = _source(config)
+    return load_model(folder, task, gguf_file, dtype=getattr(torch, dtype))
+
+
+def _whole(config: ExportConfig, metrics: dict[str, float]) -> Any:
+    """The model in float32 and in memory."""
+    model = _load(config)
+    metrics["parameters"] = unique_parameters(model)
+    if _integers(config) and not config.packed:
+        unpack_(model)
+    return model
 
 
 def _in_type(config: ExportConfig, model: Any, metrics: dict[str, float]) -> Any:
@@ -113,25 +125,35 @@ def _in_type(config: ExportConfig, model: Any, metrics: dict[str, float]) -> Any
     return rounded
 
 
-def _twin(config: ExportConfig, model: Any, metrics: dict[str, float]) -> Any:
-    """The model multiplied out, compared in float32: 16 bits would hide a slip."""
-    dense = to_dense(model)
-    _compare(config, model, dense, metrics, "float32")
-    metrics["parameters/dense"] = unique_parameters(dense)
-    return dense
-
-
-def _dense(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    dense = _twin(config, model, metrics)
-    folder = run_dir / "model"
-    with filling(folder) as fresh:
-        save_model(dense, fresh, tokenizer_if_any(config.model), config.dtype)
-        _compare(config, _in_type(config, model, metrics), _load(config, config.dtype, fresh), metrics)
+def _dense(config: ExportConfig, run_dir: Path, metrics: dict[str, float]) -> Path:
+    """From the model's files into those of the folder, and both compared, with a layer at a time in memory."""
+    source, folder = _source(config), run_dir / "model"
+    dense = load_stored(*source)
+    metrics["parameters"] = unique_parameters(dense)
+    dtype = next(dense.parameters()).dtype if config.dtype == "stored" else getattr(torch, config.dtype)
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    with TemporaryDirectory(prefix=".parts.", dir=run_dir) as temporary, filling(folder) as fresh:
+        files: list[Path] = []
+        if dense.config.model_type in FAMILIES:
+            parts = Parts(Path(temporary), dtype)
+            metrics["maps/difference"] = multiply_out_(dense, parts, _ALLOWED["float32"], config.seed)
+            files = parts.files
+        metrics["parameters/dense"] = unique_parameters(dense)
+        save_model(dense, fresh, tokenizer_if_any(config.model), dtype, parts=files)
+        model, written = load_stored(*source), load_stored(fresh, task=source[2])
+        with in_turn(model, dtype), in_turn(written, dtype):
+            if dtype != torch.float32:
+                with in_turn(load_stored(*source)) as exact:
+                    metrics["logits/rounding"] = largest_difference(exact, model, config.seed)
+            _compare(config, model, written, metrics)
     return folder
 
 
-def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    dense = _twin(config, model, metrics)
+def _merged(config: ExportConfig, run_dir: Path, metrics: dict[str, float]) -> Path:
+    model = _whole(config, metrics)
+    dense = to_dense(model)
+    _compare(config, model, dense, metrics, "float32")  # 16 bits would hide a slip
+    metrics["parameters/dense"] = unique_parameters(dense)
     file = run_dir / "merged.safetensors"
     fresh = file.with_name(f".{file.name}.tmp")
     try:
@@ -144,8 +166,8 @@ def _merged(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, 
     return file
 
 
-def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    model = _in_type(config, model, metrics)
+def _onnx(config: ExportConfig, run_dir: Path, metrics: dict[str, float]) -> Path:
+    model = _in_type(config, _whole(config, metrics), metrics)
     folder = run_dir / "model"
     sizes = cache_sizes(model) if config.cache is not False and _generates(model.config) else []
     if (config.cache or config.bits) and not sizes:
@@ -175,8 +197,8 @@ def _onnx(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, fl
     return folder
 
 
-def _int8(config: ExportConfig, model: Any, run_dir: Path, metrics: dict[str, float]) -> Path:
-    folder = run_dir / "model"
+def _int8(config: ExportConfig, run_dir: Path, metrics: dict[str, float]) -> Path:
+    model, folder = _whole(config, metrics), run_dir / "model"
     with TemporaryDirectory(prefix=".onnx.", dir=run_dir) as temporary, filling(folder) as fresh:
         floats = Path(temporary) / "model.onnx"
         write_onnx(model, floats)

@@ -25,8 +25,9 @@ class ExportConfig(ModelRunConfig):
     """Whether the graph of ``onnx`` keeps keys and values between calls: it then generates, in onnxruntime-genai too;
     ``false``: a graph that scores texts in one call. null: ``true`` where the model predicts the next token and asks
     transformers for its attention, as all but GPT-J, GPT-Neo, Bloom, MPT and Falcon do."""
-    dtype: str = choice("float32", "float32", "float16", "bfloat16")
-    """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``."""
+    dtype: str = choice("float32", "float32", "float16", "bfloat16", "stored")
+    """Type of the written weights: float32; float16 except of ``int8``; bfloat16 of ``dense`` and ``merged``;
+    ``stored``, of ``dense``: that of the model's files (float32 where they have several, and for GGUF)."""
     tolerance: float | None = None
     """Most that a logit may change, as a share of the largest, against the model in the same type; null: 1e-4 in
     float32, 1e-2 in float16, 8e-2 in bfloat16, or three times what the 16 bits alone change, if that is more. ``int8``
@@ -52,7 +53,7 @@ class ExportConfig(ModelRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        types = {"onnx": ("float32", "float16"), "int8": ("float32",)}
+        types = {"onnx": ("float32", "float16"), "int8": ("float32",), "merged": ("float32", "float16", "bfloat16")}
         check_choice("dtype", self.dtype, types.get(self.format, (self.dtype,)))
         if self.cache and self.format != "onnx":
             raise UserError(f"cache=true: is for format=onnx, and this is format={self.format}")

@@ -162,7 +162,7 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
     return model
 
 
-def load_stored(path: str | Path, gguf_file: str | None = None) -> Any:
+def load_stored(path: str | Path, gguf_file: str | None = None, task: str | None = None) -> Any:
     """A model as ``load_model`` gives it, in the type of its files, whose weights stay in the files until they are read
     (``anatomy.mapped``). Of weights of several types, and from GGUF: in float32 and in memory.
     """
@@ -170,14 +170,14 @@ def load_stored(path: str | Path, gguf_file: str | None = None) -> Any:
     if gguf_file is None:
         check_weights(folder, path)
     kind = (None if gguf_file else stored_type(folder)) or "float32"
-    model = load_model(path, gguf_file=gguf_file, dtype=getattr(torch, kind))
+    model = load_model(path, task, gguf_file, dtype=getattr(torch, kind))
     for name, buffer in model.named_buffers():
         # Numbers that the model is made with, rounded with its weights: the float32 model has them exact.
         owner, _, own = name.rpartition(".")
         if buffer.dtype in HALVES and name not in model.state_dict():
             exact = getattr(model.get_submodule(owner), f"scalar_{own}", None)
             if exact is None:
-                return load_model(path, gguf_file=gguf_file, dtype=torch.float32)
+                return load_model(path, task, gguf_file, dtype=torch.float32)
             model.get_submodule(owner).register_buffer(own, torch.tensor(exact, dtype=torch.float32), persistent=False)
     return model
 

@@ -20,7 +20,7 @@ from kncompress.compression.work import Progress
 from kncompress.config import FitConfig, ModelConfig, PlacedModelConfig, RepairConfig
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
-from kncompress.formats.placed import placement
+from kncompress.formats.placed import placement, return_freed_memory
 from kncompress.formats.pretrained import load_config, load_model, load_stored
 from kncompress.hub import local_folder
 from kncompress.terminal import first_line
@@ -61,6 +61,8 @@ def load_dense(config: ModelConfig) -> Any:
     """The model alone, float32 and in evaluation mode; its weights where ``device_map`` wants them, if it has one."""
     assert config.path is not None
     places = placement(config) if isinstance(config, PlacedModelConfig) else {}
+    if places:
+        return_freed_memory()
     folder = locate(config.path, config.gguf_file or "weights")
     return load_model(folder, gguf_file=config.gguf_file, dtype=torch.float32, **places)
 
