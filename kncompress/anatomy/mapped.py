@@ -60,7 +60,12 @@ def let_go(tensors: Iterable[Tensor]) -> None:
             first, last = first // page * page, min(-(-last // page) * page, -(-end // page) * page)
             if _unchanged(first, last, page):
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
-    trim = getattr(libc, "malloc_trim", None)  # the C library keeps what was freed between larger blocks
+    give_back_freed()
+
+
+def give_back_freed() -> None:
+    """Give back to the system what has been freed: the C library keeps what lies between larger blocks. (glibc.)"""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kncompress.anatomy.mapped import give_back_freed
 from kncompress.anatomy.plan import Plan
 from kncompress.commands import export, plan
 from kncompress.compression.inspection import predict
@@ -54,6 +55,7 @@ def planned(config: TrainConfig, run_dir: Path) -> StudentPlan:
     if process_rank() == 0 and not _finished(folder):
         planning = _planning(config, folder)
         plan.run(planning, folder, plan.check(planning))
+        give_back_freed()
     assert config.budget is not None
     spent = spend(read_harms(folder, "run_dir"), config.budget, config.speed)
     return StudentPlan.of(FactorsConfig(maps=spent.maps), model_config(config.model))

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 
+from kncompress.anatomy.mapped import give_back_freed
 from kncompress.commands.shrink import check_parts, export_all, outlook, planned, write_page
 from kncompress.commands.train_scores import conclude, score_unseen
 from kncompress.compression.compress import CompressionTable
@@ -137,6 +138,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             plan = planned(config, run_dir)
         goes_on = (run_dir / "checkpoints" / LAST).exists()
         job = prepare(config, plan, not goes_on, _kept_table(run_dir / COMPRESSION) if goes_on else None)
+        give_back_freed()  # plan and fit have other peaks than the training
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
             clock = None if config.trainer.minutes is None else TrainingClock(config.trainer.minutes)
