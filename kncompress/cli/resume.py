@@ -48,8 +48,7 @@ def register_saved(
     folder = unfinished_run(verb, folder_text)
     saved = _saved(verb, folder)
     given, touched = plain(verb, composed), list(PLACES) if whole else _touched(overrides, composed)
-    differences = {path: (_at(saved, path), _at(given, path)) for path in touched if path not in OWN}
-    _refuse(folder_text, {path: pair for path, pair in differences.items() if pair[0] != pair[1]})
+    _refuse(folder_text, _differences(saved, given, touched))
     for path in set(touched) & set(PLACES) & set(_leaves_of(saved)):
         saved["trainer"][path.removeprefix("trainer.")] = _at(given, path)
     name = f"resumed_{verb.name}"
@@ -99,7 +98,7 @@ def find_run(verb: Verb, config: RunConfig, name: str) -> Path | None:
         return folder
     for folder in sorted(Path("runs").absolute().glob(f"{name}-*"), reverse=True):
         with contextlib.suppress(UserError):
-            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given).keys() - set(PLACES):
+            if not _differences(_saved(verb, unfinished_run(verb, str(folder))), given):
                 return folder
     return None
 
@@ -121,7 +120,7 @@ def stopped_run(verb: Verb, config: RunConfig) -> Path | None:
 
 
 def differences_from_saved(verb: Verb, folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """``{key: (saved, given)}`` of all keys in which the run in ``folder`` differs from ``config``."""
+    """``{key: (saved, given)}`` of all keys that keep ``config`` from going on with the run in ``folder``."""
     return _differences(_saved(verb, folder), _plain_of(config))
 
 
@@ -153,15 +152,16 @@ def _touched(overrides: list[str], composed: DictConfig) -> list[str]:
     return touched
 
 
-def _differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """``{key: (saved, given)}`` of all keys whose values differ."""
-    paths = dict.fromkeys([*_leaves_of(saved), *_leaves_of(given)])
-    pairs = {path: (_at(saved, path), _at(given, path)) for path in paths if path not in OWN}
+def _differences(
+    saved: dict[str, Any], given: dict[str, Any], paths: Sequence[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """``{key: (saved, given)}`` of those of ``paths`` (None: all keys) that may not differ and do."""
+    asked = dict.fromkeys([*_leaves_of(saved), *_leaves_of(given)] if paths is None else paths)
+    pairs = {path: (_at(saved, path), _at(given, path)) for path in asked if path not in (*OWN, *PLACES)}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _refuse(folder: str, differences: dict[str, tuple[Any, Any]]) -> None:
-    differences = {path: pair for path, pair in differences.items() if path not in PLACES}
     if differences:
         given = ", ".join(f"{path}={new}" for path, (_, new) in differences.items())
         saved = ", ".join(f"{path}={old}" for path, (old, _) in differences.items())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from verbs.conftest import read
+from verbs.test_sharded import MORE, same
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +27,15 @@ def test_losses_are_those_of_the_cpu(process: Any, small: list[str], tmp_path: P
         assert cpu[key] == cuda[key]
     for key in ("perplexity/teacher", "perplexity/start", "perplexity/student", "kl/student"):
         assert cuda[key] == pytest.approx(cpu[key], rel=2e-2), key
+
+
+def test_shards_train_as_one_gpu(process: Any, small: list[str], tmp_path: Path) -> None:
+    """What ``test_sharded.py`` compares on CPUs."""
+    words = [*small, *MORE, "trainer.accelerator=gpu", f"trainer.batch_tokens={128 * torch.cuda.device_count()}"]
+    for name, more in (("one", []), ("shards", ["trainer.strategy=fsdp", "trainer.devices=auto"])):
+        done = process("train", *words, *more, f"run_dir={name}")
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "one", tmp_path / "shards", 1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ TWO = ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"]
 MORE = ["trainer.steps=6", "trainer.validate_every=3", "trainer.checkpoint_every=1", "trainer.validation_tokens=416"]
 
 
-def same(one: Path, two: Path, rel: float) -> None:
-    """Metrics, losses of every step, and weights of two runs."""
+def same(one: Path, two: Path, rel: float, atol: float = 1e-5) -> None:
+    """Metrics and losses of every step to ``rel``, weights to ``atol``, of two runs; to the bit where ``rel`` is 0."""
     ours, theirs = read(one, "result.json")["metrics"], read(two, "result.json")["metrics"]
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - {"tokens_per_second"}:
         assert theirs[name] == pytest.approx(ours[name], rel=rel), name
     rows = [complete_rows(run / "metrics.csv") for run in (one, two)]
-    assert len(rows[0]) == len(rows[1]) > 6
+    assert len(rows[0]) == len(rows[1]) >= 6 and any(row["validation/loss"] for row in rows[0])
     for first, second in zip(*rows, strict=True):
         for name in first.keys() - {"train/tokens_per_second"}:
             assert (first[name] == "") == (second[name] == "")
@@ -34,7 +34,7 @@ def same(one: Path, two: Path, rel: float) -> None:
     # The bias of the keys has no gradient but rounding, which Adam turns into steps of the learning rate.
     keyless = [key for key in ours if not key.endswith("c_attn.bias") and ".k." not in key]
     for key in keyless:
-        torch.testing.assert_close(theirs[key], ours[key], atol=1e-5 if rel else 0.0, rtol=0.0, msg=key)
+        torch.testing.assert_close(theirs[key], ours[key], atol=atol if rel else 0.0, rtol=0.0, msg=key)
 
 
 def files(run: Path) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_any_number_of_processes_goes_on(watched: Any, process: Any, whole: list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["muon", "cache", "last"])
-def test_other_settings_train_as_one_process(process: Any, small: list[str], tmp_path: Path, kind: str) -> None:
+def test_other_settings_train_as_one_process(watched: Any, small: list[str], tmp_path: Path, kind: str) -> None:
     words = {
         "muon": ["optimizer=muon", "factors=dense"],
         "cache": ["objective=logits", "objective.cache=draws"],
@@ -105,9 +105,10 @@ def test_other_settings_train_as_one_process(process: Any, small: list[str], tmp
     }[kind]
     for name, more in (("one", ["trainer.accelerator=cpu"]), ("two", TWO)):
         given = [word.replace("draws", f"draws-{name}") for word in words]
-        done = process("train", *small, *MORE, *given, *more, f"run_dir={name}")
+        done = watched(*small, *MORE, *given, *more, f"run_dir={name}", log=tmp_path / f"log-{name}", MUON="float32")
         assert done.returncode == 0, done.stderr
-    same(tmp_path / "one", tmp_path / "two", 1e-5 if kind != "muon" else 1e-3)
+    # The student begins as its teacher here: divergences are small numbers, and have fewer digits.
+    same(tmp_path / "one", tmp_path / "two", 1e-3 if kind == "muon" else 1e-5)
 
 
 def test_a_damaged_checkpoint_is_one_line(command: Any, small: list[str]) -> None:

@@ -1,7 +1,8 @@
 """The command line with ``train`` watched: every batch is noted in ``$WATCH``, and one process can be made to fail.
 
 ``python watched.py train ...``. Each line of the file has the optimiser step, the rank and a digest of the tokens.
-``$FAIL="<seed> <rank>"`` raises in that process of the run with that seed, at its second step.
+``$FAIL="<seed> <rank>"`` raises in that process of the run with that seed, at its second step. ``$MUON=float32`` has
+Muon make a matrix orthogonal in float32: torch does it in bfloat16, and rounds otherwise where it multiplies in pieces.
 """
 
 import hashlib
@@ -31,6 +32,18 @@ def _watch() -> None:
     ILKDPretraining.training_step = step  # type: ignore[method-assign]
 
 
+def _muon_in_float32() -> None:
+    import inspect
+
+    from torch.optim import _muon
+
+    source = inspect.getsource(_muon._zeropower_via_newtonschulz)
+    assert "grad.bfloat16()" in source
+    exec(source.replace("grad.bfloat16()", "grad.float()"), vars(_muon))
+
+
 if __name__ == "__main__":
     _watch()
+    if os.environ.get("MUON") == "float32":
+        _muon_in_float32()
     sys.exit(main())
