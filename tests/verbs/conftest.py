@@ -129,6 +129,23 @@ def watched(tmp_path: Path) -> Any:
     return run
 
 
+def rows_by_step(*logs: Path) -> dict[int, list[str]]:
+    """``{optimiser step: digests of the rows that the weights have seen in it, sorted}``, from logs of ``watched``.
+
+    ``logs``: of the parts of one training, in their order; the steps that a part has repeated count once.
+    """
+    found: dict[int, list[str]] = {}
+    for log in logs:
+        part: dict[int, list[str]] = {}
+        text = log.read_text()
+        for line in text[: text.rfind("\n") + 1].splitlines():  # a kill may have cut the last one
+            step, _, rows = line.split()
+            part.setdefault(int(step), []).extend(rows.split(","))
+        first = min(part, default=0)
+        found = {step: rows for step, rows in found.items() if step < first} | part
+    return {step: sorted(rows) for step, rows in found.items()}
+
+
 def read(folder: Path, name: str) -> Any:
     """A JSON file of a run folder."""
     return json.loads((folder / name).read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from verbs.conftest import read
+from verbs.conftest import read, rows_by_step
 
 from kncompress.runs.metrics_file import complete_rows
 
@@ -44,10 +44,10 @@ def files(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def whole(process: Any, small: list[str], tmp_path: Path) -> list[str]:
-    """The words of a run in ``whole``, by two processes with shards."""
+def whole(watched: Any, small: list[str], tmp_path: Path) -> list[str]:
+    """The words of a run in ``whole``, by two processes with shards; its log is ``log-whole``."""
     words = [*small, *MORE, *TWO]
-    done = process("train", *words, "run_dir=whole")
+    done = watched(*words, "run_dir=whole", log=tmp_path / "log-whole")
     assert done.returncode == 0, done.stderr
     return words
 
@@ -71,7 +71,7 @@ def test_shards_train_as_one_process_and_as_copies(process: Any, whole: list[str
 
 @pytest.mark.slow
 def test_any_number_of_processes_goes_on(watched: Any, process: Any, whole: list[str], tmp_path: Path) -> None:
-    failed = watched(*whole, "run_dir=part", log=tmp_path / "log", FAIL="0 1")
+    failed = watched(*whole, "run_dir=part", log=tmp_path / "log-part", FAIL="0 1")
     assert failed.returncode == 1 and read(tmp_path / "part", "result.json")["status"] == "failed"
     copies = ("same", "one", "four", "ddp")
     for name in copies:
@@ -82,9 +82,10 @@ def test_any_number_of_processes_goes_on(watched: Any, process: Any, whole: list
         ("four", ["trainer.devices=4"], 1e-5),
         ("ddp", ["trainer.strategy=ddp"], 1e-5),
     ):
-        done = process("train", f"resume={name}", *words)
+        done = watched(f"resume={name}", *words, log=tmp_path / f"log-{name}")
         assert done.returncode == 0, done.stderr
         same(tmp_path / "whole", tmp_path / name, rel)
+        assert rows_by_step(tmp_path / "log-part", tmp_path / f"log-{name}") == rows_by_step(tmp_path / "log-whole")
     fewer = [word for word in whole if "devices" not in word]
     shutil.rmtree(tmp_path / "one")
     shutil.copytree(tmp_path / "part", tmp_path / "one")

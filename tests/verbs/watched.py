@@ -1,6 +1,7 @@
 """The command line with ``train`` watched: every batch is noted in ``$WATCH``, and one process can be made to fail.
 
-``python watched.py train ...``. Each line of the file has the optimiser step, the rank and a digest of the tokens.
+``python watched.py train ...``. Each line of the file has the optimiser step, the rank and a digest of each row.
+Under torchrun there is a file for each of its starts: ``$WATCH`` and their number from 0.
 ``$FAIL="<seed> <rank>"`` raises in that process of the run with that seed, at its second step. ``$MUON=float32`` has
 Muon make a matrix orthogonal in float32: torch does it in bfloat16, and rounds otherwise where it multiplies in pieces.
 """
@@ -21,9 +22,9 @@ def _watch() -> None:
 
     def step(self: Any, batch: dict[str, Any], batch_index: int) -> Any:
         rank, number = self.trainer.global_rank, self.trainer.global_step
-        digest = hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
-        with Path(os.environ["WATCH"]).open("a") as file:
-            file.write(f"{number} {rank} {digest}\n")
+        rows = [hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in batch["input_ids"].cpu().numpy()]
+        with Path(os.environ["WATCH"] + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")).open("a") as file:
+            file.write(f"{number} {rank} {','.join(rows)}\n")
         seed = os.environ["PL_GLOBAL_SEED"]
         if os.environ.get("FAIL") == f"{seed} {rank}" and number == 1:
             raise RuntimeError("made to fail")
