@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from kncompress.config import TrainerConfig
 from kncompress.errors import UserError
+from kncompress.runs.process import checked_for
 
 _SECONDS_TO_END = 60
 
@@ -57,12 +59,32 @@ def devices(config: TrainerConfig) -> int:
 
 
 def processes(config: TrainerConfig) -> int:
-    """Processes over all nodes. Raises UserError for what cannot run here."""
+    """Processes over all nodes. Raises UserError for what cannot run here, or where ``checked_for`` tells."""
+    elsewhere = checked_for()
+    if elsewhere and (config.nodes == 1 or elsewhere == "SLURM"):
+        return config.nodes * (1 if config.devices == "auto" else config.devices)
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: there is no GPU here; trainer=cpu needs none")
     if config.nodes > 1 and started_outside() is None:
         raise UserError(f"trainer.nodes={config.nodes}: several machines are started by torchrun or SLURM (srun)")
     return devices(config) * config.nodes
+
+
+def connect_again(backend: str) -> None:
+    """Connect the processes of one machine that torchrun has started again (``--max-restarts``); else nothing is done.
+
+    torchrun keeps its store, and in it the addresses of the processes that are gone, where the new ones would look for
+    each other (github.com/pytorch/pytorch/issues/167288). So each start gets a place of its own in it. On several
+    machines torchrun counts the starts of each by itself, and there has to be told to make a new store.
+    """
+    start, kept = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if start == "0" or kept != "True" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return
+    if dist.is_initialized():  # a validation after the training sets up again
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=world)
 
 
 def end_children(trainer: L.Trainer, failed: bool) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from kncompress.errors import CheckFailed
 from kncompress.training import signals
+from kncompress.training.processes import connect_again
 
 _EVERY = 0.5
 PATIENCE = 10.0
@@ -86,7 +87,14 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 class Watched:
-    """A strategy whose processes ``Launcher`` starts."""
+    """A strategy whose processes ``Launcher`` starts, or torchrun, perhaps again."""
+
+    def setup_environment(self) -> None:
+        """Connect the processes."""
+        strategy: Any = self
+        strategy.accelerator.setup_device(strategy.root_device)  # NCCL wants to know it before
+        connect_again(strategy._get_process_group_backend())
+        super().setup_environment()  # type: ignore[misc]
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()  # type: ignore[misc]
