@@ -31,10 +31,15 @@ from kncompress.cli.overrides import quoted
 from kncompress.cli.presets import config_folder
 from kncompress.cli.spelling import choices_hint
 from kncompress.cli.typed_config import reason
-from kncompress.errors import UserError
+from kncompress.errors import CheckFailed, UserError
+from kncompress.terminal import named_line
 
 _OURS = ["hydra.job.chdir=false", "hydra/hydra_logging=none"]
 _OWN_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+
+
+class LostJob(CheckFailed):
+    """A job's process ended before the job did, or was never there."""
 
 
 class Engine:
@@ -109,6 +114,8 @@ class Engine:
             node: of ``sweep_node``.
             jobs: {number: overrides}.
             composed: {number: config} of those that are composed; a process of another launcher composes its own.
+
+        Raises LostJob where a launcher of other processes could not start a job, or one was lost with its machine.
         """
         callbacks = Callbacks(node)
         folder = Path(node.hydra.sweep.dir)
@@ -121,7 +128,11 @@ class Engine:
         size = node.hydra.sweeper.get("max_batch_size") or len(numbers)
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
-            for returned in launcher.launch([list(jobs[n]) for n in batch], initial_job_idx=batch[0]):
+            try:
+                ended = launcher.launch([list(jobs[n]) for n in batch], initial_job_idx=batch[0])
+            except Exception as error:  # jobs keep their own ones
+                raise LostJob(f"{node.hydra.launcher._target_.rpartition('.')[2]}: {named_line(error)}") from error
+            for returned in ended:
                 _ = returned.return_value  # raises what a job of another process has raised
         callbacks.on_multirun_end(config=node, config_name=self.name)
 

@@ -30,10 +30,10 @@ from kncompress.cli.verbs import Verb
 from kncompress.errors import CheckFailed, UserError
 from kncompress.runs.config_file import literal
 from kncompress.runs.lock import in_use
-from kncompress.runs.process import RUN_DIR, disk_error, memory_error, process_rank
+from kncompress.runs.process import RUN_DIR, disk_error, is_requeued, memory_error, process_rank
 from kncompress.runs.process import outcome as outcome_of
 from kncompress.runs.record import began, forget, keep_outcome
-from kncompress.runs.run_folder import discard, inherited
+from kncompress.runs.run_folder import begun_before, discard, inherited
 from kncompress.runs.whole_file import write_text
 from kncompress.training import signals
 
@@ -90,7 +90,8 @@ class Interrupted(BaseException):
 def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     """Run one job in the folder that Hydra has made; return ``{"status", "exit_code", ...}``.
 
-    Raises Interrupted after a signal, when the outcome is written.
+    Raises Interrupted after a signal, when the outcome is written, and SystemExit where SLURM takes the machine away
+    and starts the job again.
     """
     hydra = HydraConfig.get()
     folder = inherited() or Path(hydra.runtime.output_dir)
@@ -109,6 +110,9 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
     forget(folder)
     try:
         ready = job.ready.get(str(folder)) or ReadyJob(composed, typed(job.verb.config, composed))
+        if _is_started_again(job, composed, folder):
+            config: Any = ready.config
+            config.resume = str(folder)
         with _environment(job, words, folder):
             ready.check(job.verb)
             ready.config = with_absolute_paths(ready.config)
@@ -118,6 +122,8 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         if isinstance(returned, dict):
             outcome["metrics"] = {k: v for k, v in returned.items() if isinstance(v, int | float)}
     except BaseException as error:
+        if is_requeued(error):
+            raise
         outcome = _failure(error)
         again = f", then resume={folder} goes on" if job.verb.resumes else ", then the same command goes on"
         if full := disk_error(error):
@@ -147,6 +153,13 @@ def run_job(job: Job, composed: DictConfig) -> dict[str, Any]:
         name = f"job {folder.name}: " if job.sweep_dir is not None else ""
         print(message(f"kncompress: {name}{outcome['error']}"), file=sys.stderr, flush=True)
     return outcome
+
+
+def _is_started_again(job: Job, composed: DictConfig, folder: Path) -> bool:
+    """Whether a queue (SLURM after a preemption, Ray after the loss of a worker) repeats a job of a sweep that had
+    begun: by its first words, which say nothing of the run that it has left."""
+    first = job.sweep_dir is not None and process_rank() == 0 and composed.get("resume") is None
+    return first and job.verb.resumes and begun_before(folder, job.verb.name)
 
 
 def _end_of_child(outcome: dict[str, Any]) -> dict[str, Any]:

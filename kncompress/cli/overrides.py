@@ -24,6 +24,7 @@ _FUNCTION = re.compile(r"(glob|sort|shuffle|tag|extend_list)\(.*\)", re.DOTALL)
 _LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "sweeps"),
     "ray": ("hydra-ray-launcher", "ray"),
+    "ray_cluster": ("hydra-ray-launcher", "ray"),
     "slurm": ("hydra-submitit-launcher", "slurm"),
     "submitit_slurm": ("hydra-submitit-launcher", "slurm"),
     "submitit_local": ("hydra-submitit-launcher", "slurm"),

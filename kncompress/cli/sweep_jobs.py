@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from kncompress.cli.elsewhere import launcher_elsewhere
 from kncompress.cli.engine import Engine
 from kncompress.cli.resume import OWN, not_own
 from kncompress.cli.typed_config import check_homes, typed
@@ -13,6 +14,7 @@ from kncompress.cli.verbs import Verb
 from kncompress.config import ModelRunConfig, RunConfig
 from kncompress.errors import UserError
 from kncompress.hub import check_model
+from kncompress.runs.process import checking_for
 
 
 class SweepErrors(UserError):
@@ -88,7 +90,8 @@ class SweepJobs:
         """The jobs with these overrides; with ``checks`` the verb has checked them. Raises as ``check_jobs``."""
         found = _each(self._job, jobs)
         if checks:
-            check_jobs(self.verb, found)
+            with checking_for(launcher_elsewhere(found[0].composed) if found else None):
+                check_jobs(self.verb, found)
         return found
 
     def _job(self, words: Sequence[str]) -> ReadyJob:

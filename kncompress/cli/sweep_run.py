@@ -1,6 +1,7 @@
 """A sweep from its words to its table: its jobs checked, its folder found or made, what is missing launched."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from kncompress.cli.engine import Engine
+from kncompress.cli.elsewhere import check_tasks
+from kncompress.cli.engine import Engine, LostJob
 from kncompress.cli.job import FAILED, Interrupted, Job
 from kncompress.cli.launcher import Launcher
 from kncompress.cli.overrides import Line, to_hydra
 from kncompress.cli.pareto_search import Search, is_search
 from kncompress.cli.presets import References, defaults_of
 from kncompress.cli.resume import not_own
+from kncompress.cli.streams import message
 from kncompress.cli.sweep_folder import (
     FILE,
     Sweep,
@@ -64,6 +67,7 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
     jobs = SweepJobs(engine, verb, own)
     ready = jobs.ready(words_of_jobs if words_of_jobs is not None else [[]], checks=not line.show)
     configs = [found.config for found in ready]
+    check_tasks(composed, configs)
     if line.show:
         print("---\n".join(to_yaml(asdict(config)) for config in configs), end="")
         return 0
@@ -97,6 +101,9 @@ def run_sweep(engine: Engine, job: Job, line: Line, composed: DictConfig, overri
                 launcher.run(range(len(sweep.jobs)))
         except Interrupted as interrupted:
             code = interrupted.code
+        except LostJob as error:
+            print(message(f"kncompress: {error}; the same command runs what is missing"), file=sys.stderr, flush=True)
+            code = 1
         write_sweep_table(folder)
     print(f"{sweep_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
     return code or _exit_code(folder)

@@ -21,6 +21,7 @@ from kncompress.evaluation.continuation import Continuation, Writer, continuatio
 from kncompress.formats.onnx_folder import GENAI, check_backend, load_decoder
 from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.formats.placed import placement
+from kncompress.runs.process import checked_for
 from kncompress.runs.record import RunRecord
 from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
 
@@ -29,7 +30,7 @@ def check(config: GenerateConfig) -> list[str]:
     """Cheap checks before anything is written: models exist, each prompt fits each of them; returns the prompts."""
     if config.model.path is None:
         raise UserError("model.path=null: generate needs a model that exists")
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
+    if config.accelerator == "gpu" and not torch.cuda.is_available() and checked_for() is None:
         raise UserError("accelerator=gpu: there is no GPU here; accelerator=cpu needs none")
     if config.backend == "onnx" and config.accelerator == "gpu":
         raise UserError("accelerator=gpu: backend=onnx runs on the CPU")

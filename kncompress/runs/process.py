@@ -4,6 +4,9 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal
 
@@ -65,6 +68,29 @@ def _slurm_tasks() -> int:
     return int(tasks) if tasks.isdecimal() and "SLURM_JOB_ID" in os.environ and not shell else 0
 
 
+_ELSEWHERE: ContextVar[str | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def checking_for(launcher: str | None) -> Iterator[None]:
+    """What is checked in the block runs later on other machines, started by ``launcher``; None: here."""
+    before = _ELSEWHERE.set(launcher)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(before)
+
+
+def checked_for() -> str | None:
+    """``SLURM`` or ``Ray`` where what is being checked will run on other machines, whose devices nobody knows here."""
+    return _ELSEWHERE.get()
+
+
+def is_requeued(error: BaseException) -> bool:
+    """Whether submitit ends this process because SLURM takes its machine away; the job is back in the queue by then."""
+    return isinstance(error, SystemExit) and error.code == -1 and "SUBMITIT_EXECUTOR" in os.environ
+
+
 def peak_memory() -> int | None:
     """Largest resident set of this process so far, in bytes; None where the system does not tell (Windows)."""
     if sys.platform == "win32":
@@ -119,5 +145,7 @@ def outcome(error: BaseException | None) -> tuple[Status, int]:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if code in (130, 143):
             return "interrupted", code
+        if is_requeued(error):
+            return "interrupted", 143
         return ("failed" if code else "finished"), code
     return "failed", 2 if isinstance(error, UserError) else 1
