@@ -51,14 +51,16 @@ def workers(process: "subprocess.Popen[str]") -> dict[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "killed"), [("ddp", [1]), ("fsdp", [1, 0])])
+@pytest.mark.parametrize(
+    ("strategy", "meeting", "killed"), [("ddp", "--standalone", [1]), ("fsdp", "--master-port=29537", [1, 0])]
+)
 def test_torchrun_starts_a_killed_training_again(
-    watched: Any, small: list[str], tmp_path: Path, strategy: str, killed: list[int]
+    watched: Any, small: list[str], tmp_path: Path, strategy: str, meeting: str, killed: list[int]
 ) -> None:
     """Each of ``killed``, a rank, gets SIGKILL, and torchrun starts both processes again, by the same words."""
     words = [*small, *LONG, f"trainer.strategy={strategy}", "trainer.devices=2", "trainer.accelerator=cpu"]
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={len(killed)}"]
-    line += ["--master-port=29537", str(WATCHED), "train", *words, "run_dir=killed", "resume=auto"]
+    line += [meeting, str(WATCHED), "train", *words, "run_dir=killed", "resume=auto"]
     logs = [tmp_path / f"log{start}" for start in range(len(killed) + 1)]
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     with (tmp_path / "output.txt").open("w") as output:
