@@ -187,12 +187,19 @@ def missing_weights(folder: Path) -> list[str]:
 
 def shards(folder: Path, subject: str) -> list[str]:
     """Names of the files that the index of a model in several files has. Raises UserError where it is damaged."""
-    weights = read_fields(folder / _INDEX, _Index, subject)["weight_map"]
+    return sorted(set(weight_map(folder, subject).values()))
+
+
+def weight_map(folder: Path, subject: str) -> dict[str, str]:
+    """{weight: its file} as that index says; nothing where there is none. Raises UserError where it is damaged."""
+    if not (folder / _INDEX).is_file():
+        return {}
+    weights: dict[str, str] = read_fields(folder / _INDEX, _Index, subject)["weight_map"]
     for name, file in weights.items():
         if not _SHARD.fullmatch(file):
             where = f"{subject}: {_INDEX}: weight_map.{name[:80]}"
             raise UserError(f"{where}={shown(file)}: not the name of a file in the folder")
-    return sorted(set(weights.values()))
+    return weights
 
 
 def only_pickled(names: list[str]) -> bool:

@@ -15,20 +15,23 @@ from kncompress.evaluation import Comparison
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
 from kncompress.planner.kept_harms import KeptHarms
 from kncompress.planner.plan_files import command_line, draw_plan, plan_table, write_plan
+from kncompress.planner.plan_forecast import plan_forecast
 from kncompress.planner.planning import HARMS, check_plan, fit_and_score, measure, read_harms, texts
 from kncompress.runs.record import RunRecord
 from kncompress.runs.run_folder import begun_before, check_contents
 from kncompress.runs.whole_file import write_text
 from kncompress.training.contents import contents
-from kncompress.training.student import load_teacher
+from kncompress.training.student import load_teacher, model_config
 from kncompress.training.trainer import keep_freed_memory
 
 
 def check(config: PlanConfig) -> HarmTable | None:
-    """Cheap checks before anything is written: model, text and budget; returns the table that ``harm`` names."""
+    """Cheap checks before anything is written: model, text, budget, memory and disk; returns the table that ``harm``
+    names."""
     table = check_plan(config)
     if config.run_dir is not None and begun_before(Path(config.run_dir), "plan"):
         check_contents(Path(config.run_dir), config, _contents(config), "run_dir")
+    plan_forecast(config, model_config(config.model), table).check(Path(config.run_dir or "runs").expanduser())
     return table
 
 
@@ -45,6 +48,8 @@ def run(config: PlanConfig, run_dir: Path, table: HarmTable | None = None) -> di
     keep_freed_memory()
     with RunRecord.open(run_dir, "plan", asdict(config), config.seed, contents=_contents(config)) as record:
         L.seed_everything(config.seed, verbose=False)
+        needs = plan_forecast(config, model_config(config.model), table)
+        print(f"plan {needs.line(needs.seconds())}", flush=True)
         # The moments are read three times: for the screening, the errors and the fit.
         with tempfile.TemporaryDirectory(prefix=".moments-", dir=run_dir) as folder:
             metrics = _plan(config, run_dir, table, record, folder)

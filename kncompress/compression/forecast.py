@@ -1,4 +1,4 @@
-"""Memory, disk and time that ``compress`` will need, from a config alone, before anything is read or written.
+"""Memory, disk and time that a run will need, and ``compress``'s, from a config alone, before anything is written.
 
 Sizes in bytes, for a student that is made part by part (``parts``). The constants are measured
 (experiments/scaling/README.md); the terms are what is held at once: the program, a layer or the embedding in its stored
@@ -54,6 +54,8 @@ class Forecast:
     """Multiply-adds, about."""
     numbers: int
     """Numbers of the dense model, each of which is read, checked and written a few times."""
+    verb: str = "compress"
+    """What is going to run."""
 
     def seconds(self) -> float:
         """About how long it takes here: matrix products as fast as one that takes a tenth of a second."""
@@ -78,10 +80,10 @@ class Forecast:
         place = next(parent for parent in [folder, *folder.parents] if parent.exists())
         free = shutil.disk_usage(place).free + there
         if free < self.disk:
-            raise UserError(f"{subject}: {free / _GB:.1f} GB of disk are free there, and compress {self.line()}")
+            raise UserError(f"{subject}: {free / _GB:.1f} GB of disk are free there, and {self.verb} {self.line()}")
         available = available_memory()
         if available is not None and available < self.memory:
-            raise UserError(f"model: {available / _GB:.1f} GB of memory are free, and compress {self.line()}")
+            raise UserError(f"model: {available / _GB:.1f} GB of memory are free, and {self.verb} {self.line()}")
 
 
 def forecast(config: CompressConfig, fields: Any, plan: StudentPlan) -> Forecast:

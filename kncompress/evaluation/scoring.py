@@ -18,7 +18,7 @@ from kncompress.evaluation.windows import Tokens, Window, batches, read, sliding
 
 _CHUNK_NUMBERS = 2**24
 """Numbers in one float32 temporary of (tokens x vocabulary): 64 MiB."""
-_LOGITS = 2**28
+LOGITS = 2**28
 """Numbers in the logits of one forward pass at most, 1 GiB in float32: a longer window is read in pieces."""
 
 Progress = Callable[[int, int], None]
@@ -95,7 +95,7 @@ def score_windows(
         UserError: the models' vocabularies differ.
     """
     device = input_device(models[-1])
-    room = max(1, _LOGITS // max(map(_vocabulary, models)))
+    room = max(1, LOGITS // max(map(_vocabulary, models)))
     shares = [list(batches(windows[each::world], min(batch_tokens, room))) for each in range(world)]
     windows = windows[rank::world]
     done = 0

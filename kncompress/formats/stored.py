@@ -13,13 +13,15 @@ from kncompress.anatomy.families import FAMILIES
 from kncompress.anatomy.mark import METHOD
 from kncompress.anatomy.sites import positions_of
 from kncompress.errors import UserError
-from kncompress.hub import CHECKSUMS, missing_weights, only_pickled, shards
+from kncompress.hub import CHECKSUMS, missing_weights, only_pickled, shards, weight_map
 from kncompress.reading import SMALL, checksum, read_json, shown
 from kncompress.runs.process import tell
 
 ADAPTER = "adapter_config.json"
 CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
 """Buffers that older versions of transformers wrote beside the weights: causal masks, their fill, positions."""
+_NUMBERS, _FLOATS = (".weight", ".bias"), ("F64", "F32", "F16", "BF16")
+"""Ends of the names of weights, and their types that can be read."""
 _LONGEST = 240
 """Characters of a reason of transformers' own that are shown."""
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -75,7 +77,7 @@ def _fields(file: Path, path: str | Path) -> dict[str, Any]:
 
 def check_weights(folder: Path, path: str | Path) -> None:
     """Reads the header of each safetensors file, which also tells its length, and where we have written the folder the
-    checksums. Raises UserError."""
+    checksums. Raises UserError, also where the index tells of weights that its files have not."""
     from safetensors import SafetensorError, safe_open
 
     missing = missing_weights(folder)
@@ -87,12 +89,21 @@ def check_weights(folder: Path, path: str | Path) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"model.path={path}: the folder lacks its weights: {missing[0]}{more}")
+    single = (folder / "model.safetensors").is_file()
+    told = {} if single else weight_map(folder, f"model.path={path}")
     for file in _files(folder):
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                kinds = {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"model.path={path}: {file.name} is damaged ({reason_of(error)})") from error
+        subject = f"model.path={path}: {file.name}"
+        for name in (name for name, place in told.items() if place == file.name and name not in kinds):
+            index = "model.safetensors.index.json"
+            raise UserError(f"model.path={path}: the folder lacks weights: {name}, which {index} has in {file.name}")
+        for name, kind in kinds.items():
+            if name.endswith(_NUMBERS) and kind not in _FLOATS and not CONSTANT.search(name):
+                raise UserError(f"{subject}: {name} is of type {kind}; weights must be floats of 16 bits or more")
     check_checksums(folder, _files(folder), path)
 
 

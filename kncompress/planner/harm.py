@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_weight, module_at, set_weight_
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating
+from kncompress.planner.costs import kl_cost
 
-_NUMBERS = 1 << 25
+NUMBERS = 1 << 25
 """Numbers in one temporary of (tokens x vocabulary)."""
 
 
@@ -92,10 +93,8 @@ class HarmMeter:
         return total / self.tokens
 
     def cost(self, site: Site) -> float:
-        """About the multiply-adds of one KL."""
-        first = self.anatomy.layers if site.group == "head" else site.layer or 0
-        moved = sum(parameter.numel() for layer in self.layers[first:] for parameter in layer.parameters())
-        return float(self.tokens) * (moved + self.head.weight.numel())
+        """About the multiply-adds of one KL, of which hardware that multiplies bfloat16 does two at a time."""
+        return kl_cost(self.anatomy, site, self.tokens) / (2 if self.bf16 else 1)
 
     def _batch(self, number: int, states: Tensor) -> float:
         """Sum of the KL over the tokens of a batch, from what the last layer gives."""
@@ -113,7 +112,7 @@ class HarmMeter:
         return total
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(max(1, _NUMBERS // self.head.weight.shape[0]))
+        return rows.split(max(1, NUMBERS // self.head.weight.shape[0]))
 
     def _softmax(self, rows: Tensor) -> Tensor:
         logits = self._logits(rows)

@@ -33,6 +33,7 @@ from kncompress.kron import (
 )
 from kncompress.planner.budget import HarmTable, MapHarms, Reference
 from kncompress.planner.candidates import Option, Spectrum, error_of, packed, packed_rank, ranks, screened
+from kncompress.planner.costs import FAR_EVERY, map_cost, screen_cost, screened_layers
 from kncompress.planner.harm import HarmMeter
 from kncompress.planner.kept_harms import KeptHarms
 from kncompress.planner.ladder import dense_adds, keep, sizes
@@ -41,7 +42,6 @@ REFERENCE_SHARE = 0.5
 """Share of the parameters of the packed outer products whose KL is measured for every map."""
 FAR_SHARE = 0.2
 """Share of a second reference, for the maps of every third layer; the two together give the exponent."""
-FAR_EVERY = 3
 TOGETHER = (0.75, 0.5)
 """Shares at which the KL of all maps of the layers together is compared with the sum."""
 EMBEDDING_SWEEPS = 2
@@ -97,10 +97,8 @@ def measure_harms(
     work = Work(progress)
     work.begin("teacher")
     meter = HarmMeter(model, harm_text, bf16)
-    costs = {site.name: _cost(anatomy, site, meter) for site in anatomy.sites.values()}
-    screening = sums * sum(
-        _screen_cost(site) for site in anatomy.sites.values() if site.layer in _screened_layers(anatomy)
-    )
+    costs = {site.name: map_cost(anatomy, site, meter.cost(site)) for site in anatomy.sites.values()}
+    screening = sums * sum(screen_cost(s) for s in anatomy.sites.values() if s.layer in screened_layers(anatomy))
     work.expect(sum(costs.values()) + screening)
     kept = kept or KeptHarms(None)
     kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work) if sums else {})
@@ -155,16 +153,6 @@ def exponents(maps: Sequence[MapHarms]) -> list[float]:
     return found
 
 
-def _cost(anatomy: Anatomy, site: Site, meter: HarmMeter) -> float:
-    """About the multiply-adds of what is done for a map."""
-    once = meter.cost(site) / (2 if meter.bf16 else 1)
-    if site.group == "embedding":
-        shapes = [KroneckerShape.parse(option.shape) for option in sizes(anatomy, site).options[1:]]
-        return sum(once + 20.0 * site.out_features * site.in_features * shape.terms for shape in shapes)
-    smaller = min(site.out_features, site.in_features)
-    return 30.0 * site.in_features * smaller**2 + once * (1 + (site.layer is None or site.layer % FAR_EVERY == 0))
-
-
 def _screen(
     model: Any, anatomy: Anatomy, text: CalibrationText, settings: FitConfig, work: Work
 ) -> dict[str, list[list[Shape]]]:
@@ -172,7 +160,7 @@ def _screen(
 
     By the inputs alone: fits of Kronecker sums to both sides take many times as long, and are for what is left.
     """
-    chosen = _screened_layers(anatomy)
+    chosen = screened_layers(anatomy)
     readers = {name: sites for layer in chosen for name, sites in inputs_of(anatomy, layer).items()}
     winners: dict[tuple[int, str], list[list[Shape]]] = {}
     for name, moment in moments(model, text, list(readers)):
@@ -183,21 +171,12 @@ def _screen(
             prepared = shared.prepared(bias and settings.bias)
             assert site.layer is not None
             winners[site.layer, site.kind] = screened(weight, prepared)
-            work.finish(_screen_cost(site))
+            work.finish(screen_cost(site))
     return {
         site.name: winners[min((abs(layer - site.layer), layer) for layer in chosen)[1], site.kind]
         for site in anatomy.sites.values()
         if site.layer is not None
     }
-
-
-def _screened_layers(anatomy: Anatomy) -> list[int]:
-    return sorted({min(1, anatomy.layers - 1), anatomy.layers // 2})
-
-
-def _screen_cost(site: Site) -> float:
-    """About the multiply-adds of trying all kinds of shapes on a map."""
-    return 1.6e5 * site.out_features * site.in_features
 
 
 def _weight(model: Any, site: Site) -> tuple[Tensor, bool]:

@@ -279,7 +279,7 @@ def test_a_long_window_in_pieces_scores_the_same_and_never_holds_all_logits(kind
     sizes = []
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda *found: sizes.append(found[2].numel()))
-    monkeypatch.setattr(scoring, "_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(scoring, "LOGITS", 3 * VOCABULARY)
     pieces = perplexity(model, TOKENS, 16, stride)
     assert pieces.tokens == whole.tokens and pieces.windows == whole.windows
     assert pieces.nll == pytest.approx(whole.nll, rel=1e-6)
@@ -288,7 +288,7 @@ def test_a_long_window_in_pieces_scores_the_same_and_never_holds_all_logits(kind
 
 def test_two_models_in_pieces_are_compared_as_in_one(model, teacher, monkeypatch):
     whole = compare(teacher, model, TOKENS, 16)
-    monkeypatch.setattr(scoring, "_LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(scoring, "LOGITS", 5 * VOCABULARY)
     pieces = compare(teacher, model, TOKENS, 16)
     assert (pieces.kl, pieces.same_top) == (pytest.approx(whole.kl, rel=1e-6), whole.same_top)
 

@@ -104,6 +104,28 @@ def test_constants_of_older_versions_are_no_weights(folder, tiny, ids):
         load_model(folder)
 
 
+def test_integers_in_the_place_of_weights_are_refused(folder):
+    name = "transformer.h.1.mlp.c_fc.weight"
+    edit_weights(folder, lambda weights: weights.update({name: torch.ones_like(weights[name], dtype=torch.int8)}))
+    with pytest.raises(UserError, match=rf"model.safetensors: {name} is of type I8; weights must be floats of 16 bits"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("placed", [{}, {"device_map": "auto", "max_memory": {"cpu": 0}}], ids=["whole", "placed"])
+def test_an_index_that_tells_of_other_files_is_refused(tiny, tmp_path, placed):
+    """Both weights are there, each in the other's file."""
+    tiny.save_pretrained(tmp_path, max_shard_size="20KB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    places = index["weight_map"]
+    first = next(iter(places))
+    last = next(name for name in places if places[name] != places[first])
+    places[first], places[last] = places[last], places[first]
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"lacks weights: transformer\..*, which model.safetensors.index.json has in m"):
+        load_model(tmp_path, **placed)
+
+
 def test_adapters_are_told_from_models(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     for load in (load_config, load_model):

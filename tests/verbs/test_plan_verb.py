@@ -1,6 +1,7 @@
 """``plan``: what it leaves, that ``compress`` takes it, that a second budget is cheap, and what it refuses."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def words(tiny: Path, text: Path, tmp_path: Path) -> list[str]:
 def test_a_plan_is_kept_measured_and_taken_by_compress(command: Any, words: list[str], tiny: Path, text: Path) -> None:
     code, out, err = command("plan", *words, "budget=0.6", "run_dir=planned")
     assert code == 0, err
+    assert re.search(r"\nplan needs \d\.\d GB of memory and \d\.\d GB of disk, about \d+ s on this machine\n", out)
     result = read(Path("planned"), "result.json")
     metrics = result["metrics"]
     assert (result["verb"], result["status"], result["plan"]) == ("plan", "finished", "plan.yaml")
@@ -139,3 +141,12 @@ def test_what_a_plan_says_is_checked(command: Any, tiny: Path, memory: str, said
     code, _, err = command("compress", f"model={tiny}", "factors=plan.yaml", "start=calibrated", "run_dir=made")
     assert code == 2 and said in err and err.count("\n") == 1, err
     assert not Path("made").exists()
+
+
+def test_a_plan_that_finds_no_room_is_refused_before_anything_is_written(
+    command: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kncompress.compression.forecast.available_memory", lambda: 10**8)
+    code, _, err = command("plan", *words, "run_dir=run")
+    assert code == 2 and err.startswith("kncompress: model: 0.1 GB of memory are free, and plan needs ")
+    assert err.count("\n") == 1 and not Path("run").exists()

@@ -1,6 +1,7 @@
 """The same command again, after it was stopped: it finishes the work, and takes nothing that is not its own."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from glue_layout import make_glue
+from safetensors.torch import load_file, save_file
 from verbs.conftest import read
 
 from kncompress.compression.parts import Parts
@@ -16,6 +18,7 @@ from kncompress.planner.budget import MapHarms, Reference
 from kncompress.planner.candidates import Option, packed
 from kncompress.planner.harm import HarmMeter
 from kncompress.planner.kept_harms import KeptHarms
+from kncompress.runs.lock import held
 
 
 def stop(folder: Path, *keep: str) -> None:
@@ -61,10 +64,11 @@ def test_a_stopped_run_is_begun_again(command: Any, lines: dict[str, list[str]],
 def test_a_stopped_compress_keeps_its_layers(
     command: Any, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
-    """No model until it is whole; another text or plan is refused and keeps them; the folder has the same bits."""
+    """No model until it is whole; another text, plan or model is refused; the folder has the same bits."""
     own = tmp_path / "own.txt"
     own.write_text(text.read_text() if text.is_file() else next(text.glob("*.txt")).read_text())
-    words = ["compress", f"model={tiny}", "factors=kngpt2", f"start={start}", f"data.source={own}"]
+    shutil.copytree(tiny, "mine")
+    words = ["compress", "model=mine", "factors=kngpt2", f"start={start}", f"data.source={own}"]
     words += ["calibration.tokens=256", f"data.cache_dir={tmp_path / 'cache'}"]
     assert command(*words, "run_dir=whole")[0] == 0
     keep = Parts.keep
@@ -87,6 +91,19 @@ def test_a_stopped_compress_keeps_its_layers(
         code, _, err = command(*words, "run_dir=cut")
         assert code == 2 and "is not what the run began with" in err and err.count("\n") == 1
     own.write_text(content)
+    shutil.copytree("mine", "other")
+    code, _, err = command(*words, "model=other", "run_dir=cut")
+    assert code == 2 and "other: the run in" in err and err.count("\n") == 1
+    weights = load_file("mine/model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][0, 0] += 1
+    save_file(weights, "mine/model.safetensors", {"format": "pt"})
+    code, _, err = command(*words, "run_dir=cut")
+    assert code == 2 and "is not what the run began with" in err and err.count("\n") == 1
+    shutil.copy("other/model.safetensors", "mine/model.safetensors")
+    with held(Path("cut")):
+        code, _, err = command(*words, "run_dir=cut")
+        assert code == 2 and err.endswith("cut: another process is at work in it; wait or name another folder\n")
+        assert err.count("\n") == 1
     assert {file.name: file.stat().st_mtime_ns for file in Path("cut/parts").iterdir()} == parts
     code, _, err = command(*words, "run_dir=cut")
     assert code == 0, err

@@ -1,0 +1,163 @@
+"""Memory, disk and time that ``plan`` will need, from a config alone, before anything is written.
+
+It holds the model whole, in float32. The terms are what its steps hold beside it; the constants of the fits are those
+of ``compress`` (``compression.forecast``).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from kncompress.anatomy.plan import Plan
+from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
+from kncompress.compression.forecast import CALIBRATED_ENDS, FELT, NEAREST, PROGRAM, SYMMETRIC, Forecast
+from kncompress.compression.inspection import predict
+from kncompress.compression.moments import inputs_of
+from kncompress.compression.rows import ROOM
+from kncompress.compression.work import moment_cost
+from kncompress.config import PlanConfig
+from kncompress.evaluation.scoring import LOGITS
+from kncompress.planner.budget import HarmTable
+from kncompress.planner.costs import kl_cost, map_cost, screen_cost, screened_layers
+from kncompress.planner.harm import NUMBERS
+from kncompress.planner.sensitivity import TOGETHER
+
+_DOUBLE = 1.15
+"""Of the multiply-adds: some are of float64."""
+_GGUF = 4000
+"""Multiply-adds that take as long as reading one number of a GGUF file."""
+_F = 4.0
+"""Bytes of a float32."""
+_EMBEDDING = CALIBRATED_ENDS + 7 * 4
+"""The same of an embedding while it is fitted and the KL taken: beside the fit its copy, the factors and their product,
+what it replaces, and the change of the head as it is multiplied."""
+_SPECTRUM = 8 * 4
+"""Bytes for each number of a map while its singular values between two metrics are taken: float64."""
+
+
+def plan_forecast(config: PlanConfig, fields: Any, table: HarmTable | None) -> Forecast:
+    """What ``plan`` with this configuration will need.
+
+    Args:
+        config: budget, text, and where harms come from.
+        fields: transformers config of the dense model.
+        table: the harms that are known already; None: they are measured.
+
+    Raises:
+        UserError: as ``predict``.
+    """
+    numbers, anatomy = predict(fields, Plan()).parameters_before, anatomy_of(fields)
+    vocabulary = fields.vocab_size
+    held: list[float] = [PROGRAM]
+    operations = 0.0
+    if table is None:
+        held.append(PROGRAM + _F * numbers + _measuring(config, anatomy, vocabulary))
+        operations += _measuring_operations(config, anatomy)
+    if config.measures:
+        held.append(PROGRAM + 2 * _F * numbers + _scoring(config, anatomy, vocabulary, numbers))
+        operations += _scoring_operations(config, anatomy, numbers)
+    reads = table is None or config.measures
+    if config.model.gguf_file is not None and reads:
+        operations += _GGUF * numbers
+    disk = _moments(config, anatomy) if reads and config.calibration.moments is None else 0.0
+    return Forecast(max(held), disk + 5e6, _DOUBLE * operations, numbers if reads else 0, "plan")
+
+
+def _largest(anatomy: Anatomy, bytes_of: Any) -> float:
+    return max((bytes_of(site) for site in anatomy.sites.values() if site.layer is not None), default=0.0)
+
+
+def _layers(anatomy: Anatomy) -> float:
+    """Numbers of all maps within layers."""
+    return float(sum(s.out_features * s.in_features for s in anatomy.sites.values() if s.layer is not None))
+
+
+def _ends(anatomy: Anatomy) -> float:
+    """Numbers of the embedding, which are those of a head too."""
+    site = anatomy.sites["embedding"]
+    return float(site.out_features * site.in_features)
+
+
+def _felt(config: PlanConfig) -> bool:
+    return config.fit.sides == "both"
+
+
+def _walk(config: PlanConfig, anatomy: Anatomy) -> float:
+    """Bytes of the states and rows of a walk over the layers."""
+    tokens = config.calibration.tokens
+    first = [site for site in anatomy.sites.values() if site.layer == 0]
+    width = anatomy.sites["layers.0.attn.q"].in_features
+    rows = _F * tokens * sum(sites[0].in_features for sites in inputs_of(anatomy, 0).values())
+    if not _felt(config):
+        return _F * tokens * width + min(rows, ROOM)
+    rows += _F * tokens * sum(site.out_features for site in first)
+    return _F * tokens * width * 3 + min(2 * _F * tokens * width * anatomy.layers, ROOM) + min(rows, ROOM)
+
+
+def _moment_bytes(config: PlanConfig, site: Site) -> float:
+    felt = FELT * site.out_features**2 if _felt(config) else 0
+    return SYMMETRIC * site.in_features**2 + felt
+
+
+def _measuring(config: PlanConfig, anatomy: Anatomy, vocabulary: int) -> float:
+    """Bytes beside the model while harms are measured."""
+    width = anatomy.sites["layers.0.attn.q"].in_features
+    harm = config.harm_tokens
+    meter = _F * (harm * (width * (anatomy.layers + 2) + vocabulary) + vocabulary * width)
+    logits = 3 * _F * min(harm * vocabulary, NUMBERS)
+    one = _largest(
+        anatomy,
+        lambda site: _moment_bytes(config, site) + (NEAREST + _SPECTRUM) * site.out_features * site.in_features,
+    )
+    together = _F * len(TOGETHER) * _layers(anatomy)
+    embedding = together + _EMBEDDING * _ends(anatomy) + logits
+    return meter + max(_walk(config, anatomy) + together + one + logits, embedding)
+
+
+def _scoring(config: PlanConfig, anatomy: Anatomy, vocabulary: int, numbers: int) -> float:
+    """Bytes beside the model and its copy, while the plan is fitted to that and both are compared."""
+    one = _largest(anatomy, lambda site: _moment_bytes(config, site) + NEAREST * site.out_features * site.in_features)
+    logits = 2 * _F * min(min(config.validation_tokens, 8192) * vocabulary, LOGITS)
+    return max(CALIBRATED_ENDS * _ends(anatomy), _walk(config, anatomy) + one) + logits  # what is freed is kept
+
+
+def _moments(config: PlanConfig, anatomy: Anatomy) -> float:
+    """Bytes of all moments in their folder."""
+    width = anatomy.sites["embedding"].in_features
+    total = _F * width**2 * (2 if _felt(config) else 1)
+    total += sum(_F * sites[0].in_features ** 2 for sites in inputs_of(anatomy).values())
+    if _felt(config):
+        total += sum(_F * site.out_features**2 for site in anatomy.sites.values() if site.layer is not None)
+    return total
+
+
+def _walk_operations(config: PlanConfig, anatomy: Anatomy) -> float:
+    tokens = config.calibration.tokens
+    total = (6 if _felt(config) else 1) * tokens * _layers(anatomy)
+    total += sum(moment_cost(sites, tokens) for sites in inputs_of(anatomy).values())
+    if _felt(config):
+        total += sum(s.out_features**2 * (tokens + 4.0 * s.out_features) for s in _maps(anatomy))
+    return total
+
+
+def _maps(anatomy: Anatomy) -> Iterable[Site]:
+    return (site for site in anatomy.sites.values() if site.layer is not None)
+
+
+def _measuring_operations(config: PlanConfig, anatomy: Anatomy) -> float:
+    tokens = config.harm_tokens
+    whole = tokens * (_layers(anatomy) + _ends(anatomy))
+    total = _walk_operations(config, anatomy) + (1 + len(TOGETHER)) * whole
+    measured = config.harms_by == "measured"
+    for site in anatomy.sites.values():
+        once = kl_cost(anatomy, site, tokens) if measured or site.group == "embedding" else 0.0
+        total += map_cost(anatomy, site, once)
+    if config.sums:
+        total += sum(screen_cost(site) for site in _maps(anatomy) if site.layer in screened_layers(anatomy))
+    return total
+
+
+def _scoring_operations(config: PlanConfig, anatomy: Anatomy, numbers: int) -> float:
+    """The fit of outer products to every map, whose moments are there already, and the comparison."""
+    passes = 2.0 * config.validation_tokens * numbers
+    states = (2 if config.start == "sequential" else 1) * config.calibration.tokens * _layers(anatomy)
+    return passes + states + sum(map_cost(anatomy, site, 0.0) for site in anatomy.sites.values())
