@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from kncompress.anatomy.layerdrop import config_of_layers, keep_layers_
@@ -87,7 +88,7 @@ def compress_(
     if repair.passes and parts is None and any(p.dtype in HALVES for p in model.parameters()):
         raise UserError(f"repair.passes={repair.passes}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
-    if settings.symmetries or layers is not None or repair.passes:
+    if settings.symmetries or layers is not None:
         own_(model)
     if layers is not None:
         keep_layers_(model, layers)
@@ -100,7 +101,8 @@ def compress_(
     if repair.passes and shapes and text is not None and not next(model.parameters()).is_meta:
         blocks = BlockRepair(model, shapes, text, repair, work)
     in_order = start != "random" and not repair.passes  # drawn numbers depend on those before; a repair comes later
-    fits = ModelFit(model, anatomy, shapes, settings, work, parts if in_order else None).run(start, text)
+    dtype = None if blocks is None else torch.float32  # each step of a repair is small
+    fits = ModelFit(model, anatomy, shapes, settings, work, parts if in_order else None, dtype).run(start, text)
     if shapes:
         tie_head_(model, anatomy)
         model.config.quantization_config = KroneckerConfig({name: str(shapes[name]) for name in shapes})

@@ -30,7 +30,8 @@ CALIBRATED = ("calibrated", "sequential")
 
 class ModelFit:
     """Fits the maps of ``shapes`` and puts them into ``model``, whose numbers may be in half precision: the fits are
-    in float32 or better, and the factors get the model's type. ``parts``: where each layer is kept as it is done."""
+    in float32 or better, and the factors get the model's type, or ``dtype``. ``parts``: where each layer is kept as it
+    is done."""
 
     def __init__(
         self,
@@ -40,10 +41,11 @@ class ModelFit:
         settings: FitConfig,
         work: Work,
         parts: Parts | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.anatomy, self.shapes, self.settings, self.work = model, anatomy, shapes, settings, work
         self.parts = parts
-        self.dtype = next(model.parameters()).dtype if parts is None or parts.dtype is None else parts.dtype
+        self.dtype = dtype or (None if parts is None else parts.dtype) or next(model.parameters()).dtype
 
     def run(self, start: Start, text: CalibrationText | None) -> dict[str, Fitted]:
         """What was fitted, by map; nothing for random factors and for a model on the meta device."""

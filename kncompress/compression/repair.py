@@ -6,7 +6,6 @@ error in its input. There are no logits, and no backward pass through more than 
 costs about three passes of the blocks.
 """
 
-import copy
 import math
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kncompress.anatomy.mapped import own_, raised, twin
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, evaluating
 from kncompress.compression.table import RepairErrors
@@ -44,7 +44,7 @@ class BlockRepair:
     """Made of a dense model before the fit, run on the same model after it.
 
     Args:
-        model: dense transformers model in float32.
+        model: dense transformers model; its numbers may be in half precision, those of the fit are in float32.
         shapes: {map name: shape} of what will be factored.
         text: what both models read.
         settings: passes over the text, and the rate.
@@ -64,7 +64,8 @@ class BlockRepair:
         layers = model.base_model.get_submodule(self.path)
         with evaluating(model):
             self.dense, self.dense_held = HiddenStates(model, self.text), HiddenStates(model, self.held)
-        self.layers = [copy.deepcopy(layer).eval() for layer in layers[self.first :]]
+        self.layers = [twin(layer).eval() for layer in layers[self.first :]]
+        """As they are before the fit; those that lie in files stay there."""
         self.costs = [layer_cost(layer, len(text.tokens)) for layer in layers]
         self.work.expect(sum(self.costs[: self.first]) + sum(map(self._cost, range(self.first, len(layers)))))
 
@@ -81,8 +82,9 @@ class BlockRepair:
             self.model.requires_grad_(False)
             with evaluating(self.model):
                 for number, layer in enumerate(layers[: self.first]):
-                    self.dense.advance(layer)
-                    self.dense_held.advance(layer)
+                    with raised(layer):
+                        self.dense.advance(layer)
+                        self.dense_held.advance(layer)
                     self.work.finish(self.costs[number])
                 if self.embedding:
                     states, held = HiddenStates(self.model, self.text), HiddenStates(self.model, self.held)
@@ -92,8 +94,9 @@ class BlockRepair:
                 for number, layer in enumerate(layers[self.first :], self.first):
                     self.work.begin(f"layers.{number} repair")
                     dense = self.layers[number - self.first]
-                    self.dense.advance(dense)
-                    self.dense_held.advance(dense)
+                    with raised(dense):
+                        self.dense.advance(dense)
+                        self.dense_held.advance(dense)
                     plain.advance(layer)
                     before.append(self._error(plain))
                     self._repair(layer, number, states, held)
@@ -121,6 +124,7 @@ class BlockRepair:
 
     def _repair(self, layer: nn.Module, number: int, states: HiddenStates, held: HiddenStates) -> None:
         """Train one block; the weights with the least error on the held-out states are kept, the start included."""
+        own_(layer)  # and not the file's, which the dense layer reads too
         trained = list(layer.parameters())
         for parameter in trained:
             parameter.requires_grad_(True)

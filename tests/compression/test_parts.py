@@ -18,6 +18,7 @@ from kncompress.compression import model_fit
 from kncompress.compression.compress import compress_
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.parts import Parts
+from kncompress.compression.repair import BlockRepair
 from kncompress.config import RepairConfig
 from kncompress.errors import UserError
 from kncompress.formats import pretrained
@@ -169,6 +170,31 @@ def test_a_repair_of_half_precision_is_in_float32(kind, half, text, tmp_path):
     table = compress_(model, ODD, text=text, repair=repair, parts=Parts(tmp_path / "parts", torch.bfloat16))
     assert table.repair is not None and table.repair.after[-1] < table.repair.before[-1]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", ["nearest", "sequential"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
+def test_a_repair_from_files_is_that_of_the_whole_model(kind, start, dtype, text, tmp_path, monkeypatch):
+    """Bit for bit; and the dense layers that it reads are never in memory but one at a time."""
+    folder = save_model(random_model(config_of(kind)), tmp_path / "dense", dtype=dtype)
+    whole, told = load_model(folder, dtype=torch.float32), []
+    own_(whole)
+    wanted = compress_(whole, plan_of(kind), start, text=text, repair=RepairConfig(passes=2))
+    run = BlockRepair.run
+
+    def looked_at(self):
+        files = mapped._mapped_files()
+        told.append(all(mapped._end_of_file(files, p.data) for dense in self.layers for p in dense.parameters()))
+        return run(self)
+
+    monkeypatch.setattr(BlockRepair, "run", looked_at)
+    parts, model = Parts(tmp_path / "parts", torch.float32), load_stored(folder)
+    table = compress_(model, plan_of(kind), start, text=text, repair=RepairConfig(passes=2), parts=parts)
+    assert table.repair is not None and wanted.repair is not None and told == [sys.platform == "linux"]
+    assert (table.repair.before, table.repair.after) == (wanted.repair.before, wanted.repair.after)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].float()), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is mapped")
