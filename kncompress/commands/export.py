@@ -29,6 +29,7 @@ from kncompress.formats.onnx_graph import check_packages, write_decoder, write_o
 from kncompress.formats.onnx_integers import write_integers
 from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
 from kncompress.formats.pretrained import load_model, load_stored, save_model, to_dense
+from kncompress.formats.stored import stored_type
 from kncompress.runs.record import RunRecord
 from kncompress.runs.whole_file import filling
 from kncompress.terminal import stages
@@ -71,6 +72,9 @@ def run(config: ExportConfig, run_dir: Path) -> dict[str, float]:
     """Write and check the export in ``run_dir``; returns the metrics that ``result.json`` holds."""
     with RunRecord.open(run_dir, "export", asdict(config), config.seed) as record:
         metrics: dict[str, float] = {}
+        if config.dtype == "stored":
+            folder, gguf_file, _ = _source(config)
+            config = replace(config, dtype=(None if gguf_file else stored_type(folder)) or "float32")
         made = {"dense": _dense, "merged": _merged, "onnx": _onnx, "int8": _int8}[config.format]
         try:
             file = made(config, run_dir, metrics)
@@ -130,8 +134,7 @@ def _dense(config: ExportConfig, run_dir: Path, metrics: dict[str, float]) -> Pa
     source, folder = _source(config), run_dir / "model"
     dense = load_stored(*source)
     metrics["parameters"] = unique_parameters(dense)
-    dtype = next(dense.parameters()).dtype if config.dtype == "stored" else getattr(torch, config.dtype)
-    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    dtype = getattr(torch, config.dtype)
     with TemporaryDirectory(prefix=".parts.", dir=run_dir) as temporary, filling(folder) as fresh:
         files: list[Path] = []
         if dense.config.model_type in FAMILIES:

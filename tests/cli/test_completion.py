@@ -144,7 +144,7 @@ def test_candidates_are_keys_and_presets_that_exist():
         f"trainer.precision={name}" for name in ("auto", "bf16", "fp32")
     ]
     assert candidates(["export"], "dtype=", VERBS).words == [
-        f"dtype={name}" for name in ("bfloat16", "float16", "float32")
+        f"dtype={name}" for name in ("bfloat16", "float16", "float32", "stored")
     ]
     assert candidates(["train"], "model=", VERBS).files and not candidates(["train"], "trainer=", VERBS).files
 

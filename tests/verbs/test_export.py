@@ -279,6 +279,30 @@ def test_16_bits_are_compared_with_the_model_in_16_bits(command: Any, compressed
     assert not Path("strict/model").exists() and not list(Path("strict").rglob("*.safetensors*"))
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["one file", "shards"])
+def test_the_stored_type_is_kept_and_large_models_get_shards(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("kncompress.formats.pretrained.ONE_FILE", 1)
+    model = random_model(config_of("llama"))
+    compress_(model, PLAN)
+    save_model(model, tmp_path / "factored", dtype="bfloat16")
+    code, out, err = command("export", f"model={tmp_path / 'factored'}", "dtype=stored", "run_dir=run")
+    assert code == 0, err
+    assert "bfloat16 alone changes them by" in out
+    files = sorted(Path("run/model").glob("*.safetensors"))
+    assert len(files) == (5 if large else 1)  # embedding, three layers, the rest
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    dense = AutoModelForCausalLM.from_pretrained("run/model", dtype=torch.float32)
+    assert dense.state_dict().keys() == random_model(config_of("llama")).state_dict().keys()
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "factored", dtype=torch.float32), IDS % 96)
+    gap = (logits_of(dense, IDS % 96) - expected).abs().max()
+    assert 0 < gap < 0.03 * expected.abs().max()
+    assert sorted(path.name for path in Path("run").glob(".parts*")) == []
+
+
 def test_a_model_in_which_16_bits_change_much_is_allowed_as_much(command: Any, tmp_path: Path) -> None:
     """Its queries and keys are so large that attention jumps from one token to another at the last bit of a score."""
     model = random_model(config_of("qwen3"))
@@ -403,6 +427,7 @@ def test_a_difference_beyond_tolerance_leaves_nothing(command: Any, compressed: 
         (["format=gguf"], "format=gguf: not one of dense, merged, onnx, int8"),
         (["format=int8", "dtype=float16"], "dtype=float16: not one of float32"),
         (["format=onnx", "dtype=bfloat16"], "dtype=bfloat16: not one of float32, float16"),
+        (["format=merged", "dtype=stored"], "dtype=stored: not one of float32, float16, bfloat16"),
         (["int8_tolerance=0"], "int8_tolerance=0"),
         (["bits=5", "format=onnx"], "bits=5: not one of 8, 4"),
         (["bits=8"], "bits=8: needs format=onnx with a cache and dtype=float32"),
