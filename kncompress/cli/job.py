@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +65,8 @@ class Job:
     """The user's words where Hydra's overrides do not tell them (``resume=``)."""
     ready: dict[str, ReadyJob] = field(default_factory=dict)
     """{folder: the job in it} of those that are checked already."""
+    sent: bool = False
+    """Whether a launcher has sent it to another process, whose program is the launcher's own."""
 
     def words(self, overrides: list[str]) -> list[str]:
         """``overrides`` of Hydra as the user would type them for this job alone."""
@@ -76,7 +79,7 @@ class Job:
         return run_job(self, composed)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"ready": {}}
+        return self.__dict__ | {"ready": {}, "sent": True}
 
 
 class Interrupted(BaseException):
@@ -207,19 +210,22 @@ def _record(job: Job, folder: Path, outcome: dict[str, Any], words: list[str], o
 
 @contextlib.contextmanager
 def _environment(job: Job, words: list[str], folder: Path) -> Iterator[None]:
-    """Make this process look as if it ran this job alone, since DDP starts its children by ``sys.argv``.
+    """Make this process look as if it ran this job alone: DDP starts its children by ``__main__`` and ``sys.argv``.
 
     Afterwards the process group and the variables of the distributed run are gone: the next job of a sweep
     would wait for processes that no longer exist.
     """
-    argv, before = sys.argv, {name: os.environ.get(name) for name in _DISTRIBUTED}
+    main = sys.modules["__main__"]
+    argv, spec, before = sys.argv, main.__spec__, {name: os.environ.get(name) for name in _DISTRIBUTED}
     single = ["hydra.mode=RUN"] if job.sweep_dir is not None else []
     sys.argv = [argv[0], job.verb.name, *words, *single]
     os.environ[RUN_DIR] = str(folder)
+    if job.sent:
+        main.__spec__ = find_spec("kncompress.__main__")
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, main.__spec__ = argv, spec
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
