@@ -39,18 +39,23 @@ def settings(text: str) -> dict[str, str]:
     return {name: value.strip("'") for name, value in re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE)}
 
 
-def sbatch(file: str) -> None:
-    """Take a job, or the jobs of an array, and start them one after the other beside this process."""
-    while True:  # Lightning makes a port of the last four digits
+def new_job() -> str:
+    """A number; Lightning makes a port of its last four digits, which is free."""
+    while True:
         job = random.randint(4_000_000, 4_999_999)
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", 15_000 + job % 10_000)):
-                break
+                return str(job)
+
+
+def sbatch(file: str) -> None:
+    """Take a job, or the jobs of an array, and start them one after the other beside this process."""
+    job = new_job()
     print(f"Submitted batch job {job}", flush=True)
     if "FAKE_HELD" in os.environ:
         return
     with (HOME / "queue.log").open("a") as log:
-        line = [sys.executable, __file__, "queue", file, str(job)]
+        line = [sys.executable, __file__, "queue", file, job]
         subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -98,13 +103,17 @@ def srun(*words: str) -> int:
         env = os.environ | {key: str(value) for key, value in own.items()}
         running.append(subprocess.Popen(rest, env=env, stdout=logs[0], stderr=logs[1]))
         (HOME / f"{name}.{rank}.pid").write_text(str(running[-1].pid))
+    ends = float("inf")
     while any(task.poll() is None for task in running):
-        if any(task.poll() for task in running) or (HOME / f"{name}.requeue").exists():
+        requeued = (HOME / f"{name}.requeue").exists()
+        if requeued or any(task.poll() for task in running):
+            ends = min(ends, time.monotonic() + (1.0 if requeued else 20.0))
+        if time.monotonic() > ends:
             for number in (signal.SIGTERM, signal.SIGKILL):
-                time.sleep(1.0)
                 for task in running:
                     if task.poll() is None:
                         task.send_signal(number)
+                time.sleep(1.0)
         time.sleep(0.1)
     return max(abs(task.returncode) for task in running)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,46 @@ def test_the_variables_of_srun_are_taken_for_what_they_are(monkeypatch: pytest.M
         processes(replace(whole, devices=4))
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # a shell in an allocation, whose own variables these are
     assert started_outside() is None and process_rank() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [["submitit_local"], ["joblib", "hydra.launcher.n_jobs=1"], ["ray", "+hydra.launcher.ray.init.num_cpus=2"]],
+    ids=lambda words: words[0],
+)
+def test_a_launchers_own_process_starts_the_others(
+    process: Any, small: list[str], tmp_path: Path, words: list[str]
+) -> None:
+    """By Lightning: the second process is not one more of the launcher's program."""
+    if words[0] == "ray":
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="hydra-ray-launcher is missing")
+    with tempfile.TemporaryDirectory(prefix="ray") as short:  # paths of sockets have at most 107 characters
+        Path(short, "ray").mkdir()
+        variables = {"RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled"}
+        line = [*small, *TWO, "seed=1", f"hydra/launcher={words[0]}", *words[1:], "run_dir=sweep"]
+        done = process("train", "-m", *line, **variables)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "sweep" / "0", "result.json")["metrics"]["tokens"] == 4 * 128
+
+
+@pytest.mark.slow
+def test_srun_goes_on_by_the_same_line_after_sigterm(process: Any, small: list[str], tmp_path: Path) -> None:
+    """Two nodes of a task each, which SLURM ends by SIGTERM, as ``scancel`` does; then the same job once more."""
+    words = [*small, *LONG, "trainer=ddp", "trainer.accelerator=cpu"]
+    line = ["srun", "--output", "%t.log", "--error", "%t.log", sys.executable, "-m", "kncompress", "train", *words]
+    line += ["trainer.nodes=2", "trainer.devices=1", "run_dir=run", "resume=auto"]
+    variables = slurm.install(tmp_path / "slurm")
+    own = {"FAKE_NAME": "1", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost,localhost", "SLURM_NNODES": "2"}
+    environment = ENVIRONMENT | variables | own | {"SLURM_NTASKS_PER_NODE": "1"}
+    first = subprocess.Popen(line, cwd=tmp_path, env=environment | {"SLURM_JOB_ID": slurm.new_job()})
+    wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").exists, first)
+    for file in (tmp_path / "slurm").glob("*.pid"):
+        os.kill(int(file.read_text()), signal.SIGTERM)
+    assert first.wait(PATIENCE) == 143
+    assert read(tmp_path / "run", "run.json")["status"] == "interrupted"
+    again = subprocess.run(line, cwd=tmp_path, env=environment | {"SLURM_JOB_ID": slurm.new_job()}, timeout=PATIENCE)
+    assert again.returncode == 0, (tmp_path / "0.log").read_text()
+    straight = process("train", *words, "trainer.devices=2", "run_dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    equal(tmp_path / "run", tmp_path / "straight")
