@@ -17,7 +17,7 @@ if [ -n "$dry" ]; then
   teacher="$out/teacher" distilled="$out/distilled" text=(data=sample) wiki=(data=sample) tokenised=(data=sample) wikitext2=(data=sample)
   lambada="$out/passages.txt" few=(tokens=1024 context=128)
   short=(trainer.steps=2 trainer.batch_tokens=512 trainer.micro_batch_tokens=512 trainer.validation_tokens=512
-    trainer.test_tokens=512 data.context=128 calibration.tokens=512 calibration.context=128 logger=csv samples.count=0)
+    trainer.test_tokens=512 data.context=128 calibration.tokens=512 calibration.context=128 fit.sweeps=1 logger=csv samples.count=0)
   glue=(+experiment=glue_ilkd 'baselines={}' seeds=1 fine_tuning.epochs=1 data.train_examples=16)
 fi
 finished() { grep -qs '"status": "finished"' "$1/result.json"; }
