@@ -1,7 +1,7 @@
 """Collect the runs of ``losses.sh`` into ``losses.csv`` beside this file.
 
 Usage: python experiments/objectives/losses.py RUNS
-       python experiments/objectives/losses.py --rate SEARCHES OBJECTIVE   prints the better rate of a search
+       python experiments/objectives/losses.py --rate SEARCHES OBJECTIVE   prints the best rate of a search
 """
 
 import csv
@@ -33,9 +33,8 @@ def main(folder: Path) -> None:
     """Write the table, the least KL first."""
     rows = []
     for run in folder.glob("*-unread"):
-        name = run.name.removesuffix("-unread")
-        made, losses = metrics_of(folder / name), searched(folder / "search", name)
-        rate = min(losses, key=lambda rate: losses[rate])
+        name, rate = run.name.removesuffix("-unread").split("-", 1)
+        made = metrics_of(folder / f"{name}-{rate}")
         scores = made["perplexity/start"], made["perplexity/student"], made["kl/student"], metrics_of(run)["perplexity"]
         rows.append([name, rate, *scores, made["tokens_per_second"]])
     header = ["objective", "rate", "start", "perplexity", "kl", "exl2_wiki", "tokens_per_second"]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which loss? The mini teacher at 68% of its parameters (packed low rank, fitted to both sides), 98,304 tokens of the sample
-# by each objective, each with the better of two rates: of 24,576 tokens, by the validation text.
+# by each objective, each with the best of three rates: of 24,576 tokens, by the validation text.
 # Usage: KNCOMPRESS_DATA=<folder with text/> experiments/objectives/losses.sh [folder for the runs]
 set -euo pipefail
 here="$(dirname "$0")"
@@ -15,11 +15,12 @@ train() { # name, rate, tokens, overrides
 }
 objective() { # name, overrides
   words=("${@:2}")
-  for rate in 3e-4 1e-3; do
+  for rate in 1e-4 3e-4 1e-3; do
     train "search/$1-$rate" "$rate" 24576 trainer.validate_every=6 trainer.test_tokens=1024
   done
-  train "$1" "$(python "$here/losses.py" --rate "$out/search" "$1")" 98304
-  finished "$out/$1-unread" || python -m kncompress evaluate "model=$out/$1/model" "run_dir=$out/$1-unread" \
+  best="$(python "$here/losses.py" --rate "$out/search" "$1")"
+  train "$1-$best" "$best" 98304
+  finished "$out/$1-$best-unread" || python -m kncompress evaluate "model=$out/$1-$best/model" "run_dir=$out/$1-$best-unread" \
     "data.source=$KNCOMPRESS_DATA/text/exl2_wiki.txt" tokens=16000
 }
 objective cross_entropy objective=cross_entropy
