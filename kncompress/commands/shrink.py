@@ -93,10 +93,11 @@ def outlook(config: TrainConfig) -> str:
     logits = 3 * time.micro_batch_tokens * fields.vocab_size
     memory = _NUMBER * (teacher + 4 * student + logits) / 1e9
     disk = _NUMBER * student * (2 * 3 + 1) / 1e9  # two checkpoints with Adam's two moments, and the model
+    repair = f"; {config.repair.passes} passes of repair" if config.repair.passes else ""
     lines = [
         f"shrink: {config.model.path}, {teacher:,} parameters, to {student:,} ({student / teacher:.1%})",
         f"  plan     a shape for every map, in {PLAN}/; a stopped run finds it again",
-        f"  fit      start={config.start}, on {config.calibration.tokens:,} tokens of {_names(config.data.source)}",
+        f"  fit      start={config.start}, on {config.calibration.tokens:,} tokens of {_names(config.data.source)}{repair}",
         f"  distil   {length or tokens}; at least {memory:.1f} GB of memory, {disk:.1f} GB on disk",
         f"  compare  with the dense model{'' if config.unseen is None else f', also on {_names(config.unseen)}'}",
     ]
