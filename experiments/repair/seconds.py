@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TOTALS = (90, 240)
+TOTALS = (90, 240, 480)
 """Seconds of the processor for everything but the measurements."""
 PASSES = (0, 2, 8, 25)
 STEP = 4096
