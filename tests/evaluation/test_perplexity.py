@@ -261,11 +261,12 @@ def test_two_processes_score_one_text(tmp_path):
     torch.multiprocessing.spawn(_score_share, (2, tmp_path / "store"), nprocs=2)
 
 
-def test_shares_of_the_windows_add_up(model):
-    """Without a process group: what each of two processes would score by itself."""
-    shares = [perplexity(model, TOKENS, 16, rank=rank, world=2) for rank in (0, 1)]
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_shares_of_the_windows_add_up(model, world):
+    """Without a process group: what each of several processes would score by itself."""
+    shares = [perplexity(model, TOKENS, 16, rank=rank, world=world) for rank in range(world)]
     whole = perplexity(model, TOKENS, 16)
-    assert [share.windows for share in shares] == [3, 2]
+    assert whole.windows == 5 and [share.windows for share in shares] == [len(range(r, 5, world)) for r in range(world)]
     assert sum(share.tokens for share in shares) == whole.tokens
     assert sum(share.nll * share.tokens for share in shares) == pytest.approx(whole.nll * whole.tokens, rel=1e-6)
 
