@@ -33,6 +33,7 @@ compress wikitext2_0.667 0.667 "data.source=$wiki/wiki.train.tokens"
 compress model_0.667 0.667 data.source=model data.own.tokens=16384
 compress sequential_0.667 0.667 "${mix[@]}" start=sequential
 compress repaired_0.667 0.667 "${mix[@]}" repair.passes=2
+compress repaired_8_0.667 0.667 "${mix[@]}" repair.passes=8
 for ridge in 0.01 1; do # of the gradients' moments; 0.1 is the default
   compress "ridge_${ridge}_0.667" 0.667 "${mix[@]}" "fit.output_ridge=$ridge"
 done
