@@ -4,16 +4,15 @@ A task is one of the harness's own, whose data come from the Hugging Face hub or
 harness's format, whose data may lie beside it.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kncompress.errors import UserError
 from kncompress.evaluation.scoring import input_device
+from kncompress.terminal import silenced
 
 _YAML = (".yaml", ".yml")
 _BOOTSTRAP = 1000
@@ -67,7 +66,7 @@ def load_tasks(names: Sequence[str], shots: int | None, seed: int) -> dict[str, 
 
     found = [str(Path(name).expanduser()) if name.endswith(_YAML) else name for name in names]
     own = [name for name in found if not name.endswith(_YAML)]
-    with _quiet():
+    with silenced("lm_eval"):  # its lines about a model that is loaded already
         manager = TaskManager(include_defaults=bool(own))
         for name in own:
             if name not in manager.all_tasks:
@@ -109,7 +108,7 @@ def score_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with silenced("lm_eval"):  # its lines about a model that is loaded already
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=batch)
         wrapped._device = input_device(model)  # the harness asks the first weight, which may be away
         found = evaluate(lm=wrapped, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=True)
@@ -143,15 +142,3 @@ def flips(first: Items, second: Items) -> dict[str, float]:
             flipped = sum(first[task][item] != second[task][item] for item in both)
             shares[f"compare/{task}/flips"] = 100 * flipped / len(both)
     return dict(sorted(shares.items()))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop the harness's log lines about a model that is loaded already."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -5,10 +5,8 @@ that is away is a parameter on the meta device.
 """
 
 import ctypes
-import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,15 +96,3 @@ def weight_of(model: Any, name: str, parameter: Tensor) -> Tensor:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     return load_offloaded_parameter(model, name)
-
-
-@contextmanager
-def quiet_dispatch() -> Iterator[None]:
-    """Drops accelerate's own line about weights that are away."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

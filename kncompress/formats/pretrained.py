@@ -19,12 +19,13 @@ from kncompress.anatomy.swap import unswap_
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.card import CardFacts, card_text
-from kncompress.formats.placed import quiet_dispatch, tell_placement
+from kncompress.formats.placed import tell_placement
 from kncompress.formats.plugin import check_keys, register
 from kncompress.formats.stored import check_config, check_weights, reason_of, settle, stored_type, write_checksums
 from kncompress.formats.verified import check_finite, check_folder
 from kncompress.hub import local_folder
 from kncompress.runs.whole_file import filling, write_text
+from kncompress.terminal import silenced
 
 __all__ = ["load_config", "load_model", "register", "save_model", "to_dense"]
 
@@ -139,7 +140,8 @@ def load_model(path: str | Path, task: str | None = None, gguf_file: str | None 
         options |= {"config": config, "use_safetensors": True}
     auto = getattr(transformers, TASKS[task or language_task(options["config"])])
     try:
-        with _no_bars(), _no_report(), quiet_dispatch():
+        # transformers' table of keys that do not fit becomes an error of one line; weights that are away are told here
+        with _no_bars(), silenced("transformers", "accelerate.big_modeling"):
             model, loading = auto.from_pretrained(
                 str(folder),
                 output_loading_info=True,
@@ -218,19 +220,6 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Hides transformers' table of keys that do not fit: they become an error of one line."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def to_dense(model: Any) -> Any:
