@@ -76,7 +76,10 @@ class Job:
 
     def __call__(self, composed: DictConfig) -> dict[str, Any]:
         """Hydra's task function: returns the outcome."""
-        return run_job(self, composed)
+        try:
+            return run_job(self, composed)
+        finally:
+            _close_logs()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"ready": {}, "sent": True}
@@ -249,6 +252,18 @@ def _one_handler() -> None:
         logger.propagate = True
 
 
+def _files_of_logs() -> list[logging.FileHandler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+
+
+def _close_logs() -> None:
+    """Close the log file of a job at its end. Hydra would when the next job begins, but a handler that is closed and
+    still there opens its file again for a late line."""
+    for handler in _files_of_logs():
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
 def _log_traceback(error: BaseException, on_stderr: bool) -> None:
     """The traceback to the log file of the job, and to standard error in a single run."""
     info: tuple[type[BaseException], BaseException, TracebackType | None]
@@ -256,7 +271,7 @@ def _log_traceback(error: BaseException, on_stderr: bool) -> None:
     record = logging.getLogger("kncompress").makeRecord(
         "kncompress", logging.ERROR, __file__, 0, "the job failed", (), info
     )
-    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    files = _files_of_logs()
     for handler in files:
         handler.handle(record)
     if on_stderr or not files:

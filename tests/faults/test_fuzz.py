@@ -361,7 +361,7 @@ PARSERS = {
     ),
     "safetensors headers": Parser(_weights, **_of(lambda: [_safetensors(), _safetensors()[:9_000]]), count=6_000),
     "safetensors indexes": Parser(
-        _index, **_json({"metadata": {}, "weight_map": {"a": "b.safetensors"}}), count=3_000
+        _index, **_json({"metadata": {}, "weight_map": {"transformer.wpe.weight": "b.safetensors"}}), count=3_000
     ),
     "GGUF headers": Parser(_gguf, **_of(lambda: [_gguf_bytes()]), count=2_000, sample=10),
     "checkpoints": Parser(_checkpoint, **_of(lambda: [_checkpoint_bytes()]), count=4_000),

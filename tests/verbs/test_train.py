@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from wandb_log import offline_log
 def test_a_run_leaves_its_record_metrics_and_a_model(command: Any, small: list[str], tiny: Path) -> None:
     code, out, err = command("train", *small, "run_dir=run", "logger=wandb", "factors.qkv.right=[1,2]")
     assert code == 0, err
+    assert Path("run/train.log").exists()
+    assert not [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
     result = read(Path("run"), "result.json")
     assert result["verb"] == "train" and result["status"] == "finished" and result["model"] == "model"
     metrics = result["metrics"]
