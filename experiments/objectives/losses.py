@@ -5,28 +5,26 @@ Usage: python experiments/objectives/losses.py RUNS
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from kncompress.runs.past_runs import read_runs
+from kncompress.runs.stored import read_result
 
 HERE = Path(__file__).parent
 
 
 def metrics_of(run: Path) -> dict[str, Any]:
     """``metrics`` of ``result.json``."""
-    metrics: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
+    metrics: dict[str, Any] = read_result(run, run.name)["metrics"]
     return metrics
 
 
 def searched(folder: Path, objective: str) -> dict[str, float]:
     """Last validation loss of the runs of a search, by rate."""
-    found = {}
-    for run in sorted(folder.glob(f"{objective}-*")):
-        with (run / "metrics.csv").open() as stream:
-            losses = [float(row["validation/loss"]) for row in csv.DictReader(stream) if row.get("validation/loss")]
-        found[run.name.removeprefix(f"{objective}-")] = losses[-1]
-    return found
+    runs = {path.name: read_runs([str(path)])[0] for path in sorted(folder.glob(f"{objective}-*"))}
+    return {name.removeprefix(f"{objective}-"): run.curves["validation/loss"][-1][1] for name, run in runs.items()}
 
 
 def main(folder: Path) -> None:

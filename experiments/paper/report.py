@@ -6,10 +6,11 @@ perplexity after fine-tuning and GLUE of KnGPT2 (arXiv 2110.08152), whose own co
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from kncompress.runs.stored import read_result
 
 MODELS = ("teacher", "distilled", "kngpt2", "ours", "planner", "layerdrop")
 COLUMNS = ("model", "parameters", "wikitext103", "wikitext2", "lambada", "wikitext103_tuned", "glue_plain", "glue_ilkd")
@@ -24,8 +25,7 @@ PUBLISHED = (
 
 def metrics_of(run: Path) -> dict[str, Any]:
     """``metrics`` of ``result.json``; empty where the run has not finished."""
-    file = run / "result.json"
-    metrics: dict[str, Any] = json.loads(file.read_text()).get("metrics", {}) if file.exists() else {}
+    metrics: dict[str, Any] = read_result(run, run.name).get("metrics", {})
     return metrics
 
 

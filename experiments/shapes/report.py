@@ -5,12 +5,13 @@ Usage: python experiments/shapes/report.py RUNS          (the pictures need matp
 """
 
 import csv
-import json
-import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from kncompress.runs.past_runs import read_runs
+from kncompress.runs.stored import read_result
 
 HERE = Path(__file__).parent
 LABELS = {
@@ -29,8 +30,7 @@ LABELS = {
 
 def metrics_of(run: Path) -> dict[str, Any]:
     """Of a finished run; empty for others."""
-    file = run / "result.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = read_result(run, run.name)
     return found["metrics"] if found.get("status") == "finished" else {}
 
 
@@ -60,13 +60,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def best(rows: list[dict[str, Any]], count: int = 4) -> list[str]:
     """Kinds with the least KL at 68%, of the first seed."""
     return [row["shapes"] for row in rows if row["size"] == "68" and row["seed"] == "0"][:count]
-
-
-def curve(run: Path) -> list[tuple[float, float]]:
-    """Training tokens and validation perplexity, of the run's ``metrics.csv``."""
-    with (run / "metrics.csv").open() as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("validation/loss")]
-    return [(4096 * (float(row["step"]) + 1), math.exp(float(row["validation/loss"]))) for row in rows]
 
 
 def main(folder: Path) -> None:
@@ -119,7 +112,8 @@ def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True)
     for axes, size in zip(panels, ("68", "50"), strict=True):
         for row in (row for row in rows if row["size"] == size and row["seed"] == "0"):
-            tokens, perplexity = zip(*curve(folder / f"{row['shapes']}-{size}-0"), strict=True)
+            (run,) = read_runs([str(folder / f"{row['shapes']}-{size}-0")])
+            tokens, perplexity = zip(*run.by_tokens("validation/perplexity"), strict=True)
             color = f"C{list(LABELS).index(row['shapes'])}"
             axes.plot([t / 1000 for t in tokens], perplexity, label=LABELS[row["shapes"]], color=color, linewidth=1)
         axes.set(title=f"{size}% of the parameters", xlabel="thousand tokens", yscale="log")

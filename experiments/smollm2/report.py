@@ -6,11 +6,13 @@ The picture needs matplotlib (extra ``reports``).
 """
 
 import csv
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from kncompress.runs.past_runs import read_runs
+from kncompress.runs.stored import read_result
 
 HERE = Path(__file__).parent
 STUDENTS = ("planner", "layerdrop", "uniform", "kronecker", "kngpt2")
@@ -30,26 +32,19 @@ COLUMNS = {
 
 def metrics_of(run: Path) -> dict[str, Any]:
     """Of a finished run; empty for others."""
-    file = run / "result.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = read_result(run, run.name)
     return found["metrics"] if found.get("status") == "finished" else {}
 
 
-def curve(run: Path, text: str) -> list[tuple[float, float]]:
-    """Training tokens and perplexity at each validation, of runs on their way too."""
-    file = run / "metrics.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
-    return [
-        (1024 * (float(row["step"]) + 1), math.exp(float(row[f"{text}/loss"])))
-        for row in rows
-        if row.get(f"{text}/loss")
-    ]
+def curve(run: Path, metric: str) -> list[tuple[float, float]]:
+    """Training tokens and a metric, of runs on their way too; empty where there is no run."""
+    return read_runs([str(run)])[0].by_tokens(metric) if (run / "run.json").exists() else []
 
 
 def losses(folder: Path, student: str) -> dict[str, float]:
     """Validation loss at the end of each run of a search, by its rate."""
-    found = {run.name.removeprefix(f"{student}-"): curve(run, "validation") for run in folder.glob(f"{student}-*")}
-    return {rate: math.log(points[-1][1]) for rate, points in sorted(found.items()) if points}
+    found = {run.name.removeprefix(f"{student}-"): curve(run, "validation/loss") for run in folder.glob(f"{student}-*")}
+    return {rate: points[-1][1] for rate, points in sorted(found.items()) if points}
 
 
 def write(name: str, header: list[str], rows: list[list[Any]]) -> None:
@@ -85,7 +80,7 @@ def draw(folder: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axes, text, title in zip(panels, ("validation", "unseen"), ("WikiText-2", "unseen web text"), strict=True):
         for name in STUDENTS:
-            if points := curve(folder / name, text):
+            if points := curve(folder / name, f"{text}/perplexity"):
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axes.set(title=title, xlabel="training tokens", ylabel="perplexity", yscale="log")
         axes.grid(visible=True, which="both", alpha=0.3)
