@@ -3,7 +3,7 @@
 # A small search (16 steps, WikiText-2's validation text) finds the rate of each. Finished runs are not repeated, stopped
 # ones go on from their checkpoints.
 # Usage: KNCOMPRESS_DATA=<folder with wikitext2/ and text/> experiments/smollm2/run.sh [folder for the runs]
-# TOKENS: training tokens of each; STUDENTS: which; STEP=fits to stop after the search.
+# TOKENS: training tokens of each; STUDENTS: which; STEP=search or STEP=train to stop after that.
 set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/smollm2}"
@@ -39,12 +39,13 @@ search() { # student: rates of the first steps
 best() { python "$here/report.py" --rate "$out/search" "$1"; }
 
 for name in $students; do student "$name"; search "$name"; done
-[ "${STEP:-}" = fits ] && exit
+[ "${STEP:-}" = search ] && exit
 for name in $students; do
   student "$name"
   train "$name" "optimizer.lr=$(best "$name")" "trainer.tokens=$tokens" "unseen=$unseen" trainer.validate_every=32 \
     trainer.validation_tokens=4096 trainer.test_tokens=12000
 done
+[ "${STEP:-}" = train ] && exit
 for bits in 5 4; do # the original in as many bytes as a student has in 8 and in 6 bits
   score() { finished "$out/dense_$bits-$1" || python -m kncompress evaluate model=smollm2 compare=smollm2 "bits=$bits" \
     "data.source=$2" context=512 tokens=12000 "run_dir=$out/dense_$bits-$1"; }
