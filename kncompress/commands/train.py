@@ -19,7 +19,7 @@ from kncompress.commands.train_scores import conclude, score_unseen
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
-from kncompress.config import TrainConfig
+from kncompress.config import FactorsConfig, TrainConfig
 from kncompress.data.sources import find_sources, sources_of, without_own
 from kncompress.data.tokens import default_context
 from kncompress.errors import UserError
@@ -47,6 +47,7 @@ from kncompress.training.checkpoints import (
 from kncompress.training.clock import TrainingClock
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
+from kncompress.training.given_student import check_student
 from kncompress.training.loggers import RewindMetrics, log_facts
 from kncompress.training.preparation import StartScores, TrainingJob, prepare, read_start_scores
 from kncompress.training.pretraining import ILKDPretraining
@@ -75,7 +76,9 @@ def check(config: TrainConfig) -> StudentPlan:
     positions = fields.max_position_embeddings
     if config.data.context is not None and config.data.context > positions:
         raise UserError(f"data.context={config.data.context}: the model has {positions} positions")
-    plan = StudentPlan.of(config.factors, fields)
+    plan = StudentPlan.of(config.factors if config.student is None else FactorsConfig(), fields)
+    if config.student is not None:
+        _check_given(config, fields)
     check_parts(config)
     if config.unseen is not None:
         find_sources(config.unseen, "unseen")
@@ -94,13 +97,29 @@ def check(config: TrainConfig) -> StudentPlan:
     return plan
 
 
+def _check_given(config: TrainConfig, teacher: Any) -> None:
+    """Raises UserError where ``student`` cannot learn from the teacher with this config."""
+    path = str(config.student)
+    student = check_student(path, teacher, config.objective if config.objective.needs_teacher else None)
+    require_causal(student, "train")
+    context = config.data.context or default_context(teacher.max_position_embeddings)
+    if student.max_position_embeddings < context:
+        raise UserError(
+            f"student={path}: has {student.max_position_embeddings} positions; give data.context of at most as many"
+        )
+
+
 def _check_resumed(config: TrainConfig, folder: Path) -> None:
     """Raises UserError where a file that the run goes on from is damaged, or what it reads has changed."""
-    check_contents(folder, config, contents(config.model, config.data))
+    check_contents(folder, config, _contents(config))
     check_checkpoint(folder / "checkpoints" / LAST)
     read_start_scores(folder / START)
     _kept_repair(folder / REPAIR)
     _kept_table(folder / COMPRESSION)
+
+
+def _contents(config: TrainConfig) -> dict[str, str]:
+    return contents(config.model, config.data, {"student": config.student})
 
 
 def _kept_table(file: Path) -> CompressionTable | None:
@@ -128,7 +147,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
     """Train in ``run_dir``; returns the metrics that ``result.json`` holds. Every process of the run calls it."""
     quiet_lightning()
     keep_freed_memory()
-    read = contents(config.model, config.data) if process_rank() == 0 else None
+    read = _contents(config) if process_rank() == 0 else None
     with RunRecord.open(
         run_dir, "train", asdict(config), config.seed, config.resume is not None, contents=read
     ) as record:
@@ -174,7 +193,8 @@ def _tell_start(
     """Keep and log what is known before the first step; returns what the repair did."""
     _keep_table(job, run_dir / COMPRESSION, write)
     repair, maps = _repair_facts(job, run_dir / REPAIR, write), _maps(job)
-    log_facts(loggers, compression_facts(config, job.facts, maps) | repair)
+    given = {} if config.student is None else {"compression/start": "student"}
+    log_facts(loggers, compression_facts(config, job.facts, maps) | given | repair)
     log_maps(loggers, maps)
     return repair
 

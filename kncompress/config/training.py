@@ -129,6 +129,9 @@ class SamplesConfig:
 class TrainConfig(FactoringConfig):
     """``train``: teacher and text in, repaired student out."""
 
+    student: str | None = None
+    """Folder or hub id of a student that exists, compressed or dense, with the teacher's vocabulary; ``factors``,
+    ``start``, ``fit`` and ``repair`` are then not read. Null: one is made of the teacher by these."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -157,3 +160,12 @@ class TrainConfig(FactoringConfig):
         check_positive("budget", self.budget)
         if self.speed and self.budget is None:
             raise UserError("speed=true: chooses among the shapes of budget=, which is not given")
+        if self.student is not None and self.budget is not None:
+            raise UserError(f"student={self.student}: exists; budget={self.budget:g} would plan another")
+        if self.student is not None and self.model.path is None:
+            raise UserError(f"student={self.student}: learns from a teacher; give model=<folder or hub id>")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the start, or the repair after it, reads text; a student that exists has neither."""
+        return self.student is None and super().needs_text

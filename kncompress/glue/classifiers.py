@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from kncompress.anatomy.sites import family_of
 from kncompress.compression.own_text import with_own_text
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
@@ -19,17 +18,17 @@ from kncompress.config import (
     FitConfig,
     GlueConfig,
     ModelConfig,
-    ObjectiveConfig,
 )
 from kncompress.data.files import content_hash
 from kncompress.data.tokens import tokenizer_fingerprint
 from kncompress.errors import UserError
-from kncompress.formats.pretrained import load_config, load_model
+from kncompress.formats.pretrained import load_model
 from kncompress.glue.finetuning import TaskData
 from kncompress.glue.readers import GlueSource, find_source, fingerprint, first_examples
 from kncompress.glue.sequences import Sequences, padding_token
 from kncompress.glue.tasks import GlueTask, find_tasks
 from kncompress.reading import Count, parse_json, read_json
+from kncompress.training.given_student import check_student
 from kncompress.training.student import (
     FitOptions,
     factor_,
@@ -117,36 +116,10 @@ def check_glue(config: GlueConfig, students: list[Student]) -> SuiteParts:
             if fit.reads_text:
                 check_calibration(fit.data, fit.calibration, fields)
         elif student.path is not None:
-            own = load_config(locate(student.path, "config", student.key))
-            _check_pair(fields, own, config.objective, student, "ilkd" in config.all_training)
+            objective = config.objective if "ilkd" in config.all_training else None
+            check_student(student.path, fields, objective, student.key)
         planned.append(student)
     return SuiteParts(planned, source, tasks)
-
-
-def _check_pair(teacher: Any, student: Any, objective: ObjectiveConfig, named: Student, distilled: bool) -> None:
-    """Raises UserError where a student cannot read the teacher's tokens or be compared with it."""
-    where = f"{named.key}={named.path}"
-    if student.vocab_size != teacher.vocab_size:
-        raise UserError(
-            f"{where}: has {student.vocab_size} token ids and the teacher {teacher.vocab_size}; both read the "
-            "teacher's tokens"
-        )
-    if not distilled:
-        return
-    ours, theirs = family_of(student).sizes(student), family_of(teacher).sizes(teacher)
-    if ours["layers"] > theirs["layers"]:
-        raise UserError(f"{where}: has {ours['layers']} layers, more than the teacher's {theirs['layers']}")
-    features = [name for name in ("embedding", "hidden", "feed_forward") if getattr(objective, name)]
-    if features and ours["width"] != theirs["width"]:
-        raise UserError(
-            f"{where}: is {ours['width']} wide and the teacher {theirs['width']}; objective.{features[0]} compares "
-            "equal widths, so set it and its like to 0"
-        )
-    if objective.attention and student.num_attention_heads != teacher.num_attention_heads:
-        raise UserError(
-            f"{where}: has {student.num_attention_heads} attention heads and the teacher "
-            f"{teacher.num_attention_heads}; objective.attention compares equal numbers, so set it to 0"
-        )
 
 
 def teacher_base(model: ModelConfig, folder: Path, save: Any) -> Base:

@@ -28,6 +28,7 @@ from kncompress.reading import read_json
 from kncompress.runs.process import tell
 from kncompress.training.batches import BatchPlan, plan_batches
 from kncompress.training.contents import contents
+from kncompress.training.given_student import load_student
 from kncompress.training.processes import processes
 from kncompress.training.sharding import Whole
 from kncompress.training.student import FitOptions, load_teacher, make_student, new_model
@@ -119,6 +120,9 @@ def _models(
         return _Models(None, student, tokenizer, config.data)
     teacher, tokenizer = load_teacher(config.model)
     data, text = with_own_text(config.data, teacher, tokenizer), None
+    if config.student is not None:
+        student, table = load_student(config.student, teacher)
+        return _Models(teacher, student, tokenizer, data, table)
     if made is None and start != "random" and (config.needs_text if repair else config.start_reads_text):
         text = calibration_text(data, config.calibration, teacher.config, tokenizer)
     with fit_progress() as progress:
@@ -157,8 +161,9 @@ def prepare(
     if config.objective.cache is not None:
         cache = TeacherCache(Path(config.objective.cache), cache_facts(config, models, context))
         tell(cache.outlook())
+    layers = plan.layers if models.compression is None else models.compression.layers
     return TrainingJob(
-        models.teacher, student, tokenizer, models.compression, plan.layers, data, batches, test, limit, unseen, cache
+        models.teacher, student, tokenizer, models.compression, layers, data, batches, test, limit, unseen, cache
     )
 
 

@@ -197,8 +197,13 @@ def make_student(
     student = copy.deepcopy(teacher)
     table = factor_(student, plan, start if made is None else "random", fit)
     table = made or table
-    if table.arrangement is not None and table.arrangement.residual is not None:
-        # Hidden states are compared coordinate by coordinate. Other symmetries do not show in what is compared.
-        permute_residual_(teacher, torch.tensor(table.arrangement.residual))
+    follow_order_(teacher, table)
     student.requires_grad_(True)
     return student, table
+
+
+def follow_order_(teacher: Any, table: CompressionTable) -> None:
+    """Give ``teacher`` the order of the residual coordinates that a student of this table has, in place: hidden states
+    are compared coordinate by coordinate. Other symmetries do not show in what is compared."""
+    if table.arrangement is not None and table.arrangement.residual is not None:
+        permute_residual_(teacher, torch.tensor(table.arrangement.residual))
