@@ -30,13 +30,15 @@ student() { # its shapes and its fit
 train() { # name, overrides
   finished "$out/$1" || python -m kncompress train "${run[@]}" "${words[@]}" resume=auto "run_dir=$out/$1" "${@:2}"
 }
-search() { # student: rates of the first steps
-  for rate in 3e-4 1e-3; do
-    train "search/$1-$rate" "optimizer.lr=$rate" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
-      trainer.test_tokens=1024 samples.count=0
-  done
-}
 best() { python "$here/report.py" --rate "$out/search" "$1"; }
+search() { # student: rates of the first steps, and the next one where the lowest or highest of these is the best
+  for rate in 3e-4 1e-3; do first "$1" "$rate"; done
+  if [ "$(best "$1")" = 3e-4 ]; then first "$1" 1e-4; else first "$1" 3e-3; fi
+}
+first() { # student, rate
+  train "search/$1-$2" "optimizer.lr=$2" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
+    trainer.test_tokens=1024 samples.count=0
+}
 
 for name in $students; do student "$name"; search "$name"; done
 [ "${STEP:-}" = search ] && exit
