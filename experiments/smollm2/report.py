@@ -1,4 +1,4 @@
-"""Collect the runs of ``run.sh`` into ``results.csv``, ``search.csv`` and ``curves.svg`` beside this file.
+"""Collect the runs of ``run.sh`` into ``results.csv``, ``search.csv``, ``bytes.csv``, ``tasks.csv`` and ``curves.svg``.
 
 Usage: python experiments/smollm2/report.py RUNS
        python experiments/smollm2/report.py --rate SEARCHES STUDENT   prints the best rate of a search
@@ -15,7 +15,7 @@ from kncompress.runs.past_runs import read_runs
 from kncompress.runs.stored import read_result
 
 HERE = Path(__file__).parent
-STUDENTS = ("planner", "layerdrop", "uniform", "kronecker", "kngpt2")
+STUDENTS = ("planner", "repaired", "uniform", "kronecker", "layerdrop", "kngpt2")
 COLUMNS = {
     "parameters": "parameters/student",
     "tokens": "tokens",
@@ -28,6 +28,15 @@ COLUMNS = {
     "unseen_same_top": "unseen/compare/same_top",
     "tokens_per_second": "tokens_per_second",
 }
+
+
+TASKS = {
+    "next_sentence": ("tasks", "local_next_sentence/acc"),
+    "sst2": ("tasks", "local_sst2/acc"),
+    "last_word": ("passages", "lambada/accuracy"),
+    "last_word_perplexity": ("passages", "lambada/perplexity"),
+}
+"""Column: (run, metric)"""
 
 
 def metrics_of(run: Path) -> dict[str, Any]:
@@ -66,7 +75,18 @@ def main(folder: Path) -> None:
         ["student", "rate", "validation"],
         [[name, rate, math.exp(loss)] for name in STUDENTS for rate, loss in searched[name].items()],
     )
+    rounded = {f"dense, {bits} bits": metrics_of(folder / f"dense_{bits}-unseen") for bits in (5, 4)}
+    rounded |= {f"{name}, 8 bits": metrics_of(folder / f"{name}-8bits") for name in STUDENTS}
+    columns = ("bytes", "perplexity", "compare/kl_mean", "compare/same_top")
+    write("bytes.csv", ["model", *columns], [[name, *(m[c] for c in columns)] for name, m in rounded.items() if m])
+    write("tasks.csv", ["model", *TASKS], [row for name in ("dense", *STUDENTS) if (row := solved(folder, name))])
     draw(folder)
+
+
+def solved(folder: Path, name: str) -> list[Any]:
+    """Row of a model in ``tasks.csv``; empty where it was not run."""
+    found = {kind: metrics_of(folder / f"{name}-{kind}") for kind in ("tasks", "passages")}
+    return [name, *(found[kind][metric] for kind, metric in TASKS.values())] if all(found.values()) else []
 
 
 def draw(folder: Path) -> None:

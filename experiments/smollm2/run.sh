@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M at two thirds of all its unique parameters: five ways to get there, each repaired by the same distillation.
+# SmolLM2-135M at two thirds of all its unique parameters: ways to get there, each repaired by the same distillation.
 # A small search (16 steps, WikiText-2's validation text) finds the rate of each. Finished runs are not repeated, stopped
 # ones go on from their checkpoints.
 # Usage: KNCOMPRESS_DATA=<folder with wikitext2/ and text/> experiments/smollm2/run.sh [folder for the runs]
@@ -8,7 +8,7 @@ set -euo pipefail
 here="$(dirname "$0")"
 out="${1:-runs/smollm2}"
 tokens="${TOKENS:-262144}"
-students="${STUDENTS:-planner layerdrop uniform kronecker kngpt2}"
+students="${STUDENTS:-planner layerdrop uniform kronecker kngpt2 repaired}"
 wiki="$KNCOMPRESS_DATA/wikitext2" text="$KNCOMPRESS_DATA/text"
 unseen="$text/digitalgov_cc0.txt"
 mix=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
@@ -25,6 +25,7 @@ student() { # its shapes and its fit
     uniform) words=("factors=$here/../two_sided/uniform.yaml" start=calibrated fit.sides=inputs) ;;
     kronecker) words=("factors=$here/../planner/uniform_2x32_dense_embedding.yaml" start=calibrated) ;;
     kngpt2) words=(factors=kngpt2 start=nearest) ;;
+    repaired) words=("factors=$here/../two_sided/three_kinds.yaml" start=calibrated repair.passes=2) ;; # rate of planner
   esac
 }
 train() { # name, overrides
@@ -40,22 +41,32 @@ first() { # student, rate
     trainer.test_tokens=1024 samples.count=0
 }
 
-for name in $students; do student "$name"; search "$name"; done
+for name in $students; do
+  [ "$name" = repaired ] || { student "$name"; search "$name"; }
+done
 [ "${STEP:-}" = search ] && exit
 for name in $students; do
   student "$name"
-  train "$name" "optimizer.lr=$(best "$name")" "trainer.tokens=$tokens" "unseen=$unseen" trainer.validate_every=32 \
+  train "$name" "optimizer.lr=$(best "${name/repaired/planner}")" "trainer.tokens=$tokens" "unseen=$unseen" trainer.validate_every=32 \
     trainer.validation_tokens=4096 trainer.test_tokens=12000
 done
 [ "${STEP:-}" = train ] && exit
+evaluated() { # name, words
+  finished "$out/$1" || python -m kncompress evaluate "run_dir=$out/$1" "${@:2}"
+}
 for bits in 5 4; do # the original in as many bytes as a student has in 8 and in 6 bits
-  score() { finished "$out/dense_$bits-$1" || python -m kncompress evaluate model=smollm2 compare=smollm2 "bits=$bits" \
-    "data.source=$2" context=512 tokens=12000 "run_dir=$out/dense_$bits-$1"; }
-  score wikitext2 "$wiki/wiki.test.raw"
-  score unseen "$unseen"
+  evaluated "dense_$bits-wikitext2" model=smollm2 compare=smollm2 "bits=$bits" "data.source=$wiki/wiki.test.raw" \
+    context=512 tokens=12000
+  evaluated "dense_$bits-unseen" model=smollm2 compare=smollm2 "bits=$bits" "data.source=$unseen" context=512 tokens=12000
 done
-for name in $students; do # and students in as few bits
-  finished "$out/$name-8bits" || python -m kncompress evaluate "model=$out/$name/model" bits=8 "data.source=$unseen" \
-    context=512 tokens=12000 "run_dir=$out/$name-8bits"
+tasks="$out/tasks"
+[ -s "$tasks/passages.txt" ] || python "$here/tasks.py" "$unseen" "$KNCOMPRESS_DATA/glue/SST-2/dev.tsv" "$tasks"
+evaluated dense-tasks model=smollm2 "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
+evaluated dense-passages model=smollm2 "lambada=$tasks/passages.txt"
+for name in $students; do # in 8 bits, and on the tasks
+  model="model=$out/$name/model"
+  evaluated "$name-8bits" "$model" compare=smollm2 bits=8 "data.source=$unseen" context=512 tokens=12000
+  evaluated "$name-tasks" "$model" compare=smollm2 "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
+  evaluated "$name-passages" "$model" "lambada=$tasks/passages.txt"
 done
 python "$here/report.py" "$out"
