@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,20 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.loggers import Logger
 
 from kncompress.anatomy.mapped import give_back_freed
-from kncompress.commands.shrink import check_parts, export_all, outlook, planned, write_page
+from kncompress.commands.shrink import check_parts, outlook, planned, write_page
+from kncompress.commands.train_kept import REPAIR, START, keep_results, kept_repair, kept_table, tell_start
 from kncompress.commands.train_scores import conclude, score_unseen
-from kncompress.compression.compress import CompressionTable
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import check_calibration
 from kncompress.config import FactorsConfig, TrainConfig
 from kncompress.data.sources import find_sources, sources_of, without_own
 from kncompress.data.tokens import default_context
 from kncompress.errors import UserError
-from kncompress.formats.card import CardFacts
-from kncompress.formats.pretrained import save_model
-from kncompress.reading import Number, read_json
 from kncompress.reports.logged_run import LoggedRun
 from kncompress.reports.summary import write_summary
-from kncompress.reports.wandb_content import compression_facts, log_maps, log_model, log_samples
-from kncompress.runs.past_runs import COMPRESSION, SAMPLES
+from kncompress.runs.past_runs import COMPRESSION
 from kncompress.runs.process import process_rank
 from kncompress.runs.record import RunRecord
 from kncompress.runs.run_folder import check_contents
@@ -48,19 +42,15 @@ from kncompress.training.clock import TrainingClock
 from kncompress.training.contents import contents
 from kncompress.training.divergence import NonFiniteLoss
 from kncompress.training.given_student import check_student
-from kncompress.training.loggers import RewindMetrics, log_facts
+from kncompress.training.loggers import RewindMetrics
 from kncompress.training.preparation import StartScores, TrainingJob, prepare, read_start_scores
 from kncompress.training.pretraining import ILKDPretraining
 from kncompress.training.processes import processes
 from kncompress.training.progress import TrainingProgress
 from kncompress.training.run_state import RunState
-from kncompress.training.samples import write_samples
 from kncompress.training.stopping import StopAtSignal
 from kncompress.training.student import model_config, require_causal
 from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning
-
-START, REPAIR = "start.json", "repair.json"
-"""What is measured before the first step, kept for a run that is resumed."""
 
 
 def check(config: TrainConfig) -> StudentPlan:
@@ -114,17 +104,12 @@ def _check_resumed(config: TrainConfig, folder: Path) -> None:
     check_contents(folder, config, _contents(config))
     check_checkpoint(folder / "checkpoints" / LAST)
     read_start_scores(folder / START)
-    _kept_repair(folder / REPAIR)
-    _kept_table(folder / COMPRESSION)
+    kept_repair(folder / REPAIR)
+    kept_table(folder / COMPRESSION)
 
 
 def _contents(config: TrainConfig) -> dict[str, str]:
     return contents(config.model, config.data, {"student": config.student})
-
-
-def _kept_table(file: Path) -> CompressionTable | None:
-    """Of the student that the run began with, or None. Raises UserError where it is damaged."""
-    return CompressionTable.read(file, f"resume={file.parent}") if file.exists() else None
 
 
 def _check_from_scratch(config: TrainConfig) -> None:
@@ -156,7 +141,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             print(outlook(config), flush=True)
             plan = planned(config, run_dir)
         goes_on = (run_dir / "checkpoints" / LAST).exists()
-        job = prepare(config, plan, not goes_on, _kept_table(run_dir / COMPRESSION) if goes_on else None)
+        job = prepare(config, plan, not goes_on, kept_table(run_dir / COMPRESSION) if goes_on else None)
         give_back_freed()  # plan and fit have other peaks than the training
         with LoggedRun(config, record, _sweep(run_dir), _presets()) as logged:
             start = StartScores(job, run_dir / START, lambda file, values: write_text(file, json.dumps(values)))
@@ -164,7 +149,7 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             callbacks = [start, RunState(config.seed, record.wandb_id), *([] if clock is None else [clock])]
             trainer = _trainer(config, job, run_dir, logged.loggers, callbacks, clock)
             logged.watch(trainer)
-            repair = _tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
+            repair = tell_start(config, job, run_dir, logged.loggers, trainer.is_global_zero)
             tokens_per_second = fit(config, job, run_dir, trainer, clock)
             job.batches = replace(job.batches, steps=trainer.global_step)
             metrics, rows = conclude(job, start.scores, job.scores(trainer))
@@ -174,77 +159,12 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
             logged.metrics = metrics | repair | {"tokens_per_second": tokens_per_second}
             if trainer.is_global_zero:
                 device = torch.device("cpu") if job.wholes else trainer.strategy.root_device
-                _keep_results(config, job, record, logged, device)
+                keep_results(config, job, record, logged, device)
                 write_summary(run_dir, rows.get("teacher"), rows.get("start"), rows["student"], further=further)
                 if config.report:
                     write_page(record)
                 print(f"model: {run_dir / 'model'}", flush=True)
     return logged.metrics
-
-
-def _maps(job: TrainingJob) -> list[dict[str, Any]]:
-    """Every factored map's shape and error."""
-    return [asdict(row) for row in job.compression.rows] if job.compression is not None else []
-
-
-def _tell_start(
-    config: TrainConfig, job: TrainingJob, run_dir: Path, loggers: Sequence[Logger], write: bool
-) -> dict[str, float]:
-    """Keep and log what is known before the first step; returns what the repair did."""
-    _keep_table(job, run_dir / COMPRESSION, write)
-    repair, maps = _repair_facts(job, run_dir / REPAIR, write), _maps(job)
-    given = {} if config.student is None else {"compression/start": "student"}
-    log_facts(loggers, compression_facts(config, job.facts, maps) | given | repair)
-    log_maps(loggers, maps)
-    return repair
-
-
-def _keep_results(
-    config: TrainConfig, job: TrainingJob, record: RunRecord, logged: LoggedRun, device: torch.device
-) -> None:
-    """The model, texts that it writes, and the record's end; a run can do without the texts and W&B's artifact."""
-    run_dir, loggers = record.folder, logged.loggers
-    facts = CardFacts(config.model.path, config.data.source, logged.metrics)
-    model = save_model(job.student.cpu(), run_dir / "model", job.tokenizer, config.dtype, facts)
-    with record.tolerating("samples"):
-        _keep_samples(config, job, run_dir / SAMPLES, device, loggers)
-    with record.tolerating("W&B artifact"):
-        log_model(loggers if config.logger.artifact else [], model, run_dir / COMPRESSION, _maps(job), logged.metrics)
-    export_all(config, record)
-    record.finish("finished", logged.metrics, model)
-
-
-def _keep_table(job: TrainingJob, file: Path, write: bool) -> None:
-    """Every map's shape and error in ``file``. A resumed run keeps the earlier file, since it knows nothing of the
-    repair."""
-    if write and job.compression is not None and not file.exists():
-        write_text(file, job.compression.as_json())
-
-
-def _keep_samples(
-    config: TrainConfig, job: TrainingJob, file: Path, device: torch.device, loggers: Sequence[Logger]
-) -> None:
-    """What teacher and student write after a few prompts of the test split, where any are asked for."""
-    if not config.samples.count:
-        return
-    teacher = None if job.teacher is None else job.teacher.to(device)
-    rows = write_samples(teacher, job.student.to(device), job.test, job.tokenizer, config.samples)
-    write_text(file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    log_samples(loggers, rows)
-
-
-def _repair_facts(job: TrainingJob, file: Path, write: bool) -> dict[str, float]:
-    """What block-wise repair did, kept in ``file`` for a run that is resumed; nothing where there was none."""
-    if job.compression is None or job.compression.repair is None:
-        return _kept_repair(file)
-    facts = job.compression.repair.as_metrics()
-    if write:
-        write_text(file, json.dumps(facts))
-    return facts
-
-
-def _kept_repair(file: Path) -> dict[str, float]:
-    return read_json(file, dict[str, Number], f"resume={file.parent}") if file.exists() else {}
 
 
 def _trainer(
