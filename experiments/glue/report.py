@@ -1,9 +1,10 @@
-"""Collect a suite of ``run.sh`` into ``results.csv`` beside this file, and print its table and what ILKD adds.
+"""Collect suites of ``glue`` into a table, and print what ILKD adds.
 
 The difference of ILKD over plain fine-tuning is paired: same task, seed, examples and start. Its interval is the middle
 95% of a bootstrap that draws tasks, and within each task seeds, so that neither few tasks nor few seeds pass for many.
 
-Usage: python experiments/glue/report.py SUITE
+Usage: python experiments/glue/report.py TABLE SUITE [NAME=SUITE ...]
+The student that such a further suite trains by its own objective is called ``student_NAME``.
 """
 
 import csv
@@ -13,7 +14,6 @@ import statistics
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
 COLUMNS = ("task", "seed", "who", "score", "parameters", "train_examples", "dev_examples", "best_epoch", "seconds")
 DRAWS = 10_000
 
@@ -55,10 +55,17 @@ def lead_and_gain(cells: list[dict]) -> list[tuple[str, float, float]]:
     return found
 
 
-def main(suite: Path) -> None:
-    """Write the file; print table and differences."""
-    cells = json.loads((suite / "table.json").read_text())["cells"]
-    with (HERE / "results.csv").open("w", newline="") as stream:
+def cells_of(suite: Path) -> list[dict]:
+    """Task, seed, model and scores of each training."""
+    return json.loads((suite / "table.json").read_text())["cells"]
+
+
+def main(table: Path, suite: Path, further: dict[str, Path]) -> None:
+    """Write the table; print that of the suite, and differences."""
+    cells = cells_of(suite)
+    for name, other in further.items():
+        cells += [cell | {"who": f"student_{name}"} for cell in cells_of(other) if cell["who"] == "student_ilkd"]
+    with table.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([*COLUMNS, "scores"])
         for cell in cells:
@@ -66,7 +73,8 @@ def main(suite: Path) -> None:
             values = (f"{cell[c]:.6g}" if isinstance(cell[c], float) else cell[c] for c in COLUMNS)
             writer.writerow([*values, scores])
     print((suite / "table.md").read_text())
-    for better, worse in (("student_ilkd", "student"), ("student_ilkd", "layerdrop_ilkd"), ("student_ilkd", "teacher")):
+    pairs = [("student_ilkd", other) for other in ("student", "layerdrop_ilkd", "teacher")]
+    for better, worse in [*pairs, *((f"student_{name}", "student_ilkd") for name in further)]:
         found = differences(cells, better, worse)
         if found:
             low, high = interval(found)
@@ -83,4 +91,4 @@ def main(suite: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:3]), {name: Path(at) for name, _, at in (w.partition("=") for w in sys.argv[3:])})

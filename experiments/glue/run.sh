@@ -18,5 +18,5 @@ if ! grep -qs '"status": "finished"' "$suite/result.json"; then
     "data.train_examples=${TRAIN_EXAMPLES:-1200}" optimizer.lr=1e-3 fine_tuning.epochs=3 \
     "run_dir=$suite" resume=auto "$@"
 fi
-python "$here/report.py" "$suite"
+python "$here/report.py" "$here/results.csv" "$suite"
 [ -e "$out/throughput.json" ] || python "$here/throughput.py" "$out/throughput.json"
