@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kncompress.anatomy.mapped import own_
 from kncompress.anatomy.sites import anatomy_of, family_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.errors import UserError
@@ -53,6 +54,7 @@ def keep_layers_(model: Any, layers: Sequence[int]) -> None:
     """Drop all other layers of a dense model, in place, and its config's entries for them.
 
     Every kept layer computes what it did before. The model gets a config of its own, for another may share the old.
+    Weights that lie in files stay there, and those of dropped layers are not read.
 
     Args:
         model: transformers model of a family with an anatomy.
@@ -92,6 +94,8 @@ def _scale_queries(model: Any, layers: Sequence[int]) -> None:
     for number, layer in enumerate(layers):
         site = anatomy.sites[f"layers.{layer}.attn.q"]
         module, ratio = module_at(model, site), (number + 1) / (layer + 1)
+        if number != layer:
+            own_(module)
         for tensor in (dense_weight(module, site), dense_bias(module, site)):
             if tensor is not None:
                 tensor.mul_(ratio)

@@ -88,7 +88,7 @@ def compress_(
     if repair.passes and parts is None and any(p.dtype in HALVES for p in model.parameters()):
         raise UserError(f"repair.passes={repair.passes}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
-    if settings.symmetries or layers is not None:
+    if settings.symmetries:
         own_(model)
     if layers is not None:
         keep_layers_(model, layers)

@@ -155,7 +155,7 @@ def _memory(
     whole = table.parameters_after * itemsize
     if whole <= ONE_FILE:
         peaks.append(whole)
-    if config.fit.symmetries or config.factors.depth is not None or config.model.gguf_file:
+    if config.fit.symmetries or config.model.gguf_file:
         peaks = [peak + 4.0 * table.parameters_before * (2 if config.repair.passes else 1) for peak in peaks]
     elif config.repair.passes:  # the student, of which the repair comes last
         peaks = [peak + 4.0 * table.parameters_after for peak in peaks]
