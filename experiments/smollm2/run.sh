@@ -11,25 +11,28 @@ tokens="${TOKENS:-262144}"
 students="${STUDENTS:-planner layerdrop uniform kronecker kngpt2 repaired}"
 wiki="$KNCOMPRESS_DATA/wikitext2" text="$KNCOMPRESS_DATA/text"
 unseen="$text/digitalgov_cc0.txt"
-mix=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
-  calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
-run=(model=smollm2 "${mix[@]}" objective=logits "objective.cache=$out/cache" data.context=512
+mix="data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
+fit=(model=smollm2 "$mix" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+run=(model=smollm2 "$mix" objective=logits "objective.cache=$out/cache" data.context=512
   "data.validation=$wiki/wiki.valid.tokens" "data.test=$wiki/wiki.test.raw" trainer.batch_tokens=1024
   trainer.micro_batch_tokens=512 trainer.keep=last optimizer.factor_rates=scaled optimizer.warmup=0.1 logger=csv)
 
 finished() { grep -qs '"status": "finished"' "$1/result.json"; }
-student() { # its shapes and its fit
+start() { # student: fitted once, for the search too
   case "$1" in
     planner) words=("factors=$here/../two_sided/three_kinds.yaml" start=calibrated) ;;
-    layerdrop) words=(factors=layerdrop factors.depth=18 start=nearest) ;;
+    repaired) words=("factors=$here/../two_sided/three_kinds.yaml" start=calibrated repair.passes=2) ;; # rate of planner
+    layerdrop) words=(factors=layerdrop factors.depth=18) ;;
     uniform) words=("factors=$here/../two_sided/uniform.yaml" start=calibrated fit.sides=inputs) ;;
     kronecker) words=("factors=$here/../planner/uniform_2x32_dense_embedding.yaml" start=calibrated) ;;
-    kngpt2) words=(factors=kngpt2 start=nearest) ;;
-    repaired) words=("factors=$here/../two_sided/three_kinds.yaml" start=calibrated repair.passes=2) ;; # rate of planner
+    kngpt2) words=(factors=kngpt2) ;;
   esac
+  finished "$out/starts/$1" || python -m kncompress compress "${fit[@]}" "${words[@]}" "run_dir=$out/starts/$1"
 }
-train() { # name, overrides
-  finished "$out/$1" || python -m kncompress train "${run[@]}" "${words[@]}" resume=auto "run_dir=$out/$1" "${@:2}"
+train() { # name, student, overrides
+  finished "$out/$1" && return
+  start "$2"
+  python -m kncompress train "${run[@]}" "student=$out/starts/$2/model" resume=auto "run_dir=$out/$1" "${@:3}"
 }
 best() { python "$here/report.py" --rate "$out/search" "$1"; }
 search() { # student: rates of the first steps, and the next one where the lowest or highest of these is the best
@@ -37,18 +40,17 @@ search() { # student: rates of the first steps, and the next one where the lowes
   if [ "$(best "$1")" = 3e-4 ]; then first "$1" 1e-4; else first "$1" 3e-3; fi
 }
 first() { # student, rate
-  train "search/$1-$2" "optimizer.lr=$2" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
+  train "search/$1-$2" "$1" "optimizer.lr=$2" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
     trainer.test_tokens=1024 samples.count=0
 }
 
 for name in $students; do
-  [ "$name" = repaired ] || { student "$name"; search "$name"; }
+  [ "$name" = repaired ] || search "$name"
 done
 [ "${STEP:-}" = search ] && exit
 for name in $students; do
-  student "$name"
-  train "$name" "optimizer.lr=$(best "${name/repaired/planner}")" "trainer.tokens=$tokens" "unseen=$unseen" trainer.validate_every=32 \
-    trainer.validation_tokens=4096 trainer.test_tokens=12000
+  train "$name" "$name" "optimizer.lr=$(best "${name/repaired/planner}")" "trainer.tokens=$tokens" "unseen=$unseen" \
+    trainer.validate_every=32 trainer.validation_tokens=4096 trainer.test_tokens=12000
 done
 [ "${STEP:-}" = train ] && exit
 evaluated() { # name, words
