@@ -1,6 +1,6 @@
-"""Collect the runs of ``losses.sh`` into ``losses.csv`` beside this file.
+"""Collect the runs of ``losses.sh`` or ``demo.sh`` into a table.
 
-Usage: python experiments/objectives/losses.py RUNS
+Usage: python experiments/objectives/losses.py RUNS TABLE
        python experiments/objectives/losses.py --rate SEARCHES OBJECTIVE   prints the best rate of a search
 """
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from kncompress.runs.past_runs import read_runs
 from kncompress.runs.stored import read_result
-
-HERE = Path(__file__).parent
 
 
 def metrics_of(run: Path) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def searched(folder: Path, objective: str) -> dict[str, float]:
     return {name.removeprefix(f"{objective}-"): run.curves["validation/loss"][-1][1] for name, run in runs.items()}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, table: Path) -> None:
     """Write the table, the least KL first."""
     rows = []
     for run in folder.glob("*-unread"):
@@ -36,7 +34,7 @@ def main(folder: Path) -> None:
         scores = made["perplexity/start"], made["perplexity/student"], made["kl/student"], metrics_of(run)["perplexity"]
         rows.append([name, rate, *scores, made["tokens_per_second"]])
     header = ["objective", "rate", "start", "perplexity", "kl", "exl2_wiki", "tokens_per_second"]
-    with (HERE / "losses.csv").open("w", newline="") as stream:
+    with table.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(
@@ -49,4 +47,4 @@ if __name__ == "__main__":
         found = searched(Path(sys.argv[2]), sys.argv[3])
         print(min(found, key=lambda rate: found[rate]))
     else:
-        main(Path(sys.argv[1]))
+        main(*map(Path, sys.argv[1:]))

@@ -32,4 +32,4 @@ objective ilkd_paper objective=ilkd objective.logits=0 # as in KnGPT2
 for term in embedding attention feed_forward cross_entropy; do
   objective "ilkd_without_$term" objective=ilkd "objective.$term=0"
 done
-python "$here/losses.py" "$out"
+python "$here/losses.py" "$out" "$here/losses.csv"
