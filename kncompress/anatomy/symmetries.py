@@ -8,6 +8,9 @@
 All are in place and exact up to rounding. Factors do not commute with them: see ``arrangement``.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,9 @@ from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at, set_bias_, set_weight_
 from kncompress.errors import UserError
 from kncompress.kron import Moment
+
+Changing = Callable[..., AbstractContextManager[None]]
+"""Within this block the weights of the modules that it is called with may be changed in place."""
 
 
 class HeadBasis(NamedTuple):
@@ -106,27 +112,32 @@ def _turn(model: Any, site: Site, basis: HeadBasis) -> None:
 
 
 @torch.no_grad()
-def permute_residual_(model: Any, order: Tensor) -> None:
+def permute_residual_(model: Any, order: Tensor, changing: Changing = lambda *_: nullcontext()) -> None:
     """Coordinate ``order[i]`` of the residual stream becomes coordinate i; ``order`` (D,) int64 holds each once.
 
-    Hidden states and outputs of layers are permuted alike; logits stay as they are.
+    Hidden states and outputs of layers are permuted alike; logits stay as they are. One layer after the other is
+    ``changing``.
 
     Raises:
         UserError: the model has parameters of which it is not known how they meet the residual stream; nothing is
             changed then.
     """
     others = check_residual(model)
-    for site in anatomy_of(model).sites.values():
-        module = module_at(model, site)
-        if site.mirrored or site.group == "o":
-            _replace_rows(module, site, order)
-        else:
-            set_weight_(module, site, dense_weight(module, site)[:, order])
-    for parameter in others:  # positions, norms, a classifier's head
-        parameter.copy_(parameter[..., order])
+    for _, group in groupby(anatomy_of(model).sites.values(), key=lambda site: (site.layer, site.group == "head")):
+        sites = list(group)
+        with changing(*(module_at(model, site) for site in sites)):
+            for site in sites:
+                module = module_at(model, site)
+                if site.mirrored or site.group == "o":
+                    _replace_rows(module, site, order)
+                else:
+                    set_weight_(module, site, dense_weight(module, site)[:, order])
+    with changing(nn.ParameterList(others)):
+        for parameter in others:  # positions, norms, a classifier's head
+            parameter.copy_(parameter[..., order])
 
 
-def check_residual(model: Any) -> list[Tensor]:
+def check_residual(model: Any) -> list[nn.Parameter]:
     """Parameters of no map that hold vectors of the residual stream, in their last dimension; raises UserError."""
     anatomy = anatomy_of(model)
     family, width = anatomy.family, anatomy.family.sizes(model.config)["width"]
@@ -150,7 +161,7 @@ def check_residual(model: Any) -> list[Tensor]:
                 f"fit.symmetries: residual: {name} is {list(parameter.shape)}, not of the residual width "
                 f"{width}; leave residual out"
             )
-        found.append(parameter.detach())
+        found.append(parameter)
     return found
 
 

@@ -6,16 +6,18 @@ kept only where the fit, nearest or calibrated, has less error with it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from kncompress.anatomy.sites import anatomy_of
-from kncompress.anatomy.symmetries import layer_sites, permute_residual_
+from kncompress.anatomy.symmetries import Changing, layer_sites, permute_residual_
 from kncompress.compression.dense_walk import moments
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.map_fit import InputMoment
 from kncompress.compression.moments import input_of
+from kncompress.compression.parts import Parts
 from kncompress.compression.symmetry_search import Found, SymmetrySearch
 from kncompress.compression.table import Arrangement
 from kncompress.compression.work import Work, fit_cost
@@ -30,6 +32,7 @@ def arrange_(
     settings: FitConfig,
     text: CalibrationText | None = None,
     work: Work | None = None,
+    parts: Parts | None = None,
 ) -> Arrangement:
     """Change ``model``, in place and without changing its function, so that ``settings.symmetries`` help its factors.
 
@@ -40,16 +43,19 @@ def arrange_(
         text: that they will be calibrated on; None: they will be nearest factors. The residual order is chosen from
             the weights alone even so, so that a teacher gets the same one at any time.
         work: is told of each step.
+        parts: by which weights that lie in files are changed; None: all are in memory.
 
     Raises:
         UserError: the model has parameters of which it is not known how they meet the residual stream, or gives
             values that are not finite.
     """
     work, which = work or Work(), settings.symmetries
+    changing: Changing = (lambda *_: nullcontext()) if parts is None else parts.changing
+    scratch = None if parts is None else parts.folder.parent
     chosen = SymmetrySearch(model, anatomy_of(model), shapes, settings)
     # Chosen from the weights as they are given, so that a teacher gets the same one whatever the text; made last, so
     # that moments from disk are those of the model that was given.
-    order = chosen.residual() if "residual" in which else None
+    order = chosen.residual(scratch) if "residual" in which else None
     kinds = {"hidden": "hidden", "values": "heads", "queries": "heads"}
     changed: dict[str, list[int]] = {kind: [] for kind in kinds}
     groups = ({"qkv", "o"} if "heads" in which else set()) | ({"mlp"} if "hidden" in which else set())
@@ -60,14 +66,16 @@ def arrange_(
             cost = 2 * fit_cost(site, shape, text is not None, settings.sweeps)
             costs[site.layer] = costs.get(site.layer, 0.0) + cost
     work.expect(sum(costs.values()))
+    layers = model.base_model.get_submodule(chosen.anatomy.family.layers)
     for layer, found in _by_layer(chosen, sorted(costs), groups, text, work):
         work.begin(f"layers.{layer} symmetries")
-        for kind, name in kinds.items():
-            if name in which and getattr(chosen, kind)(layer, found):
-                changed[kind].append(layer)
+        with changing(layers[layer]):
+            for kind, name in kinds.items():
+                if name in which and getattr(chosen, kind)(layer, found):
+                    changed[kind].append(layer)
         work.finish(costs[layer])
     if order is not None:
-        permute_residual_(model, order)
+        permute_residual_(model, order, changing)
     return Arrangement(
         hidden=tuple(changed["hidden"]),
         values=tuple(changed["values"]),

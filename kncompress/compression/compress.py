@@ -88,7 +88,7 @@ def compress_(
     if repair.passes and parts is None and any(p.dtype in HALVES for p in model.parameters()):
         raise UserError(f"repair.passes={repair.passes}: needs a model in float32; its steps would be lost")
     before = unique_parameters(model)
-    if settings.symmetries:
+    if settings.symmetries and parts is None:
         own_(model)
     if layers is not None:
         keep_layers_(model, layers)
@@ -96,7 +96,8 @@ def compress_(
     if parts is not None:
         parts.of(model, anatomy, shapes)
     if settings.symmetries and shapes and start != "random" and not next(model.parameters()).is_meta:
-        arrangement = arrange_(model, shapes, settings, text if start in CALIBRATED else None, work)
+        read = text if start in CALIBRATED else None
+        arrangement = arrange_(model, shapes, settings, read, work, parts)
         text = None if text is None else replace(text, moments=None)  # what is kept there is of the model as it was
     if repair.passes and shapes and text is not None and not next(model.parameters()).is_meta:
         blocks = BlockRepair(model, shapes, text, repair, work)

@@ -8,14 +8,14 @@ type and in float32, the numbers of the fit of its largest map, and the text's s
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kncompress.anatomy.layerdrop import config_of_layers
 from kncompress.anatomy.mapped import ONE_FILE
-from kncompress.anatomy.sites import Anatomy, anatomy_of
+from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.compression.compress import CompressionTable
 from kncompress.compression.inspection import predict
 from kncompress.compression.rows import ROOM
@@ -37,6 +37,10 @@ SYMMETRIC = 8 * 5
 """Bytes for each number of a moment of inputs, (N, N), that is prepared: float64 five times at most."""
 FELT = 8 * 6
 """The same of a moment of gradients, (M, M)."""
+GRAM = 8
+"""Bytes for each number of a Gram matrix, (H, H), of what is put into another order."""
+TURNED_ENDS = 22
+"""The same of ``ENDS`` where another order of the columns is tried."""
 START_SECONDS, SECONDS_A_NUMBER = 8.0, 15e-9
 """Of the program's start, and of reading, checking, fitting to the weight alone and writing one number."""
 _GB = 1e9
@@ -152,14 +156,32 @@ def _memory(
         for site in maps:
             moments = SYMMETRIC * site.in_features**2 + (FELT * site.out_features**2 if _felt(config) else 0)
             peaks.append(layer + kept + moments + NEAREST * site.out_features * site.in_features)
+    if config.fit.symmetries:
+        peaks += _arranging(config, anatomy, maps, layer, TURNED_ENDS * max(ends, default=0))
     whole = table.parameters_after * itemsize
     if whole <= ONE_FILE:
         peaks.append(whole)
-    if config.fit.symmetries or config.model.gguf_file:
+    if config.model.gguf_file:
         peaks = [peak + 4.0 * table.parameters_before * (2 if config.repair.passes else 1) for peak in peaks]
     elif config.repair.passes:  # the student, of which the repair comes last
         peaks = [peak + 4.0 * table.parameters_after for peak in peaks]
     return PROGRAM + max(peaks)
+
+
+def _arranging(
+    config: CompressConfig, anatomy: Anatomy, maps: Sequence[Site], layer: float, ends: float
+) -> Iterator[float]:
+    """What the search for another order or basis holds: a layer, Gram matrices and the fits that are tried."""
+    which, text = config.fit.symmetries, config.start_reads_text
+    largest = NEAREST * max((site.out_features * site.in_features for site in maps), default=0)
+    for site in maps:
+        if site.mirrored and "hidden" in which:
+            grams = GRAM * site.in_features**2 * len({other.kind for other in maps if other.group == "mlp"})
+            moments = 2 * SYMMETRIC * site.in_features**2 if text else 0
+            yield layer + grams + min(grams, ROOM) + 2 * GRAM * site.in_features**2 + largest + moments
+    if "residual" in which:
+        grams = GRAM * _width(anatomy) ** 2
+        yield min((len(maps) + 1) * grams, ROOM) + 2 * grams + max(layer + largest, ends)
 
 
 def _disk(config: CompressConfig, anatomy: Anatomy, table: CompressionTable, itemsize: int) -> float:
@@ -167,6 +189,8 @@ def _disk(config: CompressConfig, anatomy: Anatomy, table: CompressionTable, ite
     twice = whole if whole <= ONE_FILE else 0.0  # the parts, and the file that is made of them
     held, rows = _rows(config, anatomy) if config.start_reads_text else (0.0, 0.0)
     files = max(0.0, held - ROOM) + max(0.0, rows - ROOM)
+    if config.fit.symmetries:  # the dense weights, as they are changed
+        files += table.parameters_before * (4.0 if "heads" in config.fit.symmetries else itemsize)
     return whole + max(twice, files) + 5e6
 
 

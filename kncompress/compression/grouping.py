@@ -6,13 +6,15 @@ max_b sum_g b^T G[g, g] b of the squared norm, over unit vectors b. For example
 b = (1, 1) keeps half of it where neighbours are unlike, and b = (1, 0) keeps what the first members of the groups hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kncompress.anatomy.symmetries import HeadBasis
+from kncompress.compression.rows import Rows
 
 _ROUNDS = 3
 _GAIN = 1e-3
@@ -21,7 +23,21 @@ _FLOOR = 1e-6
 """Smallest eigenvalue allowed, relative to the largest; below it the basis would be badly conditioned."""
 
 
-def grouped_order(grams: Sequence[Tensor], size: int) -> Tensor:
+class _Tables:
+    """The Gram matrices, (H, H) float64 of trace 1 each, in a file where they find no room."""
+
+    def __init__(self, grams: Iterable[Tensor], folder: str | Path | None) -> None:
+        shares = (gram.double() / max(float(gram.trace()), 1e-300) for gram in grams)
+        self.rows = Rows(shares, folder)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (table.numpy() for table in self.rows)
+
+
+def grouped_order(grams: Iterable[Tensor], size: int, scratch: str | Path | None = None) -> Tensor:
     """(H,) int64: an order of H vectors whose groups of ``size`` neighbours keep much of what the Gram matrices hold.
 
     Coordinate ascent on the sum of the kept shares, each Gram matrix with its own b: b is the top eigenvector; given
@@ -32,8 +48,9 @@ def grouped_order(grams: Sequence[Tensor], size: int) -> Tensor:
     Args:
         grams: (H, H) each, one for every map that takes its groups from these vectors.
         size: k, a divisor of H.
+        scratch: folder for matrices that find no room in memory; None: the system's.
     """
-    tables = [(gram.double() / max(float(gram.trace()), 1e-300)).cpu().numpy() for gram in grams]
+    tables = _Tables(grams, scratch)
     strength = sum(np.diag(table) for table in tables)
     order = np.argsort(-strength, kind="stable").reshape(size, -1).T.copy()
     begun = [_improved(tables, order, factors) for factors in _first_factors(tables, order)]
@@ -46,14 +63,14 @@ def grouped_order(grams: Sequence[Tensor], size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(order).reshape(-1))
 
 
-def _first_factors(tables: list[np.ndarray], order: np.ndarray) -> list[list[np.ndarray]]:
+def _first_factors(tables: _Tables, order: np.ndarray) -> list[list[np.ndarray]]:
     """What b may be at first: the best for this order, and even ones, of like and of alternating signs."""
     size = order.shape[1]
     signs = np.ones(size), np.where(np.arange(size) % 2, -1.0, 1.0)
     return [_factors(tables, order)[0], *([sign / size**0.5] * len(tables) for sign in signs)]
 
 
-def _improved(tables: list[np.ndarray], order: np.ndarray, factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
+def _improved(tables: _Tables, order: np.ndarray, factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
     """(H / k, k): groups that keep more by these b than those of ``order``; and what they keep by the best b."""
     order, size = order.copy(), order.shape[1]
     for place in range(1, size):
@@ -64,7 +81,7 @@ def _improved(tables: list[np.ndarray], order: np.ndarray, factors: list[np.ndar
     return order, _factors(tables, order)[1]
 
 
-def _factors(tables: list[np.ndarray], order: np.ndarray) -> tuple[list[np.ndarray], float]:
+def _factors(tables: _Tables, order: np.ndarray) -> tuple[list[np.ndarray], float]:
     """The best b for each table, and the sum of what they keep."""
     factors, kept = [], 0.0
     for table in tables:
@@ -75,7 +92,7 @@ def _factors(tables: list[np.ndarray], order: np.ndarray) -> tuple[list[np.ndarr
     return factors, kept
 
 
-def _assign(tables: list[np.ndarray], factors: list[np.ndarray], order: np.ndarray, place: int) -> None:
+def _assign(tables: _Tables, factors: list[np.ndarray], order: np.ndarray, place: int) -> None:
     """Deal the members of one place anew to the groups."""
     from scipy.optimize import linear_sum_assignment
 
@@ -88,7 +105,7 @@ def _assign(tables: list[np.ndarray], factors: list[np.ndarray], order: np.ndarr
     order[groups, place] = order[members, place]
 
 
-def _exchange(tables: list[np.ndarray], factors: list[np.ndarray], order: np.ndarray, one: int, other: int) -> None:
+def _exchange(tables: _Tables, factors: list[np.ndarray], order: np.ndarray, one: int, other: int) -> None:
     """Exchange two places of those groups that keep more then."""
     swapped = order.copy()
     swapped[:, [one, other]] = swapped[:, [other, one]]

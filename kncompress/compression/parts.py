@@ -7,6 +7,7 @@ with the numbers as they are saved. A run that was stopped takes the parts that 
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kncompress.anatomy.mapped import let_go
+from kncompress.anatomy.mapped import let_go, own_
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import empty_module, module_at, put_module, site_path
 from kncompress.errors import UserError
@@ -131,6 +132,39 @@ class Parts:
                 old = module_at(self._model, sites[0])
                 put_module(self._model, sites[0], empty_module(old, sites, self._shapes))
         self._read(stage)
+
+    @contextmanager
+    def changing(self, *modules: nn.Module) -> Iterator[None]:
+        """Within the block weights of ``modules`` that lie in files are float32 and in memory, to be changed in place.
+
+        What has been changed lies in another file afterwards, which goes with the process; in its former type, where
+        that holds the numbers.
+        """
+        kept = {id(p): (p, p.data) for module in modules for p in module.parameters()}
+        for module in modules:
+            own_(module)
+        yield
+        changed: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        for number, (parameter, stored) in kept.items():
+            if parameter.data_ptr() == stored.data_ptr():  # it was in memory and stays there
+                continue
+            rounded = parameter.data.to(stored.dtype)
+            if torch.equal(parameter.data, stored.to(parameter.dtype)):
+                parameter.data = stored
+            else:
+                exact = torch.equal(rounded.to(parameter.dtype), parameter.data)
+                changed[str(number)] = parameter, rounded if exact else parameter.data
+        let_go(stored for _, stored in kept.values())
+        if changed and os.name == "posix":  # elsewhere a file that is read cannot be removed: they stay in memory
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / f"model-changed-{os.getpid()}.safetensors"
+            try:
+                save_file({name: numbers.contiguous() for name, (_, numbers) in changed.items()}, file)
+                with safe_open(file, framework="pt") as opened:
+                    for name, (parameter, _) in changed.items():
+                        parameter.data = opened.get_tensor(name)
+            finally:
+                file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the parts."""

@@ -1,11 +1,13 @@
 """Tries the symmetries of a dense model on the factors of its maps, by the fits that they will get."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kncompress.anatomy.mapped import raised
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.anatomy.symmetries import (
@@ -122,8 +124,9 @@ class SymmetrySearch:
         turn_queries_(self.model, layer, basis)
         return True
 
-    def residual(self) -> Tensor | None:
-        """An order (D,) of the residual coordinates, from the weights alone; changes nothing."""
+    def residual(self, scratch: str | Path | None = None) -> Tensor | None:
+        """An order (D,) of the residual coordinates, from the weights alone; changes nothing. ``scratch``: folder for
+        what finds no room in memory."""
         sites = [site for name, site in self.anatomy.sites.items() if name in self.shapes]
         inner = {site.name: site.mirrored or site.group == "o" for site in sites}  # rows are residual coordinates
         sizes = {site.name: self._group(site, inner[site.name]) for site in sites}
@@ -132,14 +135,19 @@ class SymmetrySearch:
         if size == 1:
             return None
         check_residual(self.model)
-        turned = {site.name: self._numbers(site)[0].double() for site in sites}
-        grams = [w @ w.T if inner[name] else w.T @ w for name, w in turned.items()]
-        order = grouped_order(grams, size).to(grams[0].device)
+
+        def gram(site: Site) -> Tensor:
+            with raised(module_at(self.model, site)):
+                weight = self._numbers(site)[0].double()
+                return weight @ weight.T if inner[site.name] else weight.T @ weight
+
+        order = grouped_order(map(gram, sites), size, scratch).to(next(self.model.parameters()).device)
         before = after = 0.0
         for site in sites:
-            weight = self._numbers(site)[0]
-            before += self._loss(site, weight, None, {})
-            after += self._loss(site, weight[order] if inner[site.name] else weight[:, order], None, {})
+            with raised(module_at(self.model, site)):
+                weight = self._numbers(site)[0]
+                before += self._loss(site, weight, None, {})
+                after += self._loss(site, weight[order] if inner[site.name] else weight[:, order], None, {})
         return order if after < before else None
 
     def _group(self, site: Site, inner: bool) -> int:

@@ -13,6 +13,7 @@ from kncompress.compression.compress import compress_
 from kncompress.compression.layerwise import CalibrationText
 from kncompress.compression.model_fit import ModelFit
 from kncompress.compression.parts import Parts
+from kncompress.config import FitConfig
 from kncompress.formats.pretrained import load_model, load_stored, save_model
 
 HALF = RightFactor((2, 1))
@@ -69,4 +70,32 @@ def test_the_layers_that_are_left_stay_in_their_files(kind, start, text, tmp_pat
     assert in_memory == [f"transformer.h.1.attn.c_attn.{name}" for name in ("weight", "bias") if fields]
     assert found.rows == expected.rows and found.parameters_before == expected.parameters_before
     assert len(parts.files) == 4 and all(file.exists() for file in parts.files)
+    same(exact, stored)
+
+
+@linux
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied", "gemma2"])
+@pytest.mark.parametrize("start", ["nearest", "calibrated", "sequential"])
+@pytest.mark.parametrize("which", [["hidden", "residual"], ["heads"], ["hidden", "heads", "residual"]], ids="+".join)
+def test_what_symmetries_change_lies_in_files_again(kind, start, which, text, tmp_path, in_memory):
+    """Bit for bit the student of the whole model in float32; another order needs no wider type."""
+    folder, settings = folder_of(kind, tmp_path / "dense"), FitConfig(symmetries=which)
+    exact, stored = load_model(folder, dtype=torch.float32), load_stored(folder)
+    plan = Plan({"layers.*": HALF, "layers.*.o": RightFactor((1, 2)), "embedding": RightFactor((1, 2))})
+    expected = compress_(exact, plan, start, text=text, settings=settings)
+    types, run = set(), ModelFit.run
+
+    def looked_at(self, *given):
+        types.update(p.dtype for p in self.model.parameters())
+        return run(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelFit, "run", looked_at)
+        parts = Parts(tmp_path / "parts", torch.float32)
+        found = compress_(stored, plan, start, text=text, settings=settings, parts=parts)
+    assert found.arrangement == expected.arrangement and found.rows == expected.rows
+    if kind != "gemma2":  # whose residual stream is one that cannot be turned
+        assert all(getattr(found.arrangement, {"heads": "values"}.get(name, name)) for name in which)
+    assert in_memory == [] and types == {torch.bfloat16, *([torch.float32] if "heads" in which else [])}
+    assert sorted(file.name for file in parts.folder.glob("*.safetensors")) == sorted(f.name for f in parts.files)
     same(exact, stored)

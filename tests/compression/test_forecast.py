@@ -1,6 +1,7 @@
 """What compress will need, told from the config alone."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from kncompress.anatomy.mapped import ONE_FILE
 from kncompress.compression import forecast as module
 from kncompress.compression.forecast import ENDS, PROGRAM, forecast
 from kncompress.compression.student_plan import StudentPlan
-from kncompress.config import CompressConfig, FactorConfig, FactorsConfig, ModelConfig
+from kncompress.config import CompressConfig, FactorConfig, FactorsConfig, FitConfig, ModelConfig
 from kncompress.errors import UserError
 
 HALF = FactorsConfig(mlp=FactorConfig(right=[2, 1]), embedding=FactorConfig(right=[1, 2]))
@@ -23,11 +24,12 @@ def llama(layers, width=2048, hidden=5632, **fields):
     )
 
 
-def of(layers, start="nearest", tokens=4096, **fields):
-    config = CompressConfig(model=ModelConfig(path="somewhere"), factors=HALF, start=start)
+def of(layers, start="nearest", tokens=4096, factors=HALF, symmetries=(), **fields):
+    fit = FitConfig(symmetries=list(symmetries))
+    config = CompressConfig(model=ModelConfig(path="somewhere"), factors=factors, start=start, fit=fit)
     config.calibration.tokens = tokens
     fields = llama(layers, dtype="bfloat16", **fields)
-    return forecast(config, fields, StudentPlan.of(HALF, fields))
+    return forecast(config, fields, StudentPlan.of(factors, fields))
 
 
 @pytest.mark.parametrize("start", ["nearest", "calibrated", "sequential"])
@@ -36,6 +38,21 @@ def test_layers_cost_disk_and_time_but_no_memory(start):
     assert large.memory - small.memory < 1e6 < large.disk - small.disk
     assert 9 < large.operations / small.operations < 11
     assert large.memory < 0.2 * 2 * large.numbers
+
+
+def test_dropped_layers_cost_no_memory():
+    assert of(60, factors=replace(HALF, depth=30)).memory == of(30).memory
+
+
+@pytest.mark.parametrize("which", [["hidden"], ["residual"], ["heads"]])
+@pytest.mark.parametrize("start", ["nearest", "calibrated"])
+def test_symmetries_hold_a_layer_and_write_the_dense_weights(which, start):
+    small, large, plain = (
+        of(layers, start, symmetries=some) for layers, some in ((20, which), (200, which), (200, ()))
+    )
+    assert large.memory - small.memory < 1e6 and plain.memory <= large.memory
+    files = large.numbers * (4 if which == ["heads"] else 2)
+    assert files * 0.7 < large.disk - plain.disk < 1.01 * files
 
 
 def test_disk_is_the_student_and_the_files_of_states():
