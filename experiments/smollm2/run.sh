@@ -11,10 +11,10 @@ tokens="${TOKENS:-262144}"
 students="${STUDENTS:-planner layerdrop uniform kronecker kngpt2 repaired}"
 wiki="$KNCOMPRESS_DATA/wikitext2" text="$KNCOMPRESS_DATA/text"
 unseen="$text/digitalgov_cc0.txt"
-mix="data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
-fit=(model=smollm2 "$mix" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
-run=(model=smollm2 "$mix" objective=logits "objective.cache=$out/cache" data.context=512
-  "data.validation=$wiki/wiki.valid.tokens" "data.test=$wiki/wiki.test.raw" trainer.batch_tokens=1024
+mix=("data.source=[$wiki/wiki.train.tokens,$text/gitenberg_pd.txt,$text/gsa18f_cc0.txt]"
+  "data.validation=$wiki/wiki.valid.tokens" "data.test=$wiki/wiki.test.raw")
+fit=(model=smollm2 "${mix[@]}" calibration.tokens=12288 calibration.context=512 "calibration.moments=$out/moments")
+run=(model=smollm2 "${mix[@]}" objective=logits "objective.cache=$out/cache" data.context=512 trainer.batch_tokens=1024
   trainer.micro_batch_tokens=512 trainer.keep=last optimizer.factor_rates=scaled optimizer.warmup=0.1 logger=csv)
 
 finished() { grep -qs '"status": "finished"' "$1/result.json"; }
