@@ -11,6 +11,8 @@ import lightning as L
 
 from kncompress.compression.own_text import with_own_text
 from kncompress.config import PlanConfig
+from kncompress.data.sources import OWN, entries
+from kncompress.data.tokenizer import check_fit
 from kncompress.evaluation import Comparison
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
 from kncompress.planner.kept_harms import KeptHarms
@@ -21,7 +23,7 @@ from kncompress.runs.record import RunRecord
 from kncompress.runs.run_folder import begun_before, check_contents
 from kncompress.runs.whole_file import write_text
 from kncompress.training.contents import contents
-from kncompress.training.student import load_teacher, model_config
+from kncompress.training.student import load_teacher, load_to_compress, model_config, tokenizer_of
 from kncompress.training.trainer import keep_freed_memory
 
 
@@ -58,13 +60,16 @@ def run(config: PlanConfig, run_dir: Path, table: HarmTable | None = None) -> di
 
 
 def _plan(
-    config: PlanConfig, run_dir: Path, table: HarmTable | None, record: RunRecord, moments: str
+    config: PlanConfig, run_dir: Path, table: HarmTable | None, record: RunRecord, folder: str
 ) -> dict[str, float]:
     model: Any = None
     if table is None or config.measures:
-        model, tokenizer = load_teacher(config.model)
-        read = replace(config, data=with_own_text(config.data, model, tokenizer))
-        text, harm_text = texts(read, model.config, tokenizer, moments)
+        tokenizer, read = tokenizer_of(config.model), config
+        if OWN in entries(config.data.source):
+            read = replace(config, data=with_own_text(config.data, *load_teacher(config.model)))
+        model = load_to_compress(config.model)
+        check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
+        text, harm_text = texts(read, model.config, tokenizer, folder)
     kept = KeptHarms(run_dir / "harms")
     if table is None and (run_dir / HARMS).is_file():  # of this very run, which was stopped later
         table = read_harms(run_dir, "run_dir")
@@ -81,7 +86,7 @@ def _plan(
     _print_totals(plan)
     metrics = _metrics(plan)
     if config.measures:
-        compressed, score = fit_and_score(read, model, tokenizer, text, plan)
+        compressed, score = fit_and_score(read, model, tokenizer, text, plan, Path(folder) / "parts")
         assert compressed.parameters_after == plan.parameters
         metrics |= _scores(score)
         print(

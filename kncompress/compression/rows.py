@@ -2,7 +2,7 @@
 
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -68,3 +68,25 @@ class Rows:
         if self._file.readinto(numbers.data) != len(numbers):  # type: ignore[attr-defined]
             raise OSError(f"{self.folder}: a temporary file is shorter than what was written")
         return torch.from_numpy(numbers).view(dtype).view(shape)
+
+
+class NamedRows(Mapping[str, Tensor]):
+    """``Rows`` by name; each is put there once. Arguments as of ``Rows``."""
+
+    def __init__(self, folder: str | Path | None = None, room: int | None = None) -> None:
+        self._rows = Rows(folder=folder, room=room)
+        self._places: dict[str, int] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Put one more."""
+        self._places[name] = len(self._rows)
+        self._rows.append(tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rows[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kncompress.anatomy.mapped import raised
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
-from kncompress.anatomy.swap import dense_weight, module_at, set_weight_
+from kncompress.anatomy.swap import module_at, set_weight_
 from kncompress.compression.layerwise import CalibrationText, HiddenStates, before_head, evaluating
+from kncompress.compression.rows import ROOM, Rows
 from kncompress.planner.costs import kl_cost
 
 NUMBERS = 1 << 25
@@ -29,7 +31,7 @@ class _Layers(HiddenStates):
     def move(self, layer: nn.Module, at: int, number: int, states: Tensor, bf16: bool) -> Tensor:
         """The output of ``layer``, the ``at``-th, for ``states`` (B, T, D) in the place of batch ``number``."""
         args, options = self.options(number, at)
-        # The weights change in place, so their cast copies must not be cached.
+        # The weights change, so their cast copies must not be cached.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             output = layer(states.to(self.device), *args, **options)
         return output[0] if isinstance(output, tuple) else output
@@ -38,11 +40,12 @@ class _Layers(HiddenStates):
 class HarmMeter:
     """KL(teacher || model) in nats per token, of a dense model with some of its weights replaced.
 
-    Holds n (layers + 1) D + n V float32 numbers for n tokens.
+    Holds n V float32 numbers for n tokens, one layer of the model, and n (layers + 1) D more where they find no room in
+    memory in a file.
 
     Args:
-        model: dense transformers model with a language-model head, in evaluation mode; its weights are replaced while
-            a KL is taken and put back after it.
+        model: dense transformers model with a language-model head, in evaluation mode; its numbers may be in half
+            precision. Its weights are replaced while a KL is taken and put back after it.
         text: what it reads.
         bf16: multiply in bfloat16: for hardware that does so natively.
     """
@@ -61,15 +64,19 @@ class HarmMeter:
         self.type = torch.bfloat16 if bf16 else torch.float32
         with evaluating(model):
             self.states = _Layers(model, text)
-            self.inputs = [list(self.states.chunks)]
+            room = ROOM // (len(self.layers) + 1)
+            self.inputs = [Rows(self.states.chunks, text.scratch, room)]
             """Per layer, and after the last one: the states of each batch, (B, T, D)."""
             for at, layer in enumerate(self.layers):
-                before = self.inputs[-1]
-                self.inputs.append([self.states.move(layer, at, i, x, bf16).cpu() for i, x in enumerate(before)])
-            self.dense_head = self.head.weight.detach().clone()
-            self.normed = [self.norm(x.to(self.states.device)).flatten(0, -2) for x in self.inputs[-1]]
-            """(tokens, D) of each batch: what the dense head reads."""
-            self.dense = [[self._softmax(rows) for rows in self._split(x)] for x in self.normed]
+                with raised(layer):
+                    moved = (self.states.move(layer, at, i, x, bf16) for i, x in enumerate(self.inputs[-1]))
+                    self.inputs.append(Rows(moved, text.scratch, room))
+            self.dense_head = self.head.weight.data
+            """(V, D), in its own type."""
+            with raised(self.norm, self.head):
+                self.normed = [self.norm(x.to(self.states.device)).flatten(0, -2) for x in self.inputs[-1]]
+                """(tokens, D) of each batch: what the dense head reads."""
+                self.dense = [[self._softmax(rows) for rows in self._split(x)] for x in self.normed]
 
     @property
     def tokens(self) -> int:
@@ -78,18 +85,23 @@ class HarmMeter:
 
     @torch.no_grad()
     def kl(self, weights: Mapping[str, Tensor]) -> float:
-        """KL(teacher || model) with the maps of these names replaced; weights are (out, in)."""
+        """KL(teacher || model) with the maps of these names replaced; weights are (out, in), those of a layer asked for
+        when it runs."""
         sites = [self.anatomy.sites[name] for name in weights]
-        with evaluating(self.model), replaced(self.model, {site: weights[site.name] for site in sites}):
+
+        def of(layer: int | None) -> dict[Site, Tensor]:
+            return {site: weights[site.name] for site in sites if site.layer == layer}
+
+        with evaluating(self.model), replaced(self.model, of(None)):
             first = min((self.anatomy.layers if site.layer is None else site.layer for site in sites), default=0)
-            start = self.inputs[first]
+            states = list(self.inputs[first])
             if "embedding" in weights:
-                first, start = 0, _Layers(self.model, self.text).chunks
-            total = 0.0
-            for number, states in enumerate(start):
-                for at, layer in enumerate(self.layers[first:], first):
-                    states = self.states.move(layer, at, number, states, self.bf16)
-                total += self._batch(number, states)
+                first, states = 0, _Layers(self.model, self.text).chunks
+            for at, layer in enumerate(self.layers[first:], first):
+                with raised(layer), replaced(self.model, of(at)):
+                    states = [self.states.move(layer, at, i, x, self.bf16) for i, x in enumerate(states)]
+            with raised(self.norm, self.head):
+                total = sum(self._batch(number, x) for number, x in enumerate(states))
         return total / self.tokens
 
     def cost(self, site: Site) -> float:
@@ -100,8 +112,9 @@ class HarmMeter:
         """Sum of the KL over the tokens of a batch, from what the last layer gives."""
         dense = self.normed[number]
         moves = self.norm(states.to(self.states.device)).flatten(0, -2) - dense
-        head = self.head.weight.detach()
-        moved = None if torch.equal(head, self.dense_head) else (head - self.dense_head).to(self.type)
+        head, before = self.head.weight.detach(), self.dense_head.float()
+        moved = None if torch.equal(head, before) else (head - before).to(self.type)
+        del before
         head = head.to(self.type)
         total = 0.0
         for p, x, d in zip(self.dense[number], self._split(dense), self._split(moves), strict=True):
@@ -149,14 +162,16 @@ def divergence(p: Tensor, change: Tensor) -> float:
 
 @contextmanager
 def replaced(model: Any, weights: Mapping[Site, Tensor]) -> Iterator[None]:
-    """Temporarily replace these weights (out, in); restored bit for bit on exit."""
-    kept: list[tuple[nn.Module, Site, Tensor]] = []
+    """Temporarily replace these weights (out, in) by others in float32; what was there is not touched."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for site, weight in weights.items():
             module = module_at(model, site)
-            kept.append((module, site, dense_weight(module, site).clone()))
+            parameter = module.get_parameter("weight")
+            kept.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(torch.float32, copy=True)
             set_weight_(module, site, weight)
         yield
     finally:
-        for module, site, old in kept:
-            set_weight_(module, site, old)
+        for parameter, stored in reversed(kept):
+            parameter.data = stored

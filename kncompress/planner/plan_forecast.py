@@ -1,7 +1,7 @@
 """Memory, disk and time that ``plan`` will need, from a config alone, before anything is written.
 
-It holds the model whole, in float32. The terms are what its steps hold beside it; the constants of the fits are those
-of ``compress`` (``compression.forecast``).
+It holds a layer of the model at a time, and the whole in float32 where it comes from GGUF. The terms are what its steps
+hold beside it; the constants of the fits are those of ``compress`` (``compression.forecast``).
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from kncompress.compression.rows import ROOM
 from kncompress.compression.work import moment_cost
 from kncompress.config import PlanConfig
 from kncompress.evaluation.scoring import LOGITS
-from kncompress.planner.budget import HarmTable
+from kncompress.planner.budget import HarmTable, budget_count
 from kncompress.planner.costs import kl_cost, map_cost, screen_cost, screened_layers
 from kncompress.planner.harm import NUMBERS
-from kncompress.planner.sensitivity import TOGETHER
+from kncompress.planner.sensitivity import TOGETHER, TOGETHER_ROOM
 
 _DOUBLE = 1.15
 """Of the multiply-adds: some are of float64."""
@@ -47,19 +47,27 @@ def plan_forecast(config: PlanConfig, fields: Any, table: HarmTable | None) -> F
     """
     numbers, anatomy = predict(fields, Plan()).parameters_before, anatomy_of(fields)
     vocabulary = fields.vocab_size
+    whole = _F * numbers if config.model.gguf_file is not None else 0.0
+    itemsize = 2 if "16" in str(getattr(fields, "dtype", None)) else 4
     held: list[float] = [PROGRAM]
+    written: list[float] = [0.0]
     operations = 0.0
     if table is None:
-        held.append(PROGRAM + _F * numbers + _measuring(config, anatomy, vocabulary))
+        held.append(PROGRAM + whole + _measuring(config, anatomy, vocabulary, itemsize))
         operations += _measuring_operations(config, anatomy)
+        written.append(len(TOGETHER) * max(0.0, _F * _layers(anatomy) - TOGETHER_ROOM))
     if config.measures:
-        held.append(PROGRAM + 2 * _F * numbers + _scoring(config, anatomy, vocabulary, numbers))
+        held.append(PROGRAM + 2 * whole + _scoring(config, anatomy, vocabulary, itemsize))
         operations += _scoring_operations(config, anatomy, numbers)
+        written.append(_F * budget_count(config.budget, numbers))
     reads = table is None or config.measures
     if config.model.gguf_file is not None and reads:
         operations += _GGUF * numbers
-    disk = _moments(config, anatomy) if reads and config.calibration.moments is None else 0.0
-    return Forecast(max(held), disk + 5e6, _DOUBLE * operations, numbers if reads else 0, "plan")
+    disk = 5e6 + max(written)
+    if reads:
+        disk += sum(max(0.0, size - ROOM) for size in _walked(config, anatomy))
+        disk += _moments(config, anatomy) if config.calibration.moments is None else 0.0
+    return Forecast(max(held), disk, _DOUBLE * operations, numbers if reads else 0, "plan")
 
 
 def _largest(anatomy: Anatomy, bytes_of: Any) -> float:
@@ -81,16 +89,29 @@ def _felt(config: PlanConfig) -> bool:
     return config.fit.sides == "both"
 
 
-def _walk(config: PlanConfig, anatomy: Anatomy) -> float:
-    """Bytes of the states and rows of a walk over the layers."""
+def _width(anatomy: Anatomy) -> int:
+    return anatomy.sites["layers.0.attn.q"].in_features
+
+
+def _walked(config: PlanConfig, anatomy: Anatomy) -> tuple[float, float]:
+    """Bytes of the states at all layers, entering and coming back, and of the rows of one layer."""
     tokens = config.calibration.tokens
-    first = [site for site in anatomy.sites.values() if site.layer == 0]
-    width = anatomy.sites["layers.0.attn.q"].in_features
     rows = _F * tokens * sum(sites[0].in_features for sites in inputs_of(anatomy, 0).values())
     if not _felt(config):
-        return _F * tokens * width + min(rows, ROOM)
-    rows += _F * tokens * sum(site.out_features for site in first)
-    return _F * tokens * width * 3 + min(2 * _F * tokens * width * anatomy.layers, ROOM) + min(rows, ROOM)
+        return 0.0, rows
+    rows += _F * tokens * sum(site.out_features for site in anatomy.sites.values() if site.layer == 0)
+    return 2 * _F * tokens * _width(anatomy) * anatomy.layers, rows
+
+
+def _walk(config: PlanConfig, anatomy: Anatomy) -> float:
+    """Bytes of the states and rows of a walk over the layers that are in memory."""
+    states = _F * config.calibration.tokens * _width(anatomy) * (3 if _felt(config) else 1)
+    return states + sum(min(size, ROOM) for size in _walked(config, anatomy))
+
+
+def _raised(anatomy: Anatomy, itemsize: int) -> float:
+    """Bytes of a layer in its own type and in float32."""
+    return (itemsize + _F) * _layers(anatomy) / anatomy.layers
 
 
 def _moment_bytes(config: PlanConfig, site: Site) -> float:
@@ -98,26 +119,27 @@ def _moment_bytes(config: PlanConfig, site: Site) -> float:
     return SYMMETRIC * site.in_features**2 + felt
 
 
-def _measuring(config: PlanConfig, anatomy: Anatomy, vocabulary: int) -> float:
-    """Bytes beside the model while harms are measured."""
-    width = anatomy.sites["layers.0.attn.q"].in_features
-    harm = config.harm_tokens
-    meter = _F * (harm * (width * (anatomy.layers + 2) + vocabulary) + vocabulary * width)
+def _measuring(config: PlanConfig, anatomy: Anatomy, vocabulary: int, itemsize: int) -> float:
+    """Bytes while harms are measured."""
+    width, harm = _width(anatomy), config.harm_tokens
+    meter = min(_F * harm * width * (anatomy.layers + 1), ROOM) + _F * (harm * (2 * width + vocabulary))
+    meter += _F * vocabulary * width + _raised(anatomy, itemsize)
     logits = 3 * _F * min(harm * vocabulary, NUMBERS)
     one = _largest(
         anatomy,
         lambda site: _moment_bytes(config, site) + (NEAREST + _SPECTRUM) * site.out_features * site.in_features,
     )
-    together = _F * len(TOGETHER) * _layers(anatomy)
-    embedding = together + _EMBEDDING * _ends(anatomy) + logits
-    return meter + max(_walk(config, anatomy) + together + one + logits, embedding)
+    together = len(TOGETHER) * min(_F * _layers(anatomy), TOGETHER_ROOM)
+    return meter + together + logits + max(_walk(config, anatomy) + one, _EMBEDDING * _ends(anatomy))
 
 
-def _scoring(config: PlanConfig, anatomy: Anatomy, vocabulary: int, numbers: int) -> float:
-    """Bytes beside the model and its copy, while the plan is fitted to that and both are compared."""
+def _scoring(config: PlanConfig, anatomy: Anatomy, vocabulary: int, itemsize: int) -> float:
+    """Bytes while the plan is fitted, and while both models are compared: embedding and head of both are in float32."""
     one = _largest(anatomy, lambda site: _moment_bytes(config, site) + NEAREST * site.out_features * site.in_features)
     logits = 2 * _F * min(min(config.validation_tokens, 8192) * vocabulary, LOGITS)
-    return max(CALIBRATED_ENDS * _ends(anatomy), _walk(config, anatomy) + one) + logits  # what is freed is kept
+    layer, ends = _raised(anatomy, itemsize), _ends(anatomy)
+    both = (2 * _F + itemsize) * ends * (1 if anatomy.tied else 2) + 2 * layer
+    return max(CALIBRATED_ENDS * ends, _walk(config, anatomy) + layer + one, both) + logits  # what is freed is kept
 
 
 def _moments(config: PlanConfig, anatomy: Anatomy) -> float:

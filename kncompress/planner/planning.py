@@ -1,15 +1,19 @@
 """Measures a model's harms, spends a budget on them, and measures the plan that comes of it."""
 
-import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
+from kncompress.anatomy.in_turn import in_turn
+from kncompress.anatomy.mapped import twin
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import anatomy_of
 from kncompress.compression.compress import CompressionTable, Start, compress_
 from kncompress.compression.inspection import predict
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import FactorsConfig, PlanConfig
@@ -65,15 +69,15 @@ def read_harms(folder: Path, key: str = "harm") -> HarmTable:
     return table
 
 
-def texts(config: PlanConfig, fields: Any, tokenizer: Any, moments: str) -> tuple[CalibrationText, CalibrationText]:
+def texts(config: PlanConfig, fields: Any, tokenizer: Any, folder: str) -> tuple[CalibrationText, CalibrationText]:
     """The text for the moments and, after it, the text for the harms. Where the text is short, its end serves for
     both.
 
-    The moments are kept in the folder ``moments`` where the configuration names none.
+    The moments are kept in ``folder`` where the configuration names none, and what finds no room in memory.
     """
     wanted = config.calibration.tokens
     found = calibration_text(config.data, config.calibration, fields, tokenizer, more=config.harm_tokens)
-    found = replace(found, moments=found.moments or moments)
+    found = replace(found, moments=found.moments or folder, scratch=folder)
     begin = max(0, min(wanted, len(found.tokens) - config.harm_tokens))
     return replace(found, tokens=found.tokens[:wanted]), replace(found, tokens=found.tokens[begin:])
 
@@ -117,21 +121,24 @@ def _absolute(source: Any) -> Any:
 
 
 def fit_and_score(
-    config: PlanConfig, model: Any, tokenizer: Any, text: CalibrationText, plan: BudgetPlan
+    config: PlanConfig, model: Any, tokenizer: Any, text: CalibrationText, plan: BudgetPlan, folder: Path
 ) -> tuple[CompressionTable, Comparison]:
-    """What ``compress`` makes of the plan, and its scores on the validation split."""
-    student = copy.deepcopy(model)
+    """What ``compress`` makes of the plan, and its scores on the validation split; its weights lie in ``folder``, those
+    of ``model`` where they are, and one layer of each is in float32 at a time."""
+    student, parts = twin(model), Parts(folder, torch.float32)
     maps = StudentPlan.of(FactorsConfig(maps=plan.maps), model.config).maps
     with fit_progress() as progress:
-        made = compress_(student, maps, cast(Start, config.start), progress, None, text, config.fit, config.repair)
+        start = cast(Start, config.start)
+        made = compress_(student, maps, start, progress, None, text, config.fit, config.repair, parts)
     stream = token_stream(config.data, "validation", tokenizer)
-    score = compare(
-        model,
-        student,
-        stream.tokens,
-        text.context,
-        limit=config.validation_tokens,
-        ignore=ignored_token(tokenizer),
-        first=stream.first,
-    )
+    with in_turn(model), in_turn(student):
+        score = compare(
+            model,
+            student,
+            stream.tokens,
+            text.context,
+            limit=config.validation_tokens,
+            ignore=ignored_token(tokenizer),
+            first=stream.first,
+        )
     return made, score

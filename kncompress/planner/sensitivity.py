@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kncompress.anatomy.mapped import let_go
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
 from kncompress.anatomy.swap import dense_bias, dense_weight, module_at
 from kncompress.compression.dense_walk import DenseWalk, moments
 from kncompress.compression.layerwise import CalibrationText, evaluating
 from kncompress.compression.map_fit import InputMoment
 from kncompress.compression.moments import inputs_of, token_frequencies
+from kncompress.compression.rows import NamedRows
 from kncompress.compression.work import Progress, Work
 from kncompress.config import FitConfig
 from kncompress.errors import UserError
@@ -44,6 +46,8 @@ FAR_SHARE = 0.2
 """Share of a second reference, for the maps of every third layer; the two together give the exponent."""
 TOGETHER = (0.75, 0.5)
 """Shares at which the KL of all maps of the layers together is compared with the sum."""
+TOGETHER_ROOM = 1 << 26
+"""Bytes of the weights at one of these shares that are kept in memory: each is read once."""
 EMBEDDING_SWEEPS = 2
 SWEEPS = 4
 _LEAST_KL = 1e-9
@@ -53,9 +57,9 @@ _LEAST_KL = 1e-9
 class _Found:
     """What is known so far."""
 
-    maps: dict[str, MapHarms] = field(default_factory=dict)
-    together: dict[float, dict[str, Tensor]] = field(default_factory=lambda: {share: {} for share in TOGETHER})
+    together: dict[float, NamedRows]
     """Weights of all maps at each of the shares."""
+    maps: dict[str, MapHarms] = field(default_factory=dict)
     errors: dict[tuple[float, str], float] = field(default_factory=dict)
     """Their errors, by share and map."""
 
@@ -73,7 +77,7 @@ def measure_harms(
     progress: Progress | None = None,
     kept: KeptHarms | None = None,
 ) -> HarmTable:
-    """The harms of a dense model, which is as it was afterwards.
+    """The harms of a dense model, which is as it was afterwards; one layer of it is in float32 at a time.
 
     Args:
         model: with a language-model head, in evaluation mode.
@@ -102,7 +106,7 @@ def measure_harms(
     work.expect(sum(costs.values()) + screening)
     kept = kept or KeptHarms(None)
     kinds = kept.kinds(lambda: _screen(model, anatomy, text, settings, work) if sums else {})
-    found = _Found()
+    found = _Found({share: NamedRows(harm_text.scratch, TOGETHER_ROOM) for share in TOGETHER})
     inputs = list(dict.fromkeys([*inputs_of(anatomy), "head"]))
     outputs = [name for name in anatomy.sites if name != "head"] if settings.sides == "both" else []
 
@@ -180,9 +184,11 @@ def _screen(
 
 
 def _weight(model: Any, site: Site) -> tuple[Tensor, bool]:
-    """The weight of a map, and whether it has a bias."""
+    """The weight of a map, float32, and whether it has a bias."""
     module = module_at(model, site)
-    return dense_weight(module, site).clone(), dense_bias(module, site) is not None
+    weight = dense_weight(module, site).to(torch.float32, copy=True)
+    let_go([module.get_parameter("weight").data])
+    return weight, dense_bias(module, site) is not None
 
 
 def _map(
@@ -218,7 +224,7 @@ def _map(
     if site.layer is not None:
         for share, weights in found.together.items():
             rank = _rank(weight, share)
-            weights[site.name] = spectrum.best(rank).to(meter.type)
+            weights.put(site.name, spectrum.best(rank).to(meter.type))
             found.errors[share, site.name] = spectrum.error(rank)
 
 
