@@ -37,7 +37,10 @@ train() { # name, student, overrides
 best() { python "$here/report.py" --rate "$out/search" "$1"; }
 search() { # student: rates of the first steps, and the next one where the lowest or highest of these is the best
   for rate in 3e-4 1e-3; do first "$1" "$rate"; done
-  if [ "$(best "$1")" = 3e-4 ]; then first "$1" 1e-4; else first "$1" 3e-3; fi
+  case "$(best "$1")" in
+    3e-4 | 1e-4) first "$1" 1e-4 ;;
+    *) first "$1" 3e-3 ;;
+  esac
 }
 first() { # student, rate
   train "search/$1-$2" "$1" "optimizer.lr=$2" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
