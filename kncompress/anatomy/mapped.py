@@ -10,18 +10,22 @@ import ctypes
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _DONTNEED = 4
 _SUFFIX = ".safetensors"
 ONE_FILE = 1 << 29
 """Bytes of weights up to which a model's folder has them in one file, whatever parts they were made in."""
+_AT_ONCE = 1 << 27
+"""Bytes of weights that are written to one file by ``into_files_``."""
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -109,6 +113,38 @@ def twin(module: nn.Module) -> nn.Module:
     files = _mapped_files()
     shared = [p for p in module.parameters() if p.device.type == "cpu" and _end_of_file(files, p.data) is not None]
     return copy.deepcopy(module, {id(p): nn.Parameter(p.data, requires_grad=False) for p in shared})
+
+
+def lay_down_(numbers: Sequence[tuple[nn.Parameter, Tensor]], folder: Path) -> None:
+    """Have parameters be these numbers, read from a file in ``folder`` without a name, that goes with the process."""
+    if not numbers or os.name != "posix":  # elsewhere a file that is read cannot be removed: they stay in memory
+        for parameter, tensor in numbers:
+            parameter.data = tensor
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"model-{os.getpid()}{_SUFFIX}"
+    try:
+        save_file({str(place): tensor.contiguous() for place, (_, tensor) in enumerate(numbers)}, file)
+        with safe_open(file, framework="pt") as opened:
+            for place, (parameter, _) in enumerate(numbers):
+                parameter.data = opened.get_tensor(str(place))
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def into_files_(model: nn.Module, folder: Path) -> None:
+    """Have all weights that are in memory lie in files of ``folder``, as ``lay_down_``."""
+    files, some, size = _mapped_files(), list[tuple[nn.Parameter, Tensor]](), 0
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and _end_of_file(files, parameter.data) is None:
+            some.append((parameter, parameter.data))
+            size += parameter.nbytes
+            if size > _AT_ONCE:
+                lay_down_(some, folder)
+                some, size = [], 0
+    lay_down_(some, folder)
+    del some
+    give_back_freed()
 
 
 def own_(model: nn.Module) -> None:

@@ -70,11 +70,11 @@ def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, f
             data = config.data
             if OWN in entries(data.source):
                 data = with_own_text(data, *load_teacher(config.model))
-            model = load_to_compress(config.model)
+            model = load_to_compress(config.model, run_dir / PARTS)
             check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
             text = replace(calibration_text(data, config.calibration, model.config, tokenizer), scratch=run_dir)
         else:
-            model, tokenizer = load_to_compress(config.model), tokenizer_if_any(config.model)
+            model, tokenizer = load_to_compress(config.model, run_dir / PARTS), tokenizer_if_any(config.model)
         dtype = next(model.parameters()).dtype if config.dtype == "stored" else getattr(torch, config.dtype)
         parts = Parts(run_dir / PARTS, dtype)
         began = time.perf_counter()

@@ -67,7 +67,7 @@ def _plan(
         tokenizer, read = tokenizer_of(config.model), config
         if OWN in entries(config.data.source):
             read = replace(config, data=with_own_text(config.data, *load_teacher(config.model)))
-        model = load_to_compress(config.model)
+        model = load_to_compress(config.model, Path(folder))
         check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
         text, harm_text = texts(read, model.config, tokenizer, folder)
     kept = KeptHarms(run_dir / "harms")

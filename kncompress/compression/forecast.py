@@ -161,11 +161,17 @@ def _memory(
     whole = table.parameters_after * itemsize
     if whole <= ONE_FILE:
         peaks.append(whole)
-    if config.model.gguf_file:
-        peaks = [peak + 4.0 * table.parameters_before * (2 if config.repair.passes else 1) for peak in peaks]
-    elif config.repair.passes:  # the student, of which the repair comes last
+    if config.repair.passes:  # the student, of which the repair comes last
         peaks = [peak + 4.0 * table.parameters_after for peak in peaks]
+    if config.model.gguf_file:  # read as a whole, and then laid down in files
+        peaks.append(whole_from_gguf(anatomy, table.parameters_before))
     return PROGRAM + max(peaks)
+
+
+def whole_from_gguf(anatomy: Anatomy, numbers: int) -> float:
+    """Bytes of a model of so many numbers while it is read: all in float32, and the embedding twice more."""
+    site = anatomy.sites["embedding"]
+    return 4.0 * (numbers + 2 * site.out_features * site.in_features)
 
 
 def _arranging(
@@ -189,6 +195,8 @@ def _disk(config: CompressConfig, anatomy: Anatomy, table: CompressionTable, ite
     twice = whole if whole <= ONE_FILE else 0.0  # the parts, and the file that is made of them
     held, rows = _rows(config, anatomy) if config.start_reads_text else (0.0, 0.0)
     files = max(0.0, held - ROOM) + max(0.0, rows - ROOM)
+    if config.model.gguf_file:
+        files += 4.0 * table.parameters_before
     if config.fit.symmetries:  # the dense weights, as they are changed
         files += table.parameters_before * (4.0 if "heads" in config.fit.symmetries else itemsize)
     return whole + max(twice, files) + 5e6

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kncompress.anatomy.mapped import let_go, own_
+from kncompress.anatomy.mapped import lay_down_, let_go, own_
 from kncompress.anatomy.sites import Anatomy, Site
 from kncompress.anatomy.swap import empty_module, module_at, put_module, site_path
 from kncompress.errors import UserError
@@ -144,8 +144,8 @@ class Parts:
         for module in modules:
             own_(module)
         yield
-        changed: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        for number, (parameter, stored) in kept.items():
+        changed: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter, stored in kept.values():
             if parameter.data_ptr() == stored.data_ptr():  # it was in memory and stays there
                 continue
             rounded = parameter.data.to(stored.dtype)
@@ -153,18 +153,9 @@ class Parts:
                 parameter.data = stored
             else:
                 exact = torch.equal(rounded.to(parameter.dtype), parameter.data)
-                changed[str(number)] = parameter, rounded if exact else parameter.data
+                changed.append((parameter, rounded if exact else parameter.data))
         let_go(stored for _, stored in kept.values())
-        if changed and os.name == "posix":  # elsewhere a file that is read cannot be removed: they stay in memory
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / f"model-changed-{os.getpid()}.safetensors"
-            try:
-                save_file({name: numbers.contiguous() for name, (_, numbers) in changed.items()}, file)
-                with safe_open(file, framework="pt") as opened:
-                    for name, (parameter, _) in changed.items():
-                        parameter.data = opened.get_tensor(name)
-            finally:
-                file.unlink(missing_ok=True)
+        lay_down_(changed, self.folder)
 
     def remove(self) -> None:
         """Remove the parts."""

@@ -1,7 +1,7 @@
 """Memory, disk and time that ``plan`` will need, from a config alone, before anything is written.
 
-It holds a layer of the model at a time, and the whole in float32 where it comes from GGUF. The terms are what its steps
-hold beside it; the constants of the fits are those of ``compress`` (``compression.forecast``).
+It holds a layer of the model at a time. The terms are what its steps hold beside it; the constants of the fits are
+those of ``compress`` (``compression.forecast``).
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,15 @@ from typing import Any
 
 from kncompress.anatomy.plan import Plan
 from kncompress.anatomy.sites import Anatomy, Site, anatomy_of
-from kncompress.compression.forecast import CALIBRATED_ENDS, FELT, NEAREST, PROGRAM, SYMMETRIC, Forecast
+from kncompress.compression.forecast import (
+    CALIBRATED_ENDS,
+    FELT,
+    NEAREST,
+    PROGRAM,
+    SYMMETRIC,
+    Forecast,
+    whole_from_gguf,
+)
 from kncompress.compression.inspection import predict
 from kncompress.compression.moments import inputs_of
 from kncompress.compression.rows import ROOM
@@ -47,23 +55,23 @@ def plan_forecast(config: PlanConfig, fields: Any, table: HarmTable | None) -> F
     """
     numbers, anatomy = predict(fields, Plan()).parameters_before, anatomy_of(fields)
     vocabulary = fields.vocab_size
-    whole = _F * numbers if config.model.gguf_file is not None else 0.0
     itemsize = 2 if "16" in str(getattr(fields, "dtype", None)) else 4
-    held: list[float] = [PROGRAM]
+    reads = table is None or config.measures
+    whole = _F * numbers if config.model.gguf_file is not None and reads else 0.0  # then laid down in files
+    held: list[float] = [PROGRAM + (whole_from_gguf(anatomy, numbers) if whole else 0.0)]
     written: list[float] = [0.0]
     operations = 0.0
     if table is None:
-        held.append(PROGRAM + whole + _measuring(config, anatomy, vocabulary, itemsize))
+        held.append(PROGRAM + _measuring(config, anatomy, vocabulary, itemsize))
         operations += _measuring_operations(config, anatomy)
         written.append(len(TOGETHER) * max(0.0, _F * _layers(anatomy) - TOGETHER_ROOM))
     if config.measures:
-        held.append(PROGRAM + 2 * whole + _scoring(config, anatomy, vocabulary, itemsize))
+        held.append(PROGRAM + _scoring(config, anatomy, vocabulary, itemsize))
         operations += _scoring_operations(config, anatomy, numbers)
         written.append(_F * budget_count(config.budget, numbers))
-    reads = table is None or config.measures
-    if config.model.gguf_file is not None and reads:
+    if whole:
         operations += _GGUF * numbers
-    disk = 5e6 + max(written)
+    disk = 5e6 + whole + max(written)
     if reads:
         disk += sum(max(0.0, size - ROOM) for size in _walked(config, anatomy))
         disk += _moments(config, anatomy) if config.calibration.moments is None else 0.0

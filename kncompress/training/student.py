@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from kncompress.anatomy.mapped import into_files_
 from kncompress.anatomy.sites import check_sizes, language_task, positions_of
 from kncompress.anatomy.symmetries import permute_residual_
 from kncompress.compression.compress import CompressionTable, Start, compress_
@@ -76,10 +77,15 @@ def load_teacher(config: ModelConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_to_compress(config: ModelConfig) -> Any:
-    """The model alone, in the type of its files, where its weights stay until they are read; evaluation mode."""
+def load_to_compress(config: ModelConfig, folder: Path) -> Any:
+    """The model alone, in the type of its files, where its weights stay until they are read; evaluation mode.
+
+    Weights of several types, and those of GGUF files, are float32 and lie in files without names in ``folder``.
+    """
     assert config.path is not None
-    return load_stored(locate(config.path, config.gguf_file or "weights"), config.gguf_file)
+    model = load_stored(locate(config.path, config.gguf_file or "weights"), config.gguf_file)
+    into_files_(model, folder)
+    return model
 
 
 def tokenizer_of(config: ModelConfig) -> Any:

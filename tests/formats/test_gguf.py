@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from kncompress.anatomy import mapped
 from kncompress.anatomy.mark import factored_maps
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.compression.compress import compress_
+from kncompress.compression.parts import Parts
+from kncompress.config import FitConfig, ModelConfig
 from kncompress.errors import UserError
 from kncompress.formats import gguf
 from kncompress.formats.pretrained import load_config, load_model, save_model
+from kncompress.training.student import load_to_compress
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the extra gguf")
 NAME = "tiny.gguf"
@@ -144,3 +148,22 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, package, monkeypatc
     monkeypatch.setattr(gguf, "find_spec", lambda name: None if name == package else real("json"))
     with pytest.raises(UserError, match=rf"the package {package}, .*pip install 'kncompress\[gguf\]'"):
         load_config(tmp_path, NAME)
+
+
+@needs_gguf
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is mapped")
+@pytest.mark.parametrize("at_once", [1 << 27, 5000])
+def test_what_is_to_be_compressed_lies_in_files_without_names(folder, tmp_path, monkeypatch, at_once):
+    """The same numbers, and the same student."""
+    monkeypatch.setattr(mapped, "_AT_ONCE", at_once)
+    exact = load_model(folder, gguf_file=NAME, dtype=torch.float32)
+    found = load_to_compress(ModelConfig(path=str(folder), gguf_file=NAME), tmp_path / "parts")
+    files = mapped._mapped_files()
+    assert all(mapped._end_of_file(files, p.data) is not None for p in found.parameters())
+    assert not list((tmp_path / "parts").iterdir())
+    plan = Plan({"layers.*.mlp.up": RightFactor((2, 1)), "embedding": RightFactor((1, 2))})
+    wanted = compress_(exact, plan, settings=FitConfig(symmetries=["hidden", "residual"]))
+    parts = Parts(tmp_path / "parts", torch.float32)
+    made = compress_(found, plan, settings=FitConfig(symmetries=["hidden", "residual"]), parts=parts)
+    assert made.rows == wanted.rows and made.arrangement == wanted.arrangement
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in exact.state_dict().items())

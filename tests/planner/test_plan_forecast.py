@@ -30,9 +30,12 @@ def test_layers_cost_disk_and_time_but_no_memory_beyond_what_the_text_does():
     assert large.disk - small.disk > 2 * 4 * 0.9 * numbers
 
 
-def test_a_model_of_gguf_is_held_in_float32():
-    small, large = (of(layers, model=ModelConfig(path="somewhere", gguf_file="a.gguf")) for layers in (20, 40))
-    assert large.memory - small.memory > 4 * (large.numbers - small.numbers)
+def test_a_model_of_gguf_is_read_as_a_whole_and_laid_down_in_files():
+    """Beyond what its fits need it takes memory for its numbers alone."""
+    file = ModelConfig(path="somewhere", gguf_file="a.gguf")
+    plain, small, large = of(40), of(40, model=file), of(900, model=file)
+    assert small.memory == plain.memory and large.memory == module.PROGRAM + 4 * (large.numbers + 2 * 1000 * 512)
+    assert small.disk - plain.disk == pytest.approx(4 * small.numbers, rel=1e-6)
 
 
 def test_harms_that_are_known_take_nothing_but_the_program():
