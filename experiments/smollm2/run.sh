@@ -56,22 +56,24 @@ for name in $students; do
     trainer.validate_every=32 trainer.validation_tokens=4096 trainer.test_tokens=12000
 done
 [ "${STEP:-}" = train ] && exit
+original="$out/original/model" # its weights as a folder, that `compare` takes
+finished "$out/original" || python -m kncompress export model=smollm2 format=dense "run_dir=$out/original"
 evaluated() { # name, words
   finished "$out/$1" || python -m kncompress evaluate "run_dir=$out/$1" "${@:2}"
 }
 for bits in 5 4; do # the original in as many bytes as a student has in 8 and in 6 bits
-  evaluated "dense_$bits-wikitext2" model=smollm2 compare=smollm2 "bits=$bits" "data.source=$wiki/wiki.test.raw" \
+  evaluated "dense_$bits-wikitext2" "model=$original" "compare=$original" "bits=$bits" "data.source=$wiki/wiki.test.raw" \
     context=512 tokens=12000
-  evaluated "dense_$bits-unseen" model=smollm2 compare=smollm2 "bits=$bits" "data.source=$unseen" context=512 tokens=12000
+  evaluated "dense_$bits-unseen" "model=$original" "compare=$original" "bits=$bits" "data.source=$unseen" context=512 tokens=12000
 done
 tasks="$out/tasks"
 [ -s "$tasks/passages.txt" ] || python "$here/tasks.py" "$unseen" "$KNCOMPRESS_DATA/glue/SST-2/dev.tsv" "$tasks"
-evaluated dense-tasks model=smollm2 "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
-evaluated dense-passages model=smollm2 "lambada=$tasks/passages.txt"
+evaluated dense-tasks "model=$original" "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
+evaluated dense-passages "model=$original" "lambada=$tasks/passages.txt"
 for name in $students; do # in 8 bits, and on the tasks
   model="model=$out/$name/model"
-  evaluated "$name-8bits" "$model" compare=smollm2 bits=8 "data.source=$unseen" context=512 tokens=12000
-  evaluated "$name-tasks" "$model" compare=smollm2 "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
+  evaluated "$name-8bits" "$model" "compare=$original" bits=8 "data.source=$unseen" context=512 tokens=12000
+  evaluated "$name-tasks" "$model" "compare=$original" "tasks=[$tasks/next_sentence.yaml,$tasks/sst2.yaml]"
   evaluated "$name-passages" "$model" "lambada=$tasks/passages.txt"
 done
 python "$here/report.py" "$out"
