@@ -15,7 +15,14 @@ from kncompress.runs.past_runs import read_runs
 from kncompress.runs.stored import read_result
 
 HERE = Path(__file__).parent
-STUDENTS = ("planner", "repaired", "uniform", "kronecker", "layerdrop", "kngpt2")
+STUDENTS = {
+    "planner": "planned packed low rank",
+    "repaired": "the same, repaired first",
+    "uniform": "uniform low rank (whitened SVD)",
+    "kronecker": "uniform Kronecker sums",
+    "layerdrop": "18 of 30 layers",
+    "kngpt2": "the paper's shapes and start",
+}
 COLUMNS = {
     "parameters": "parameters/student",
     "tokens": "tokens",
@@ -57,7 +64,9 @@ def losses(folder: Path, student: str) -> dict[str, float]:
 
 
 def write(name: str, header: list[str], rows: list[list[Any]]) -> None:
-    """A table beside this file."""
+    """A table beside this file, where there are rows."""
+    if not rows:
+        return
     with (HERE / name).open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -96,15 +105,20 @@ def draw(folder: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "kncompress"
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes, text, title in zip(panels, ("validation", "unseen"), ("WikiText-2", "unseen web text"), strict=True):
-        for name in STUDENTS:
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    for axes, text, title in zip(panels, ("validation", "unseen"), ("WikiText-2", "unread web text"), strict=True):
+        for name, label in STUDENTS.items():
             if points := curve(folder / name, f"{text}/perplexity"):
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axes.set(title=title, xlabel="training tokens", ylabel="perplexity", yscale="log")
-        axes.grid(visible=True, which="both", alpha=0.3)
-    panels[0].legend()
+                tokens, values = zip(*points, strict=True)
+                axes.plot([count / 1000 for count in tokens], values, marker="o", markersize=3, label=label)
+        axes.set(title=title, xlabel="training tokens, thousands", ylabel="perplexity", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(visible=True, alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(HERE / "curves.svg", metadata={"Date": None})
 
 
