@@ -70,10 +70,10 @@ def sentiments(dev: Path) -> list[dict[str, object]]:
     """Reviews, and whether they are good."""
     with dev.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[:ITEMS]
-    choices = [" terrible.", " great."]
+    question = "\nQuestion: Is this sentence positive or negative?\nAnswer:"  # as in the harness's own task
+    choices = [" negative", " positive"]
     return [
-        {"context": f"{row['sentence'].strip()}\nThe movie was", "choices": choices, "answer": int(row["label"])}
-        for row in rows
+        {"context": row["sentence"].strip() + question, "choices": choices, "answer": int(row["label"])} for row in rows
     ]
 
 
