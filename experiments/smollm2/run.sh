@@ -45,6 +45,7 @@ search() { # student: rates of the first steps, and the next one where the lowes
 first() { # student, rate
   train "search/$1-$2" "$1" "optimizer.lr=$2" trainer.steps=16 trainer.validate_every=16 trainer.validation_tokens=8192 \
     trainer.test_tokens=1024 samples.count=0
+  rm -rf "$out/search/$1-$2/checkpoints" "$out/search/$1-$2/model" # 2.4 GB
 }
 
 for name in $students; do
