@@ -42,13 +42,14 @@ def test_a_compressed_model_learns_as_one_that_the_run_makes(
     assert all(made[key].allclose(given[key], rtol=1e-4, atol=1e-6) for key in made)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_trained_model_goes_on_and_a_stopped_run_too(command: Command, small: list[str]) -> None:
     code, _, err = command("train", *small, *FACTORS, "run_dir=first")
     assert code == 0, err
-    words = [*small, "student=first/model", "trainer.steps=40", "trainer.checkpoint_every=1", "run_dir=second"]
+    words = [*small, "student=first/model", "objective=logits", "trainer.steps=100", "trainer.checkpoint_every=1"]
     last = Path("second/checkpoints/last.ckpt").absolute()
     with interrupted_when(last.exists):
-        assert command("train", *words)[0] == 130
+        assert command("train", *words, "run_dir=second")[0] == 130
     weights = Path("first/model/model.safetensors")
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-4] + bytes(4))
