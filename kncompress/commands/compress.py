@@ -8,13 +8,10 @@ import lightning as L
 import torch
 
 from kncompress.compression.forecast import forecast
-from kncompress.compression.own_text import with_own_text
 from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.text import calibration_text, check_calibration, fit_progress
 from kncompress.config import CompressConfig
-from kncompress.data.sources import OWN, entries
-from kncompress.data.tokenizer import check_fit
 from kncompress.errors import UserError
 from kncompress.formats.card import CardFacts
 from kncompress.formats.pretrained import save_model
@@ -25,11 +22,10 @@ from kncompress.training.contents import contents
 from kncompress.training.student import (
     FitOptions,
     factor_,
-    load_teacher,
     load_to_compress,
+    load_to_fit,
     model_config,
     tokenizer_if_any,
-    tokenizer_of,
 )
 
 PARTS = "parts"
@@ -66,12 +62,7 @@ def run(config: CompressConfig, run_dir: Path, plan: StudentPlan) -> dict[str, f
         print(f"compress {needs.line(needs.seconds())}", flush=True)
         text = None
         if config.needs_text:
-            tokenizer = tokenizer_of(config.model)
-            data = config.data
-            if OWN in entries(data.source):
-                data = with_own_text(data, *load_teacher(config.model))
-            model = load_to_compress(config.model, run_dir / PARTS)
-            check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
+            model, tokenizer, data = load_to_fit(config.model, config.data, run_dir / PARTS)
             text = replace(calibration_text(data, config.calibration, model.config, tokenizer), scratch=run_dir)
         else:
             model, tokenizer = load_to_compress(config.model, run_dir / PARTS), tokenizer_if_any(config.model)

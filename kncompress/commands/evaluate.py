@@ -20,11 +20,18 @@ from kncompress.evaluation.comparison import ANCHORS
 from kncompress.evaluation.harness import check_tasks, flips, load_tasks, score_tasks
 from kncompress.evaluation.quantised import quantise_
 from kncompress.formats.onnx_folder import check_backend, load_decoder
-from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.formats.placed import placement
 from kncompress.runs.record import RunRecord
 from kncompress.terminal import counting, show
-from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
+from kncompress.training.student import (
+    load_teacher,
+    locate,
+    model_config,
+    require_causal,
+    second_model,
+    size_of,
+    tokenizer_of,
+)
 
 
 def check(config: EvaluateConfig) -> None:
@@ -97,7 +104,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> dict[str, float]:
         else:
             metrics = _perplexity(config, model, tokenizer, window)
             table = _table(config, window, metrics)
-        metrics |= _size(model) | rounded
+        metrics |= size_of(model) | rounded
         if config.bits:
             _add_bytes(table, config, metrics["bytes"])
         record.finish("finished", metrics)
@@ -110,11 +117,6 @@ def _model_and_tokenizer(config: EvaluateConfig) -> tuple[Any, Any]:
         path = str(config.model.path)
         return load_decoder(locate(path, "config"), path), tokenizer_of(config.model)
     return load_teacher(config.model)
-
-
-def _size(model: Any) -> dict[str, float]:
-    """Unique parameters, or of a graph its bytes."""
-    return {"bytes": model.bytes} if isinstance(model, OnnxDecoder) else {"parameters": unique_parameters(model)}
 
 
 def _add_size(table: Table, metrics: dict[str, float]) -> None:
@@ -141,7 +143,7 @@ def _perplexity(config: EvaluateConfig, model: Any, tokenizer: Any, window: int)
         "nll": score.nll,
         "tokens": score.tokens,
         "windows": score.windows,
-        **_size(model),
+        **size_of(model),
     }
     if score.window_perplexity is not None:
         metrics["perplexity_window_mean"] = score.window_perplexity
@@ -170,7 +172,7 @@ def _comparison(config: EvaluateConfig, model: Any, other: Any, tokenizer: Any, 
         "nll": found.student.nll,
         "tokens": found.tokens,
         "windows": found.student.windows,
-        **_size(model),
+        **size_of(model),
         "compare/perplexity": found.teacher.perplexity,
         "compare/parameters": unique_parameters(other),
     } | found.metrics

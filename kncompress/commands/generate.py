@@ -13,17 +13,23 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kncompress.compression.compress import unique_parameters
 from kncompress.config import GenerateConfig, ModelConfig, PlacedModelConfig
 from kncompress.data.files import text_file, text_lines
 from kncompress.errors import UserError
 from kncompress.evaluation.continuation import Continuation, Writer, continuation, prompt_ids
 from kncompress.formats.onnx_folder import GENAI, check_backend, load_decoder
-from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.formats.placed import placement
 from kncompress.runs.process import checked_for
 from kncompress.runs.record import RunRecord
-from kncompress.training.student import load_teacher, locate, model_config, require_causal, second_model, tokenizer_of
+from kncompress.training.student import (
+    load_teacher,
+    locate,
+    model_config,
+    require_causal,
+    second_model,
+    size_of,
+    tokenizer_of,
+)
 
 
 def check(config: GenerateConfig) -> list[str]:
@@ -67,8 +73,8 @@ def run(config: GenerateConfig, run_dir: Path, prompts: list[str]) -> dict[str, 
         metrics: dict[str, float] = {}
         for role, writer in writers.items():
             tokens = sum(text["tokens"] for text in texts[list(writers).index(role) :: len(writers)])
+            metrics |= {f"{unit}/{role}": size for unit, size in size_of(writer.model).items()}
             metrics |= {
-                f"{_unit(writer)}/{role}": _size(writer),
                 f"tokens/{role}": tokens,
                 f"tokens_per_second/{role}": tokens / seconds[role],
             }
@@ -106,15 +112,6 @@ def _writer(config: PlacedModelConfig, accelerator: str, exported: bool) -> Writ
     if accelerator != "cpu" and torch.cuda.is_available() and config.device_map is None:
         model.cuda()
     return Writer(str(config.path), model, tokenizer)
-
-
-def _unit(writer: Writer) -> str:
-    """What ``_size`` counts."""
-    return "bytes" if isinstance(writer.model, OnnxDecoder) else "parameters"
-
-
-def _size(writer: Writer) -> int:
-    return writer.model.bytes if isinstance(writer.model, OnnxDecoder) else unique_parameters(writer.model)
 
 
 def _timed(growing: Iterator[Continuation], seconds: dict[str, float], role: str) -> Iterator[Continuation]:
@@ -156,6 +153,7 @@ def _beside(
 def _columns(prompt: str, writers: dict[str, Writer], found: dict[str, Continuation]) -> Table:
     table = Table(title=Text(prompt), title_justify="left", expand=True)
     for writer in writers.values():
-        table.add_column(Text(f"{writer.name}, {_size(writer):,} {_unit(writer)}"), ratio=1)
+        ((unit, size),) = size_of(writer.model).items()
+        table.add_column(Text(f"{writer.name}, {size:,} {unit}"), ratio=1)
     table.add_row(*(Text(text.text) for text in found.values()))
     return table

@@ -9,10 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from kncompress.compression.own_text import with_own_text
 from kncompress.config import PlanConfig
-from kncompress.data.sources import OWN, entries
-from kncompress.data.tokenizer import check_fit
 from kncompress.evaluation import Comparison
 from kncompress.planner.budget import BudgetPlan, HarmTable, spend
 from kncompress.planner.kept_harms import KeptHarms
@@ -23,7 +20,7 @@ from kncompress.runs.record import RunRecord
 from kncompress.runs.run_folder import begun_before, check_contents
 from kncompress.runs.whole_file import write_text
 from kncompress.training.contents import contents
-from kncompress.training.student import load_teacher, load_to_compress, model_config, tokenizer_of
+from kncompress.training.student import load_to_fit, model_config
 from kncompress.training.trainer import keep_freed_memory
 
 
@@ -64,11 +61,8 @@ def _plan(
 ) -> dict[str, float]:
     model: Any = None
     if table is None or config.measures:
-        tokenizer, read = tokenizer_of(config.model), config
-        if OWN in entries(config.data.source):
-            read = replace(config, data=with_own_text(config.data, *load_teacher(config.model)))
-        model = load_to_compress(config.model, Path(folder))
-        check_fit(tokenizer, model.config.vocab_size, config.model.tokenizer or str(config.model.path))
+        model, tokenizer, data = load_to_fit(config.model, config.data, Path(folder))
+        read = replace(config, data=data)
         text, harm_text = texts(read, model.config, tokenizer, folder)
     kept = KeptHarms(run_dir / "harms")
     if table is None and (run_dir / HARMS).is_file():  # of this very run, which was stopped later

@@ -13,14 +13,17 @@ import torch
 from kncompress.anatomy.mapped import into_files_
 from kncompress.anatomy.sites import check_sizes, language_task, positions_of
 from kncompress.anatomy.symmetries import permute_residual_
-from kncompress.compression.compress import CompressionTable, Start, compress_
+from kncompress.compression.compress import CompressionTable, Start, compress_, unique_parameters
 from kncompress.compression.layerwise import CalibrationText
+from kncompress.compression.own_text import with_own_text
 from kncompress.compression.parts import Parts
 from kncompress.compression.student_plan import StudentPlan
 from kncompress.compression.work import Progress
-from kncompress.config import FitConfig, ModelConfig, PlacedModelConfig, RepairConfig
+from kncompress.config import DataConfig, FitConfig, ModelConfig, PlacedModelConfig, RepairConfig
+from kncompress.data.sources import OWN, entries
 from kncompress.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from kncompress.errors import UserError
+from kncompress.formats.onnx_session import OnnxDecoder
 from kncompress.formats.placed import placement, return_freed_memory
 from kncompress.formats.pretrained import load_config, load_model, load_stored
 from kncompress.hub import local_folder
@@ -86,6 +89,17 @@ def load_to_compress(config: ModelConfig, folder: Path) -> Any:
     model = load_stored(locate(config.path, config.gguf_file or "weights"), config.gguf_file)
     into_files_(model, folder)
     return model
+
+
+def load_to_fit(config: ModelConfig, data: DataConfig, folder: Path) -> tuple[Any, Any, DataConfig]:
+    """Model (``load_to_compress``) and tokenizer, checked against each other, and ``data``; where it asks for the text
+    that the model itself writes, with that."""
+    tokenizer = tokenizer_of(config)
+    if OWN in entries(data.source):
+        data = with_own_text(data, *load_teacher(config))
+    model = load_to_compress(config, folder)
+    check_fit(tokenizer, model.config.vocab_size, config.tokenizer or str(config.path))
+    return model, tokenizer, data
 
 
 def tokenizer_of(config: ModelConfig) -> Any:
@@ -156,6 +170,11 @@ def require_causal(fields: Any, verb: str) -> None:
             f"model: a {fields.model_type} fills in masked tokens, and {verb} needs one that predicts the next token; "
             "compress and inspect take it, and kncompress.distill has the losses of its distillation"
         )
+
+
+def size_of(model: Any) -> dict[str, int]:
+    """What a loaded model is told by: its unique parameters, or of a graph its bytes."""
+    return {"bytes": model.bytes} if isinstance(model, OnnxDecoder) else {"parameters": unique_parameters(model)}
 
 
 def new_model(config: ModelConfig, documents: Iterable[str]) -> tuple[Any, Any]:
