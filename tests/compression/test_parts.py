@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import config_of, random_model
 
 from kncompress.anatomy import mapped
-from kncompress.anatomy.mapped import HALVES, let_go, own_, raised
+from kncompress.anatomy.mapped import HALVES, into_files_, let_go, own_, raised
 from kncompress.anatomy.plan import Plan, RightFactor
 from kncompress.compression import model_fit
 from kncompress.compression.compress import compress_
@@ -23,6 +24,7 @@ from kncompress.config import RepairConfig
 from kncompress.errors import UserError
 from kncompress.formats import pretrained
 from kncompress.formats.pretrained import load_model, load_stored, save_model
+from kncompress.hub import CHECKSUMS
 
 HALF = RightFactor((2, 1))
 ODD = Plan({"layers.1.*": HALF, "layers.2.mlp.up": HALF})
@@ -76,6 +78,22 @@ def test_what_lies_in_files_is_fitted_as_what_lies_in_memory(kind, start, half, 
     found = compress_(stored, plan_of(kind), start, text=text, parts=Parts(tmp_path / "parts", torch.float32))
     assert found.rows == expected.rows
     assert all(torch.equal(stored.state_dict()[key], value) for key, value in exact.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama.untied"])
+def test_weights_of_several_types_are_fitted_as_float32(kind, half, text, tmp_path):
+    file = half / "model.safetensors"
+    weights = load_file(file)
+    mixed = {key: value.float() * 1.001 if number % 2 else value for number, (key, value) in enumerate(weights.items())}
+    save_file(mixed, file, {"format": "pt"})
+    (half / CHECKSUMS).unlink()
+    exact, laid = load_model(half, dtype=torch.float32), load_stored(half)
+    into_files_(laid, tmp_path / "laid")
+    assert {p.dtype for p in laid.parameters()} == {torch.float32} and not list((tmp_path / "laid").iterdir())
+    expected = compress_(exact, plan_of(kind), "calibrated", text=text)
+    found = compress_(laid, plan_of(kind), "calibrated", text=text, parts=Parts(tmp_path / "parts", torch.float32))
+    assert found.rows == expected.rows
+    assert all(torch.equal(laid.state_dict()[key], value) for key, value in exact.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["llama.untied"])
