@@ -206,7 +206,7 @@ def _operations(config: CompressConfig, anatomy: Anatomy, shapes: Mapping[str, S
     tokens, total = config.calibration.tokens, 0.0
     calibrated = config.start_reads_text
     for name, shape in shapes.items():
-        total += fit_cost(anatomy.sites[name], shape, calibrated, config.fit.sweeps)
+        total += fit_cost(anatomy.sites[name], shape, calibrated, config.fit.sweeps, _felt(config))
         if calibrated and anatomy.sites[name].layer is not None:
             total += moment_cost([anatomy.sites[name]], tokens)
     if calibrated:

@@ -180,7 +180,8 @@ class ModelFit:
         self.work.finish(self._cost("embedding", True))
 
     def _cost(self, name: str, calibrated: bool) -> float:
-        return fit_cost(self.anatomy.sites[name], self.shapes[name], calibrated, self.settings.sweeps)
+        felt = calibrated and self.settings.sides == "both"
+        return fit_cost(self.anatomy.sites[name], self.shapes[name], calibrated, self.settings.sweeps, felt)
 
     def _fit(self, site: Site, moment: InputMoment | None, outputs: Moment | RowWeights | None = None) -> Fitted:
         """Factors nearest to the weight, or with the least error on the inputs of this moment."""
@@ -201,7 +202,7 @@ class ModelFit:
     def _sequential(self, text: CalibrationText) -> dict[str, Fitted]:
         fits: dict[str, Fitted] = {}
         layers = list(self.model.base_model.get_submodule(self.anatomy.family.layers))
-        self.work.expect(sequential_cost(self.anatomy, layers, self.shapes, len(text.tokens), self.settings.sweeps))
+        self.work.expect(sequential_cost(self.anatomy, layers, self.shapes, len(text.tokens), self.settings))
         if self._ties_head and not self._is_kept(self.anatomy.sites["embedding"]):
             head = DenseWalk(self.model, text, ["head"], work=self.work)
             for number in range(self.anatomy.layers):

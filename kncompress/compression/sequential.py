@@ -156,7 +156,7 @@ class SequentialFit:
                 else:
                     outputs = record.output(site)
                 self.fits[site.name] = fit.fit(dense_weight(old, site), dense_bias(old, site), shape, outputs)
-                self.work.finish(fit_cost(site, shape, True, self.settings.sweeps))
+                self.work.finish(fit_cost(site, shape, True, self.settings.sweeps, self.settings.sides == "both"))
         self.place(sites, self.fits)
         self.fits |= {site.name: self.fits[site.name].told for site in sites if site.name in self.fits}
 
@@ -183,10 +183,12 @@ def layers_to_run(anatomy: Anatomy, shapes: Mapping[str, Shape]) -> int:
 
 
 def sequential_cost(
-    anatomy: Anatomy, layers: list[Any], shapes: Mapping[str, Shape], tokens: int, sweeps: int
+    anatomy: Anatomy, layers: list[Any], shapes: Mapping[str, Shape], tokens: int, settings: FitConfig
 ) -> float:
     """What ``SequentialFit`` will tell ``work`` in all."""
-    total = sum(fit_cost(anatomy.sites[n], shape, True, sweeps) for n, shape in shapes.items() if n != "embedding")
+    maps = {anatomy.sites[name]: shape for name, shape in shapes.items() if name != "embedding"}
+    felt = settings.sides == "both"
+    total = sum(fit_cost(site, shape, True, settings.sweeps, felt) for site, shape in maps.items())
     for number in range(layers_to_run(anatomy, shapes)):
         cost = layer_cost(layers[number], tokens)
         total += 2 * cost

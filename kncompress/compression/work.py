@@ -1,6 +1,5 @@
 """How much work a fit is, in about multiply-adds, and how much of it is done."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,16 +46,22 @@ class Work:
         self.done += cost
 
 
-def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int) -> float:
-    """About the multiply-adds of a fit, for the estimate of time."""
+def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int, felt: bool = False) -> float:
+    """About the multiply-adds of a fit, for the estimate of time; ``felt``: it weighs the outputs too."""
     cost = 0.0
     outputs, inputs = site.out_features, site.in_features
+    size, felt = outputs * inputs, felt and site.layer is not None
     for part in shape.sums:
-        small = min(math.prod(part.left), math.prod(part.right))
-        cost += outputs * inputs * (small + 20.0)
+        (m1, n1), (m2, n2) = part.left, part.right
+        cost += size * (min(m1 * n1, m2 * n2) + 20.0)
         if calibrated:
-            closed = 1 in (part.left[1], part.right[1])
-            cost += outputs * inputs**2 + (0 if closed else sweeps * 4 * part.terms * outputs * inputs)
+            cost += size * inputs + (0 if 1 in (n1, n2) else sweeps * 4 * part.terms * size)
+        if calibrated and felt:
+            cost += size * outputs + 2 * outputs**3
+            if 1 not in (m1, m2):
+                free = part.terms * max(m1, m2)
+                solved = 2 * free**3 + free * size  # in float64, for a sweep; few are needed
+                cost += sweeps / 4 * solved if 1 in (n1, n2) else sweeps * 12 * size * (outputs + inputs)
     return cost
 
 

@@ -83,20 +83,21 @@ class PreparedMoment:
         """Relative to ``scale``; final once ``matrix`` or ``cholesky`` was asked for."""
 
     @cached_property
-    def _ridged(self) -> tuple[Tensor, Tensor]:
-        """(matrix, its lower Cholesky factor), float64."""
-        exact = self.plain.to(torch.float64, copy=True)
+    def cholesky(self) -> Tensor:
+        """(N, N), float64: lower L with L L^T = ``matrix``; ||D L|| is the weighted norm of D."""
         if self.null:
-            eye = torch.eye(len(exact), dtype=torch.float64, device=exact.device)
-            return eye, eye
-        diagonal = exact.diagonal().clone()
-        with without_autocast(exact.device):
+            return self.matrix
+        with without_autocast(self.plain.device):
             while True:
-                exact.diagonal().copy_(diagonal + self.ridge * self.scale)  # in place: these are the largest of a fit
-                lower, failed = torch.linalg.cholesky_ex(exact)
+                lower, failed = torch.linalg.cholesky_ex(self._ridged())
                 if not failed:
-                    return exact, lower
+                    return lower
                 self.ridge *= 10
+
+    def _ridged(self) -> Tensor:
+        exact = self.plain.to(torch.float64, copy=True)
+        exact.diagonal().add_(self.ridge * self.scale)
+        return exact
 
     @property
     def null(self) -> bool:
@@ -105,8 +106,11 @@ class PreparedMoment:
 
     @property
     def matrix(self) -> Tensor:
-        """(N, N), float64: the ridged moment, positive definite."""
-        return self._ridged[0]
+        """(N, N), float64: the ridged moment, positive definite; made anew each time, for it is large."""
+        if self.null:
+            return torch.eye(len(self.plain), dtype=torch.float64, device=self.plain.device)
+        _ = self.cholesky  # which finds the ridge
+        return self._ridged()
 
     @property
     def size(self) -> float:
@@ -116,12 +120,7 @@ class PreparedMoment:
     @property
     def unit(self) -> Tensor:
         """(N, N), float64: ``matrix`` divided by ``size``."""
-        return self.matrix / self.size
-
-    @property
-    def cholesky(self) -> Tensor:
-        """(N, N), float64: lower L with L L^T = ``matrix``; ||D L|| is the weighted norm of D."""
-        return self._ridged[1]
+        return self.matrix.div_(self.size)
 
 
 def prepare(moment: Moment | PreparedMoment) -> PreparedMoment:

@@ -11,6 +11,8 @@ With G = K K^T and C = L L^T, f is the squared Frobenius norm of K^T D L.
 - Where m1 or m2 is 1, G acts on one factor alone. Then K^T W_hat is a Kronecker sum of the same shape. So K^T W is
   fitted to the inputs alone, and that factor multiplied by K^-T afterwards. Low-rank maps are of this kind: the
   truncated singular value decomposition of K^T W L is their optimum (OBD-LLM: arXiv 2604.00821).
+- Where n1 or n2 is 1, C acts on one factor alone: the transpose of W L is fitted to "inputs" of the moment G, and that
+  factor multiplied by L^-1 afterwards.
 - Otherwise alternating half steps by conjugate gradients. Each lowers a quadratic function from where the last one left
   it, so f never rises. They start from the better of two: the fit to the inputs alone, and the fit under the Kronecker
   product that is nearest to G, which acts on both factors separately.
@@ -26,7 +28,7 @@ from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import in_gauge
 from kncompress.kron.moments import PreparedMoment, as_parts, formed_rows
 from kncompress.kron.nearest import Factors, nearest_factors
-from kncompress.kron.outputs import Outputs
+from kncompress.kron.outputs import OutputMoment, Outputs
 from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
@@ -80,9 +82,32 @@ def two_sided_factors(
             )
             found = Factors(left, outputs.solved(turned)) if right else Factors(outputs.solved(left), turned)
             found = in_gauge(found)
+        elif isinstance(outputs, OutputMoment) and 1 in (shape.left[1], shape.right[1]):
+            found = _turned(exact, shape, inputs, outputs, sweeps, tolerance, history)
         else:
             found = _alternated(exact, shape, inputs, outputs, sweeps, tolerance, history)
     return Factors(found.left.to(weight.dtype), found.right.to(weight.dtype))
+
+
+def _turned(
+    weight: Tensor,
+    shape: KroneckerShape,
+    inputs: PreparedMoment,
+    outputs: OutputMoment,
+    sweeps: int,
+    tolerance: float,
+    history: list[float] | None,
+) -> Factors:
+    """The fit where C acts on one factor alone: that of (W L)^T to "inputs" of the moment G."""
+    lower = inputs.cholesky.to(weight)
+    turned = KroneckerShape(shape.left[::-1], shape.right[::-1], shape.terms)
+    found = calibrated_factors((weight @ lower).T, turned, outputs, sweeps=sweeps, tolerance=tolerance, history=history)
+    left, right = (factors.transpose(1, 2) for factors in found)
+    if shape.left[1] == 1:
+        right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
+    else:
+        left = torch.linalg.solve_triangular(lower, left, upper=False, left=False)
+    return in_gauge(Factors(left.contiguous(), right.contiguous()))
 
 
 def _alternated(

@@ -21,7 +21,10 @@ from kncompress.kron import (
     weighted_error,
 )
 
-SHAPES = ("6x1(x)1x8*2", "6x2(x)1x4*1", "3x8(x)2x1*1", "1x8(x)6x1*2", "3x4(x)2x2*2", "2x2(x)3x4*3", "1x2(x)6x4*1")
+SHAPES = (
+    "6x1(x)1x8*2", "6x2(x)1x4*1", "3x8(x)2x1*1", "3x1(x)2x8*1", "1x8(x)6x1*2",
+    "3x4(x)2x2*2", "2x2(x)3x4*3", "1x2(x)6x4*1",
+)  # fmt: skip
 
 
 def problem(seed=0, outputs=6, inputs=8, tokens=400):
