@@ -7,7 +7,7 @@ here="$(dirname "$0")"
 out="${1:-runs/glue}"
 shift || true
 seeds="${SEEDS:-1}"
-train() { [ -e "$out/$1/model" ] || python -m kncompress train +experiment=wikitext_ilkd "run_dir=$out/$1" resume=auto "${@:2}"; }
+train() { [ -e "$out/$1/model" ] || python -m kncompress train +experiment=wikitext_ilkd objective=ilkd "run_dir=$out/$1" resume=auto "${@:2}"; }
 
 train student factors=kngpt2
 train layerdrop factors=layerdrop

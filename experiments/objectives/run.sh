@@ -7,7 +7,7 @@ shift || true
 paper=(start=nearest fit.symmetries=[] repair.passes=0)
 train() { python -m kncompress train +experiment=wikitext_ilkd "${paper[@]}" "run_dir=$out/$1" "${@:2}"; }
 
-train ilkd "$@"
+train ilkd objective=ilkd "$@"
 train cross_entropy objective=cross_entropy "$@"
 train dense objective=cross_entropy factors=dense "$@"
 python experiments/objectives/report.py "$out"

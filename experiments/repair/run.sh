@@ -7,7 +7,7 @@ out="${1:-runs/repair}"
 shift || true
 finished() { grep -qs '"status": "finished"' "$1/result.json" || { rm -rf "$1" && false; }; }
 train() { # name, factors, start, overrides
-  finished "$out/$1" || python -m kncompress train +experiment=wikitext_ilkd "factors=$2" "start=$3" fit.sides=inputs \
+  finished "$out/$1" || python -m kncompress train +experiment=wikitext_ilkd objective=ilkd "factors=$2" "start=$3" fit.sides=inputs \
     fit.symmetries=[] repair.passes=0 logger=csv "run_dir=$out/$1" "${@:4}"
 }
 plan() { # name, overrides

@@ -37,10 +37,17 @@ def run(folder: Path, *words: str) -> dict[str, float]:
 
 
 def train(folder: Path, passes: int, tokens: int) -> dict[str, float]:
-    """A run of ``train``: the demo's objective and rate, the last weights, no validation on the way."""
+    """A run of ``train``: ILKD at the demo's rate, the last weights, no validation on the way."""
     return run(
         folder,
-        *("train", "+experiment=wikitext_ilkd", *COMMON, f"repair.passes={passes}", f"trainer.tokens={tokens}"),
+        *(
+            "train",
+            "+experiment=wikitext_ilkd",
+            "objective=ilkd",
+            *COMMON,
+            f"repair.passes={passes}",
+            f"trainer.tokens={tokens}",
+        ),
         *("trainer.keep=last", "trainer.validate_every=1000000", "trainer.test_tokens=65536"),
         *("optimizer.factor_rates=scaled", "optimizer.warmup=0.1", "samples.count=0", "logger=none"),
     )

@@ -15,7 +15,7 @@ train() { # name of the run, packed or unpacked, overrides
 }
 for name in unpacked packed; do
   for rates in one scaled; do
-    train "$name-$rates" "$name" start=sequential "optimizer.factor_rates=$rates"
+    train "$name-$rates" "$name" objective=ilkd start=sequential "optimizer.factor_rates=$rates"
   done
   for sides in inputs both; do
     train "$name-logits-$sides" "$name" start=calibrated objective=logits optimizer.factor_rates=scaled "fit.sides=$sides"
