@@ -15,7 +15,7 @@ from kncompress.bench.measurement import OURS, Measurement
 from kncompress.bench.setting import Setting, random_model
 from kncompress.compression.compress import compress_
 from kncompress.compression.inspection import predict
-from kncompress.distill import cross_entropy, logits_kl
+from kncompress.distill import logits_kl_and_cross_entropy
 from kncompress.kron import parse_shape
 
 
@@ -84,7 +84,7 @@ def _losses(job: dict[str, Any], device: torch.device, dtype: torch.dtype) -> in
 
 
 def _ours(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return logits_kl(student, teacher) + cross_entropy(student, labels)
+    return logits_kl_and_cross_entropy(student, teacher, labels, (1.0, 1.0))[0]
 
 
 def _plain(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
