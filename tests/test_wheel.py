@@ -62,6 +62,7 @@ def test_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         "trainer.steps=2",
         "trainer.batch_tokens=1024",
         "calibration.tokens=1024",
+        "repair.passes=1",
         "run_dir=run",
         "logger=csv",
     ]

@@ -13,20 +13,20 @@ SIZES = {
     "1.1B": (22, 2048, 5632, 32),
     "3B": (26, 3200, 8640, 32),
     "7B": (32, 4096, 11008, 32),
+    "70B": (80, 8192, 28672, 64),
 }
 """Layers, width, hidden width of the feed-forward, heads: of queries, four to one of keys and values."""
 VOCABULARY = 32000
 
 
-def main(name: str, folder: Path, layers: int | None = None) -> None:
-    """Draw every tensor from its own seed and write a file a layer; ``layers``: so many instead of the size's own."""
+def config_of(name: str, layers: int | None = None) -> LlamaConfig:
+    """Of a size; ``layers``: so many instead of the size's own."""
     all_layers, width, hidden, heads = SIZES[name]
-    layers = layers or all_layers
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=hidden,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or all_layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 4,
         max_position_embeddings=2048,
@@ -34,6 +34,11 @@ def main(name: str, folder: Path, layers: int | None = None) -> None:
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
+
+
+def main(name: str, folder: Path, layers: int | None = None) -> None:
+    """Draw every tensor from its own seed and write a file a layer."""
+    config = config_of(name, layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     folder.mkdir(parents=True, exist_ok=True)
