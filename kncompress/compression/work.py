@@ -61,7 +61,8 @@ def fit_cost(site: Site, shape: Shape, calibrated: bool, sweeps: int, felt: bool
             if 1 not in (m1, m2):
                 free = part.terms * max(m1, m2)
                 solved = 2 * free**3 + free * size  # in float64, for a sweep; few are needed
-                cost += sweeps / 4 * solved if 1 in (n1, n2) else sweeps * 12 * size * (outputs + inputs)
+                pulled = size * (outputs + inputs) * min(1.0, part.terms / max(1, min(n1, n2)))  # G X C for a half step
+                cost += sweeps / 4 * solved if 1 in (n1, n2) else sweeps * 6 * pulled
     return cost
 
 

@@ -1,6 +1,5 @@
 """What a map's outputs weigh in a fit to both sides: a moment of gradients, or a weight for each output."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +43,6 @@ class OutputMoment(PreparedMoment):
         solved = torch.linalg.solve_triangular(self._upper, wide.double(), upper=True).to(factors)
         return solved.view(rows, terms, columns).transpose(0, 1).contiguous()
 
-    def operator(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """X -> G X, but for the scale of G, in the type of ``like``."""
-        unit = self.unit.to(like)
-        return lambda matrix: unit @ matrix
-
     def separated(self, m1: int, m2: int) -> "tuple[OutputMoment, OutputMoment] | None":
         """G1 and G2 of the Kronecker product nearest to G; None where they are not positive."""
         first, second = nearest_factors(self.matrix, KroneckerShape((m1, m1), (m2, m2), 1))
@@ -81,10 +75,10 @@ class RowWeights:
         """G^-1/2 times each (M, n) of ``factors`` (R, M, n): undoes ``whitened``."""
         return factors / self.rows.sqrt().to(factors)[:, None]
 
-    def operator(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """X -> G X, in the type of ``like``."""
-        rows = self.rows.to(like)[:, None]
-        return lambda matrix: rows * matrix
+    @property
+    def unit(self) -> Tensor:
+        """(M,): the diagonal of G."""
+        return self.rows
 
     def separated(self, m1: int, m2: int) -> "tuple[RowWeights, RowWeights]":
         """The two diagonals whose Kronecker product is nearest to G; both are positive, as G is."""

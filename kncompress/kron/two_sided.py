@@ -13,9 +13,9 @@ With G = K K^T and C = L L^T, f is the squared Frobenius norm of K^T D L.
   truncated singular value decomposition of K^T W L is their optimum (OBD-LLM: arXiv 2604.00821).
 - Where n1 or n2 is 1, C acts on one factor alone: the transpose of W L is fitted to "inputs" of the moment G, and that
   factor multiplied by L^-1 afterwards.
-- Otherwise alternating half steps by conjugate gradients. Each lowers a quadratic function from where the last one left
-  it, so f never rises. They start from the better of two: the fit to the inputs alone, and the fit under the Kronecker
-  product that is nearest to G, which acts on both factors separately.
+- Otherwise alternating half steps: the best of the factors with fewer numbers, and conjugate gradients for the others,
+  from where the last half step left them, so that f never rises. They start from the better of two: the fit to the
+  inputs alone, and the fit under the Kronecker product that is nearest to G, which acts on both factors separately.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kncompress.kron.alternating import solve
 from kncompress.kron.calibrated import SWEEPS, TOLERANCE, calibrated_factors
 from kncompress.kron.dense_product import without_autocast
 from kncompress.kron.gauge import in_gauge
@@ -33,7 +34,7 @@ from kncompress.kron.routes import kronecker_weight
 from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _STEPS = 4
-"""Conjugate gradient steps of one half step; each costs a product with G and one with C."""
+"""Conjugate gradient steps of one half step."""
 
 
 @torch.no_grad()
@@ -123,26 +124,25 @@ def _alternated(
     if unit == 0.0:
         return nearest_factors(weight, shape)
     problem = _Problem(weight / unit, shape, inputs, outputs)
-    starts = [calibrated_factors(problem.weight, shape, inputs, sweeps=sweeps, tolerance=tolerance)]
-    separate = _separated(problem.weight, shape, inputs, outputs, sweeps, tolerance)
+    starts = [calibrated_factors(weight / unit, shape, inputs, sweeps=sweeps, tolerance=tolerance)]
+    separate = _separated(weight / unit, shape, inputs, outputs, sweeps, tolerance)
     if separate is not None:
         starts.append(separate)
     error, best = min(((problem.error(start), start) for start in starts), key=lambda pair: pair[0])
-    left, right = best
+    large, small = problem.sides(best)
     errors = [error]
     for _ in range(sweeps):
         before = errors[-1]
-        for side in ("left", "right"):
-            moved = problem.step(left, right, side)
-            value = problem.error(moved)
+        for step in (problem.large_step, problem.small_step):
+            *moved, value = step(large, small)
             if value < errors[-1]:  # else rounding: there was nothing to gain
-                left, right = moved
+                large, small = moved
             errors.append(min(value, errors[-1]))
         if before - errors[-1] <= tolerance * errors[-1]:
             break
     if history is not None:
         history.extend((value / problem.total) ** 0.5 if problem.total > 0 else 0.0 for value in errors)
-    return in_gauge(Factors(left, right), unit)
+    return in_gauge(problem.factors(large, small), unit)
 
 
 def _separated(
@@ -167,46 +167,119 @@ def _separated(
 
 
 class _Problem:
-    """f of one weight and shape, and half steps that lower it."""
+    """f of one weight and shape, and half steps that lower it.
+
+    The side with more numbers is called large, the other small; where the right one is large, everything is put into
+    the other order. Shapes: large (R, m1, n1), small (R, m2, n2), of any R. No half step forms W_hat, unless its terms
+    are more than the columns of a small factor.
+    """
 
     def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: Outputs) -> None:
-        self.weight, self.shape = weight, shape
-        self.inputs, self.outputs = inputs.unit.to(weight), outputs.operator(weight)
-        self.total = self._squared(weight)
+        (m1, n1), (m2, n2) = shape.left, shape.right
+        c, g = inputs.unit.to(weight), outputs.unit.to(weight)
+        self.swapped = m1 * n1 < m2 * n2
+        if self.swapped:
+            weight, c = _swapped(weight, m1, m2, n1, n2), _swapped(c, n1, n2, n1, n2)
+            g = _swapped(g, m1, m2, m1, m2) if g.dim() == 2 else g.view(m1, m2).T.flatten()
+            (m1, n1), (m2, n2) = (m2, n2), (m1, n1)
+        self.weight, self.c, self.g = weight, c, g
+        self.large, self.small = (m1, n1), (m2, n2)
+        self.aim = self._applied(weight).view(m1, m2, n1, n2)
+        """G W C"""
+        self.total = max(0.0, float((self.aim.reshape(weight.shape) * weight).sum(dtype=torch.float64)))
 
-    def _squared(self, difference: Tensor) -> float:
-        return max(0.0, float((self._applied(difference) * difference).sum(dtype=torch.float64)))
+    def sides(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """(large, small)."""
+        return (factors.right, factors.left) if self.swapped else (factors.left, factors.right)
+
+    def factors(self, large: Tensor, small: Tensor) -> Factors:
+        """The other way."""
+        return Factors(small, large) if self.swapped else Factors(large, small)
 
     def _applied(self, matrix: Tensor) -> Tensor:
         """G X C."""
-        return self.outputs(matrix) @ self.inputs
+        return (self.g @ matrix if self.g.dim() == 2 else self.g[:, None] * matrix) @ self.c
 
     def error(self, factors: Factors) -> float:
         """f."""
-        return self._squared(self.weight - kronecker_weight(*factors))
+        rest = self.weight - kronecker_weight(*self.sides(factors))
+        return max(0.0, float((self._applied(rest) * rest).sum(dtype=torch.float64)))
 
-    def step(self, left: Tensor, right: Tensor, side: str) -> Factors:
-        """Lower f by moving the factors of one side, by conjugate gradients."""
+    def large_step(self, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Lower f by moving the large factors, by conjugate gradients: (large, small, f)."""
+        operator = self._large_operator(small)
+        aim = torch.einsum("ambn,rmn->rab", self.aim, small)
+        change, rest = _conjugate_gradients(operator, aim - operator(large), _STEPS)
+        moved = large + change
+        value = self.total - float((moved * (aim + rest)).sum(dtype=torch.float64))
+        return moved, small, max(0.0, value)
 
-        def formed(moved: Tensor) -> Tensor:
-            return kronecker_weight(moved, right) if side == "left" else kronecker_weight(left, moved)
+    def _large_operator(self, small: Tensor) -> Callable[[Tensor], Tensor]:
+        """X (R, m1, n1) -> the gradient by the large factors of <W_hat, G W_hat C> / 2 at X."""
+        (m1, n1), (m2, n2), terms = self.large, self.small, len(small)
+        if terms > n2:
 
-        def gathered(matrix: Tensor) -> Tensor:
-            """The gradient with respect to the side, of a gradient (M, N) with respect to W_hat."""
-            (m1, n1), (m2, n2) = self.shape.left, self.shape.right
-            blocks = matrix.view(m1, m2, n1, n2)
-            if side == "left":
-                return torch.einsum("ambn,rmn->rab", blocks, right)
-            return torch.einsum("ambn,rab->rmn", blocks, left)
+            def formed(x: Tensor) -> Tensor:
+                return torch.einsum(
+                    "ambn,rmn->rab", self._applied(kronecker_weight(x, small)).view(m1, m2, n1, n2), small
+                )
 
-        begin = left if side == "left" else right
-        wanted = gathered(self._applied(self.weight - formed(begin)))
-        change = _conjugate_gradients(lambda x: gathered(self._applied(formed(x))), wanted, _STEPS)
-        return Factors(begin + change, right) if side == "left" else Factors(left, begin + change)
+            return formed
+        # The small factors times C, and G by the rows that belong to one row of a small factor.
+        right = torch.einsum("rmn,bnk->rbmk", small, self.c.view(n1, n2, n1 * n2)).reshape(terms * n1, -1)
+        columns = small.reshape(terms * m2, n2).T
+
+        def gathered(x: Tensor) -> Tensor:
+            product = x.transpose(0, 1).reshape(m1, terms * n1) @ right  # (m1, m2 N): W_hat C
+            inner = (product.view(-1, n2) @ columns).view(m1 * m2, n1, terms, m2)
+            if self.g.dim() == 1:
+                own = inner.view(m1, m2, n1, terms, m2).diagonal(dim1=1, dim2=4)  # (m1, n1, R, m2)
+                return torch.einsum("abrm,am->rab", own, self.g.view(m1, m2))
+            rows = self.g.view(m1, m2, m1 * m2).transpose(0, 1)
+            inner = inner.permute(3, 0, 2, 1).reshape(m2, m1 * m2, terms * n1)
+            return torch.bmm(rows, inner).sum(0).view(m1, terms, n1).transpose(0, 1)
+
+        return gathered
+
+    def small_step(self, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The best small factors for the large ones: (large, small, f)."""
+        terms, size = len(large), small[0].numel()
+        aim = torch.einsum("ambn,rab->rmn", self.aim, large).reshape(1, -1).double()
+        matrix = self._small_matrix(large).double()
+        found = solve(matrix, aim)
+        moved = found.view(terms, *self.small).to(small)
+        flat = moved.reshape(1, terms * size).double()
+        return large, moved, max(0.0, self.total + float(((flat @ matrix - 2 * aim) * flat).sum()))
+
+    def _small_matrix(self, large: Tensor) -> Tensor:
+        """(R m2 n2, R m2 n2): the normal matrix of the small factors."""
+        (m1, n1), (m2, n2), terms = self.large, self.small, len(large)
+        c = self.c.view(n1, n2, n1, n2).permute(0, 2, 1, 3).reshape(n1 * n1, n2 * n2)
+        matrix = large.new_empty(terms, m2, n2, terms, m2, n2)
+        for s in range(terms):
+            if self.g.dim() == 2:  # (m1, m2, m2, n1): G times the factor
+                pulled = torch.einsum("kam,ab->kmb", self.g.view(m1 * m2, m1, m2), large[s]).view(m1, m2, m2, n1)
+            for r in range(s + 1):
+                if self.g.dim() == 2:
+                    grams = torch.einsum("ab,amld->mlbd", large[r], pulled).reshape(m2 * m2, n1 * n1)
+                    block = (grams @ c).view(m2, m2, n2, n2).transpose(1, 2)
+                else:
+                    grams = torch.einsum("ab,am,ad->mbd", large[r], self.g.view(m1, m2), large[s])
+                    block = torch.diag_embed((grams.reshape(m2, n1 * n1) @ c).view(m2, n2, n2).permute(1, 2, 0))
+                    block = block.permute(2, 0, 3, 1)
+                matrix[r, :, :, s] = block
+                matrix[s, :, :, r] = block.permute(2, 3, 0, 1)
+        return matrix.view(terms * m2 * n2, terms * m2 * n2)
 
 
-def _conjugate_gradients(operator: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> Tensor:
-    """X that lowers <X, operator(X)> / 2 - <X, wanted> from X = 0, for a positive semidefinite operator."""
+def _swapped(matrix: Tensor, m1: int, m2: int, n1: int, n2: int) -> Tensor:
+    """Rows (i1, i2) and columns (j1, j2) as (i2, i1) and (j2, j1)."""
+    return matrix.view(m1, m2, n1, n2).permute(1, 0, 3, 2).reshape(m1 * m2, n1 * n2)
+
+
+def _conjugate_gradients(operator: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """X that lowers <X, operator(X)> / 2 - <X, wanted> from X = 0, for a positive semidefinite operator, and
+    ``wanted`` - operator(X)."""
     solution, residual, direction = torch.zeros_like(wanted), wanted, wanted
     square = float((residual * residual).sum(dtype=torch.float64))
     for _ in range(steps):
@@ -218,7 +291,7 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], wanted: Tensor, s
         residual = residual - applied * (square / curvature)
         before, square = square, float((residual * residual).sum(dtype=torch.float64))
         direction = residual + direction * (square / before)
-    return solution
+    return solution, residual
 
 
 @torch.no_grad()
