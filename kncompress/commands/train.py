@@ -50,7 +50,7 @@ from kncompress.training.progress import TrainingProgress
 from kncompress.training.run_state import RunState
 from kncompress.training.stopping import StopAtSignal
 from kncompress.training.student import model_config, require_causal
-from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning
+from kncompress.training.trainer import build_trainer, keep_freed_memory, quiet_lightning, slow_bf16
 
 
 def check(config: TrainConfig) -> StudentPlan:
@@ -137,6 +137,8 @@ def run(config: TrainConfig, run_dir: Path, plan: StudentPlan) -> dict[str, floa
         run_dir, "train", asdict(config), config.seed, config.resume is not None, contents=read
     ) as record:
         L.seed_everything(config.seed, verbose=False)
+        if record.writes and (slow := slow_bf16(config.trainer)) is not None:
+            record.warn(slow)
         if config.budget is not None:
             print(outlook(config), flush=True)
             plan = planned(config, run_dir)

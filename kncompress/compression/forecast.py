@@ -208,7 +208,8 @@ def _operations(config: CompressConfig, anatomy: Anatomy, shapes: Mapping[str, S
     for name, shape in shapes.items():
         total += fit_cost(anatomy.sites[name], shape, calibrated, config.fit.sweeps, _felt(config))
         if calibrated and anatomy.sites[name].layer is not None:
-            total += moment_cost([anatomy.sites[name]], tokens)
+            # In sequence the moments are of what both models read, and of how far that is apart.
+            total += moment_cost([anatomy.sites[name]], tokens) * (3 if config.start == "sequential" else 1)
     if calibrated:
         passes = 6 if _felt(config) else 1
         total += passes * tokens * _layer_numbers(anatomy) * anatomy.layers
