@@ -35,6 +35,8 @@ from kncompress.kron.shape import KroneckerShape, ShapeError
 
 _STEPS = 4
 """Conjugate gradient steps of one half step."""
+_SYSTEM = 2048
+"""Most unknowns that are solved for at once."""
 
 
 @torch.no_grad()
@@ -140,9 +142,12 @@ def _alternated(
             errors.append(min(value, errors[-1]))
         if before - errors[-1] <= tolerance * errors[-1]:
             break
+    found = problem.factors(large, small)
+    if problem.error(found) > error:  # steps tell f by what it falls, which rounding may hide
+        found, errors = best, [error]
     if history is not None:
         history.extend((value / problem.total) ** 0.5 if problem.total > 0 else 0.0 for value in errors)
-    return in_gauge(problem.factors(large, small), unit)
+    return in_gauge(found, unit)
 
 
 def _separated(
@@ -170,8 +175,8 @@ class _Problem:
     """f of one weight and shape, and half steps that lower it.
 
     The side with more numbers is called large, the other small; where the right one is large, everything is put into
-    the other order. Shapes: large (R, m1, n1), small (R, m2, n2), of any R. No half step forms W_hat, unless its terms
-    are more than the columns of a small factor.
+    the other order. Shapes: large (R, m1, n1), small (R, m2, n2). Where the small factors are few and not tall, no half
+    step forms W_hat: products with G and C go through the factors.
     """
 
     def __init__(self, weight: Tensor, shape: KroneckerShape, inputs: PreparedMoment, outputs: Outputs) -> None:
@@ -206,25 +211,48 @@ class _Problem:
         return max(0.0, float((self._applied(rest) * rest).sum(dtype=torch.float64)))
 
     def large_step(self, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Lower f by moving the large factors, by conjugate gradients: (large, small, f)."""
-        operator = self._large_operator(small)
-        aim = torch.einsum("ambn,rmn->rab", self.aim, small)
-        change, rest = _conjugate_gradients(operator, aim - operator(large), _STEPS)
-        moved = large + change
-        value = self.total - float((moved * (aim + rest)).sum(dtype=torch.float64))
-        return moved, small, max(0.0, value)
+        """Lower f by moving the large factors: (large, small, f)."""
+        few = len(small) * self.small[0] <= 2 * self.small[1]
+        operator = self._through_factors(small) if few else self._formed(small, "ambn,rmn->rab", kronecker_weight)
+        moved, value = self._descended(large, operator, torch.einsum("ambn,rmn->rab", self.aim, small))
+        return moved, small, value
 
-    def _large_operator(self, small: Tensor) -> Callable[[Tensor], Tensor]:
-        """X (R, m1, n1) -> the gradient by the large factors of <W_hat, G W_hat C> / 2 at X."""
+    def small_step(self, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Lower f by moving the small factors, to the best ones where these are few numbers: (large, small, f)."""
+        aim = torch.einsum("ambn,rab->rmn", self.aim, large)
+        if not self._solvable(len(large)):
+            operator = self._formed(large, "ambn,rab->rmn", lambda x, fixed: kronecker_weight(fixed, x))
+            moved, value = self._descended(small, operator, aim)
+            return large, moved, value
+        matrix, wanted = self._small_matrix(large).double(), aim.reshape(1, -1).double()
+        moved = solve(matrix, wanted).view(small.shape).to(small)
+        flat = moved.reshape(1, -1).double()
+        return large, moved, max(0.0, self.total + float(((flat @ matrix - 2 * wanted) * flat).sum()))
+
+    def _solvable(self, terms: int) -> bool:
+        """Whether the normal matrix of the small factors costs no more than twice the conjugate gradients."""
+        (m1, n1), (m2, n2) = self.large, self.small
+        rows, columns, numbers = m1 * m2, n1 * n2, terms * m2 * n2
+        pairs = terms**2 / 2 * (rows * m2 * n1**2 + (columns * m2) ** 2)
+        exact = terms * rows**2 * n1 + pairs + numbers**3
+        return m2 <= 2 * n2 and numbers <= _SYSTEM and exact <= 2 * (_STEPS + 1) * rows * columns * (rows + columns)
+
+    def _descended(self, begin: Tensor, operator: Callable[[Tensor], Tensor], aim: Tensor) -> tuple[Tensor, float]:
+        """Factors of one side after conjugate gradients from ``begin``, and their f."""
+        change, rest = _conjugate_gradients(operator, aim - operator(begin), _STEPS)
+        moved = begin + change
+        return moved, max(0.0, self.total - float((moved * (aim + rest)).sum(dtype=torch.float64)))
+
+    def _formed(
+        self, fixed: Tensor, gather: str, weight: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """X of one side -> the gradient by it of <W_hat, G W_hat C> / 2 at X, the other side being ``fixed``."""
+        (m1, n1), (m2, n2) = self.large, self.small
+        return lambda x: torch.einsum(gather, self._applied(weight(x, fixed)).view(m1, m2, n1, n2), fixed)
+
+    def _through_factors(self, small: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same of the large side, without W_hat."""
         (m1, n1), (m2, n2), terms = self.large, self.small, len(small)
-        if terms > n2:
-
-            def formed(x: Tensor) -> Tensor:
-                return torch.einsum(
-                    "ambn,rmn->rab", self._applied(kronecker_weight(x, small)).view(m1, m2, n1, n2), small
-                )
-
-            return formed
         # The small factors times C, and G by the rows that belong to one row of a small factor.
         right = torch.einsum("rmn,bnk->rbmk", small, self.c.view(n1, n2, n1 * n2)).reshape(terms * n1, -1)
         columns = small.reshape(terms * m2, n2).T
@@ -240,16 +268,6 @@ class _Problem:
             return torch.bmm(rows, inner).sum(0).view(m1, terms, n1).transpose(0, 1)
 
         return gathered
-
-    def small_step(self, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The best small factors for the large ones: (large, small, f)."""
-        terms, size = len(large), small[0].numel()
-        aim = torch.einsum("ambn,rab->rmn", self.aim, large).reshape(1, -1).double()
-        matrix = self._small_matrix(large).double()
-        found = solve(matrix, aim)
-        moved = found.view(terms, *self.small).to(small)
-        flat = moved.reshape(1, terms * size).double()
-        return large, moved, max(0.0, self.total + float(((flat @ matrix - 2 * aim) * flat).sum()))
 
     def _small_matrix(self, large: Tensor) -> Tensor:
         """(R m2 n2, R m2 n2): the normal matrix of the small factors."""

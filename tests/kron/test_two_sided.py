@@ -16,6 +16,8 @@ from kncompress.kron import (
     calibrated_factors,
     kronecker_weight,
     prepare_outputs,
+    row_weights,
+    two_sided,
     two_sided_error,
     two_sided_factors,
     weighted_error,
@@ -139,3 +141,28 @@ def test_the_error_by_hand():
     assert two_sided_error(weight, found, inputs, outputs) == pytest.approx(
         float((plain[0] / plain[1]).sqrt()), rel=1e-9
     )
+
+
+@pytest.mark.parametrize("kind", ["gradients", "rows"])
+@pytest.mark.parametrize("text", ["6x4(x)2x3*2", "2x3(x)6x4*3", "4x3(x)3x4*1", "12x2(x)1x6*2"])
+def test_half_steps_through_the_factors_are_those_with_the_weight(text, kind):
+    """Products with both metrics, and the normal matrix of the small side."""
+    weight, inputs, second = problem(outputs=12, inputs=12)
+    outputs = prepare_outputs(second, 400) if kind == "gradients" else row_weights(torch.rand(12))
+    shape = KroneckerShape.parse(text)
+    own = two_sided._Problem(weight, shape, inputs, outputs)
+    large, small = (
+        torch.randn(shape.terms, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        for size in (own.large, own.small)
+    )
+    (m1, n1), (m2, n2) = own.large, own.small
+    gradient = own._applied(kronecker_weight(large, small)).view(m1, m2, n1, n2)
+    torch.testing.assert_close(own._through_factors(small)(large), torch.einsum("ambn,rmn->rab", gradient, small))
+    pulled = own._small_matrix(large) @ small.flatten()
+    torch.testing.assert_close(pulled.view_as(small), torch.einsum("ambn,rab->rmn", gradient, large))
+    factors = own.factors(large, small)
+    g = torch.diag(outputs.rows) if kind == "rows" else outputs.unit
+    rest = weight - kronecker_weight(*factors)
+    assert own.error(factors) == pytest.approx(float(((g @ rest @ inputs.unit) * rest).sum()), rel=1e-9)
+    for moved, value in ((s[:2], s[2]) for s in (own.large_step(large, small), own.small_step(large, small))):
+        assert value == pytest.approx(own.error(own.factors(*moved)), rel=1e-6) and value < own.error(factors)
