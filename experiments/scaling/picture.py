@@ -1,6 +1,6 @@
 """Memory and time of compress against the model's size: what was measured (results.csv), and what the formula tells.
 
-``picture.py`` writes growth.svg beside this file. It needs matplotlib (extra ``reports``).
+``picture.py`` writes docs/growth.svg. It needs matplotlib (extra ``reports``).
 """
 
 import csv
@@ -82,7 +82,7 @@ def main() -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
     figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(HERE / "growth.svg", metadata={"Date": None})
+    figure.savefig(HERE.parents[1] / "docs" / "growth.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy, onnxruntime, tokenizers
 
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3  # or it says that from_end, below, is no constant
+options.add_session_config_entry("session.x64quantprecision", "1")  # or 8-bit products saturate on x86 without VNNI
 session = onnxruntime.InferenceSession("model.onnx", options)
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")
 past = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
@@ -41,7 +42,9 @@ print(tokenizer.decode(text))
 SCORE_LINES = """\
 import onnxruntime
 
-session = onnxruntime.InferenceSession("model.onnx")
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # or 8-bit products saturate on x86 without VNNI
+session = onnxruntime.InferenceSession("model.onnx", options)
 logits = session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]  # both int64, (rows, tokens)
 """
 

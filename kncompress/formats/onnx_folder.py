@@ -10,7 +10,7 @@ from kncompress.errors import UserError
 from kncompress.formats.onnx_card import onnx_card
 from kncompress.formats.onnx_decoder import CacheSizes
 from kncompress.formats.onnx_graph import check_packages
-from kncompress.formats.onnx_session import OnnxDecoder
+from kncompress.formats.onnx_session import EXACT_PRODUCTS, OnnxDecoder
 from kncompress.formats.stored import check_checksums, write_checksums
 from kncompress.terminal import first_line
 
@@ -86,7 +86,7 @@ def genai_config(model: Any, tokenizer: Any, sizes: list[CacheSizes]) -> dict[st
             "vocab_size": fields.vocab_size,
             "context_length": positions,
             "decoder": {
-                "session_options": {"provider_options": []},
+                "session_options": {"provider_options": [], EXACT_PRODUCTS: "1"},
                 "filename": GRAPH,
                 "hidden_size": fields.hidden_size,
                 "head_size": sizes[0].head,

@@ -12,7 +12,7 @@ from kncompress.formats.onnx_decoder import cache_sizes
 from kncompress.formats.onnx_dynamic import write_dynamic
 from kncompress.formats.onnx_graph import write_decoder, write_onnx
 from kncompress.formats.onnx_integers import write_integers
-from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference
+from kncompress.formats.onnx_session import OnnxDecoder, OnnxModel, largest_difference, open_session
 from kncompress.kron import parse_shape
 
 MAPS = {
@@ -154,7 +154,6 @@ def test_one_dynamic_product_is_that_of_the_rounded_weight(turned, tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "floats.onnx")
     assert write_dynamic(tmp_path / "floats.onnx", tmp_path / "integers.onnx") == 1
-    session = onnxruntime.InferenceSession(tmp_path / "integers.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": x})
+    (found,) = open_session(tmp_path / "integers.onnx").run(None, {"x": x})
     error = np.abs(found - x @ weight - bias).max(0) / np.linalg.norm(weight, axis=0) / np.linalg.norm(x, axis=1).min()
     assert 1e-4 < error.max() < 0.02
