@@ -1,6 +1,6 @@
 """What ``bench parts=[generate]`` measured, as ``runtimes.csv`` beside this file and as tables.
 
-Usage: python experiments/deployment/runtimes.py FOLDER: with a run folder ``bench-<name>`` for each pair of models.
+``runtimes.py FOLDER [NAME.csv]``: with a run folder ``bench-<name>`` for each pair of models.
 """
 
 import csv
@@ -19,7 +19,7 @@ BITS = {"bits_32": "float32", "bits_8": "8 bits", "dynamic": "8 bits, dynamic", 
 Rows = dict[str, dict[str, Any]]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, name: str = "runtimes.csv") -> None:
     """Write the file and print a table for each run."""
     lines: list[dict[str, Any]] = []
     for run in sorted(folder.glob("bench-*/bench.json")):
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         print(f"\n{run.parent.name}: {found['machine']}\n\n{HEAD}\n|{'---|' * 14}")
         for prefix in dict.fromkeys(name[: name.index(f"/{kind(name)}")] for name in rows):
             print(line(prefix, rows))
-    with (HERE / "runtimes.csv").open("w", newline="") as stream:
+    with (HERE / name).open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -75,4 +75,4 @@ def ratio_of(row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
