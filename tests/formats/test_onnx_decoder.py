@@ -55,12 +55,16 @@ def test_prompt_and_steps_are_those_of_transformers(kind, exported):
         torch.testing.assert_close(found.logits[:, 0], expected[[0, 1], [5 + step, 9 + step]], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_a_hundred_tokens_are_those_of_transformers(kind, tmp_path):
     """Greedy, by the loop on onnxruntime and by onnxruntime-genai where it is installed."""
     config = config_of(kind)
     config.max_position_embeddings, config.tie_word_embeddings = 128, False  # tied, it writes two tokens in turns
     model = random_model(config)
+    if kind == "gpt_neox":  # small weights write the same tokens again and again
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(6 if weight.dim() == 2 else 1)
     compress_(model, Plan({"layers.*": RightFactor((2, 1))}))
     write_decoder(model, cache_sizes(model), tmp_path / GRAPH)
     accompany(model, None, tmp_path, cache_sizes(model))
