@@ -122,16 +122,22 @@ def takes_bf16(asked: str, accelerator: str) -> bool:
 def slow_bf16(config: TrainerConfig) -> str | None:
     """A warning where bfloat16 is asked of a CPU without an instruction for it: a hundred times slower than float32."""
     asked = [f"trainer.{name}=bf16" for name in ("precision", "teacher") if getattr(config, name) == "bf16"]
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     if not asked or on_gpu or not capabilities or any("bf16" in name and capabilities[name] for name in capabilities):
         return None
     return f"{asked[0]}: this CPU has no instructions for bfloat16, and is a hundred times slower with it; leave it out"
 
 
+def _capabilities() -> dict[str, Any]:
+    """Of the CPU; empty with a torch that does not tell them."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
+
+
 def _multiplies_bf16(accelerator: str) -> bool:
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # AVX-512 alone has bf16 dot products, but no gain over float32 was measured without the tile unit.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     return bool(capabilities.get("amx_bf16", False))

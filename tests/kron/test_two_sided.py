@@ -17,11 +17,11 @@ from kncompress.kron import (
     kronecker_weight,
     prepare_outputs,
     row_weights,
-    two_sided,
     two_sided_error,
     two_sided_factors,
     weighted_error,
 )
+from kncompress.kron.half_steps import TwoSidedProblem
 
 SHAPES = (
     "6x1(x)1x8*2", "6x2(x)1x4*1", "3x8(x)2x1*1", "3x1(x)2x8*1", "1x8(x)6x1*2",
@@ -150,7 +150,7 @@ def test_half_steps_through_the_factors_are_those_with_the_weight(text, kind):
     weight, inputs, second = problem(outputs=12, inputs=12)
     outputs = prepare_outputs(second, 400) if kind == "gradients" else row_weights(torch.rand(12))
     shape = KroneckerShape.parse(text)
-    own = two_sided._Problem(weight, shape, inputs, outputs)
+    own = TwoSidedProblem(weight, shape, inputs, outputs)
     large, small = (
         torch.randn(shape.terms, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         for size in (own.large, own.small)
